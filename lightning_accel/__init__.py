@@ -1,0 +1,25 @@
+"""PyTorch Lightning plugins that make the training of any LightningModule faster or its result smaller.
+
+Importing this package imports neither torch nor Lightning; public names load on first use (PEP 562).
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+
+_HOMES = {
+    "RankQuantization": "lightning_accel.callbacks",
+    "SequentialFreezing": "lightning_accel.callbacks",
+}
+
+__version__ = version("lightning-accel")
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604  # names of the table are strings
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,20 @@
+"""Lightning callbacks, one accelerator a file; each loads on first use (PEP 562)."""
+
+from importlib import import_module
+
+_HOMES = {
+    "RankQuantization": "rank_quantization",
+    "SequentialFreezing": "sequential_freezing",
+}
+
+__all__ = list(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

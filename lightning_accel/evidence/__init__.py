@@ -1,0 +1,1 @@
+"""Tables, plots and report pages: how a measured saving is shown."""

@@ -1,0 +1,1 @@
+"""The one place that touches private attributes of Lightning, each with its reason."""
