@@ -1,0 +1,33 @@
+"""Every example is short, runs as it is and says what came out."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+
+
+def test_there_is_an_example_for_every_accelerator():
+    import lightning_accel
+
+    names = {path.stem for path in EXAMPLES}
+    needed = {"rank_quantization", "sequential_freezing"}
+    assert needed <= names, f"missing: {sorted(needed - names)}"
+    assert lightning_accel.__version__
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_has_at_most_sixty_lines(example):
+    assert len(example.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(example, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.strip(), "an example prints what it found"
