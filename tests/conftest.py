@@ -15,7 +15,6 @@ def _one_thread():
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "lightning_accel").glob("*/README.md"))]
+INSTALL = "python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 -e"
 FRESH_MACHINE = (
-    'python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 -e ".[examples]" && .venv/bin/lightning-accel compare',
-    'python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 -e ".[test]" && .venv/bin/pytest',
+    f'{INSTALL} ".[examples]" && .venv/bin/lightning-accel compare',
+    f'{INSTALL} ".[test]" && .venv/bin/pytest',
 )
 SHORT_FIT = [
     "trainer.max_epochs=1",
