@@ -1,0 +1,25 @@
+"""Intra-stream scheduling of recurrent networks (arXiv:1503.02852): only loops run step by step.
+
+The graph part imports the standard library only, so public names load on first use (PEP 562).
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "Edge": "graph",
+    "Node": "graph",
+    "RecurrentGraph": "graph",
+    "Stage": "graph",
+}
+
+__all__ = list(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
