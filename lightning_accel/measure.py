@@ -74,18 +74,73 @@ def compare_paired(baseline: Sequence[float], candidate: Sequence[float], *, con
     if len(baseline) != len(candidate) or not baseline:
         lengths = f"{len(baseline)} and {len(candidate)}"
         raise ValueError(f"`baseline` and `candidate` must be of one length >= 1, got {lengths}.")
-    if min(*baseline, *candidate) <= 0.0:
+    if not all(seconds > 0.0 for seconds in (*baseline, *candidate)):  # NaN fails as well
         raise ValueError("times must be > 0 seconds; take a clock with a finer resolution or longer runs.")
     logs = [_log_ratio(b, c) for b, c in zip(baseline, candidate, strict=True)]
     low, high = bootstrap_interval(logs, confidence=confidence)
     return PairedRatio(
-        median=_exp(statistics.median(logs)),
+        median=_exp(_median(logs)),
         low=_exp(low),
         high=_exp(high),
         p_value=sign_flip_p_value(logs),
         pairs=len(logs),
         confidence=confidence,
     )
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """By how much a candidate's value differs from its baseline's, from paired values such as accuracies.
+
+    Attributes:
+        median: Median over pairs of ``candidate - baseline``.
+        low: Lower end of the bootstrap interval of the median.
+        high: Upper end of it.
+        p_value: Two-sided exact sign-flip test of "the mean difference is 0".
+        pairs: Number of pairs.
+        confidence: Of the interval, in (0, 1).
+    """
+
+    median: float
+    low: float
+    high: float
+    p_value: float
+    pairs: int
+    confidence: float = 0.95
+
+    @property
+    def verdict(self) -> Literal["higher", "lower", "no difference", "undecided"]:
+        """Say "higher" or "lower" only where interval *and* exact test agree; "undecided" with too few pairs."""
+        alpha = 1.0 - self.confidence
+        if 2.0 / 2.0**self.pairs > alpha:
+            return "undecided"
+        if self.p_value <= alpha and (self.low > 0.0 or self.high < 0.0):
+            return "higher" if self.low > 0.0 else "lower"
+        return "no difference"
+
+
+def subtract_paired(
+    baseline: Sequence[float], candidate: Sequence[float], *, confidence: float = 0.95
+) -> PairedDifference:
+    """Compare paired finite values of a baseline and a candidate by their difference.
+
+    Args:
+        baseline: ``baseline[i]`` and ``candidate[i]`` come from one pair.
+        candidate: As many as of the baseline.
+        confidence: Of the bootstrap interval, in (0, 1).
+
+    Raises:
+        ValueError: If the lengths differ, nothing was measured, or a value is not finite.
+    """
+    if len(baseline) != len(candidate) or not baseline:
+        lengths = f"{len(baseline)} and {len(candidate)}"
+        raise ValueError(f"`baseline` and `candidate` must be of one length >= 1, got {lengths}.")
+    differences = [c - b for b, c in zip(baseline, candidate, strict=True)]
+    if not all(math.isfinite(d) for d in differences):
+        raise ValueError("values must be finite; leave out the pairs in which a run diverged.")
+    low, high = bootstrap_interval(differences, confidence=confidence)
+    p_value = sign_flip_p_value(differences)
+    return PairedDifference(_median(differences), low, high, p_value, len(differences), confidence)
 
 
 def bootstrap_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
@@ -99,7 +154,7 @@ def bootstrap_interval(values: Sequence[float], *, confidence: float = 0.95, see
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"`confidence` must be in (0, 1), got {confidence}.")
     rng = random.Random(seed)
-    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(_RESAMPLES))
+    medians = sorted(_median(rng.choices(values, k=len(values))) for _ in range(_RESAMPLES))
     tail = (1.0 - confidence) / 2.0
     return medians[int(tail * (_RESAMPLES - 1))], medians[math.ceil((1.0 - tail) * (_RESAMPLES - 1))]
 
@@ -248,6 +303,12 @@ def _log_ratio(baseline: float, candidate: float) -> float:
     if math.isinf(candidate):
         return -math.inf
     return math.inf if math.isinf(baseline) else math.log(baseline / candidate)
+
+
+def _median(values: Sequence[float]) -> float:
+    """Median in which ``inf`` and ``-inf`` meet at 0: half of the pairs were won for ever, half lost."""
+    middle = statistics.median_low(values), statistics.median_high(values)
+    return 0.0 if middle == (-math.inf, math.inf) else statistics.fmean(middle)
 
 
 def _exp(value: float) -> float:
