@@ -1,0 +1,93 @@
+"""Put factored layers into a model, and dense ones back."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from lightning_accel.low_rank.eligibility import eligible_layers, low_rank_layers
+from lightning_accel.low_rank.factorize import factorize, to_dense
+from lightning_accel.low_rank.plan import RankPlan
+
+
+def decompose(model: nn.Module, plan: RankPlan, *, second_moments: Mapping[str, Tensor] | None = None) -> list[str]:
+    """Replace layers in place by their factored form, as planned; names, biases, hooks and modes stay.
+
+    Layers that are low rank already are left as they are, so a second call changes nothing.
+
+    Args:
+        model: Changed in place, all or nothing: with an error no layer is replaced.
+        plan: Says the ranks of each layer.
+        second_moments: Name to mean of ``x x^T``, see `input_second_moments`; needed by a plan whose weighting is
+            ``"activation"``.
+
+    Returns:
+        Names of the layers that were replaced.
+
+    Raises:
+        ValueError: If a planned layer is missing from the model, can not be factored or has another shape than
+            planned, if its weights are NaN or infinite, or if the plan needs ``second_moments`` that are not given.
+    """
+    eligible, skipped = eligible_layers(model)
+    factored = low_rank_layers(model)
+    made: dict[str, nn.Module] = {}
+    for entry in plan.layers:
+        if entry.ranks is None or entry.name in factored:
+            continue
+        if entry.name not in eligible:
+            why = skipped.get(entry.name, "no such linear or convolutional layer")
+            raise ValueError(f"layer `{entry.name}` of the plan can not be factored ({why}); make a new plan.")
+        dense = eligible[entry.name]
+        if tuple(dense.weight.shape) != entry.shape:
+            raise ValueError(
+                f"layer `{entry.name}` has shape {tuple(dense.weight.shape)}, the plan was made for {entry.shape}; "
+                "make a new plan."
+            )
+        moment = None
+        if plan.weighting == "activation":
+            moment = (second_moments or {}).get(entry.name)
+            if moment is None:
+                raise ValueError(
+                    f"the plan is weighted by activations; `second_moments` lacks `{entry.name}`: "
+                    "pass the result of `input_second_moments`."
+                )
+        made[entry.name] = factorize(dense, entry.ranks, second_moment=moment)
+    for name, layer in made.items():
+        swap(model, name, layer)
+    return list(made)
+
+
+def merge(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
+    """Replace factored layers in place by the dense layers they stand for.
+
+    Args:
+        model: Changed in place.
+        names: Layers to merge; None merges all.
+
+    Returns:
+        Names of the layers that were merged.
+
+    Raises:
+        ValueError: If a name is no factored layer of the model.
+    """
+    factored = low_rank_layers(model)
+    chosen = list(factored) if names is None else list(names)
+    for name in chosen:
+        if name not in factored:
+            raise ValueError(f"`{name}` is no low-rank layer; there are {sorted(factored)}.")
+    for name in chosen:
+        swap(model, name, to_dense(factored[name]))
+    return chosen
+
+
+def swap(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """Put ``layer`` in the place ``name``, hand the user's hooks over to it and return the layer that stood there."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    old: nn.Module = getattr(parent, child)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(layer, hooks).update(getattr(old, hooks))
+    for flags in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
+        getattr(layer, flags).update(getattr(old, flags))
+    layer._is_full_backward_hook = old._is_full_backward_hook
+    parent._modules[child] = layer
+    return old

@@ -1,0 +1,89 @@
+"""Which layers of a model can be factored, and why the others can not."""
+
+from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from lightning_accel.low_rank.factorize import DenseLayer
+from lightning_accel.low_rank.layers import LOW_RANK_TYPES, LowRankLayer
+
+_DENSE_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
+    """Return the factored layers of ``model`` by name, whoever made them."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LOW_RANK_TYPES)}
+
+
+def eligible_layers(
+    model: nn.Module, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> tuple[dict[str, DenseLayer], dict[str, str]]:
+    """Sort the linear and convolutional layers of a model into those that can be factored and those that can not.
+
+    Args:
+        model: Searched with all its submodules; not changed.
+        include: Shell patterns of module names; a layer must match one.
+        exclude: Shell patterns of module names; a layer must match none.
+
+    Returns:
+        Name to dense layer, and name to the reason why a layer is left alone.
+    """
+    names_of_module: Counter[int] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    parents = dict(model.named_modules())
+    eligible: dict[str, DenseLayer] = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (*_DENSE_TYPES, nn.modules.conv._ConvNd, *LOW_RANK_TYPES)):
+            continue
+        parent = parents.get(name.rpartition(".")[0]) if name else None
+        reason = _reason(module, name, parent)
+        if reason is None and names_of_module[id(module)] > 1:
+            reason = "shared: the module stands under several names"
+        if reason is None and owners[id(module.weight)] > 1:
+            reason = "tied: another module uses the same weight"
+        if reason is None and not any(fnmatchcase(name, pattern) for pattern in include):
+            reason = "not matched by `include`"
+        if reason is None and any(fnmatchcase(name, pattern) for pattern in exclude):
+            reason = "matched by `exclude`"
+        if reason is None and isinstance(module, _DENSE_TYPES):
+            eligible[name] = module
+        elif reason is not None:
+            skipped[name] = reason
+    return eligible, skipped
+
+
+def _reason(module: nn.Module, name: str, parent: nn.Module | None) -> str | None:
+    if isinstance(module, LOW_RANK_TYPES):
+        return "already low rank"
+    if name == "":
+        return "the model itself is the layer: it has no parent to hold a replacement"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "lazy: its shape is not known before the first batch"
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return "parametrized: its weight is computed"
+    if isinstance(parent, nn.TransformerEncoderLayer) and name.rpartition(".")[2] in {"linear1", "linear2"}:
+        return "fast path: nn.TransformerEncoderLayer reads its weight directly"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "fast path: nn.MultiheadAttention reads its weight directly"
+    if type(module) not in _DENSE_TYPES:
+        return f"{type(module).__name__}: only plain nn.Linear, nn.Conv1d and nn.Conv2d are factored"
+    return _weight_reason(module)
+
+
+def _weight_reason(module: nn.Module) -> str | None:
+    if getattr(module, "groups", 1) != 1:
+        return "grouped convolution"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "parametrized: its weight is computed"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}"
+    if weight.device.type == "meta":
+        return "its weight has no storage yet (meta device)"
+    return None

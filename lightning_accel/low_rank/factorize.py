@@ -1,0 +1,207 @@
+"""From a dense layer to a factored one and back: SVD and Tucker-2 in float32 or better."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.low_rank.layers import LowRankConv, LowRankLayer, LowRankLinear, TuckerConv
+
+DenseLayer = nn.Linear | nn.Conv1d | nn.Conv2d
+
+_RIDGE = 1e-6  # of the mean eigenvalue: keeps the whitening invertible where an input never varies
+
+
+def empty_like(dense: DenseLayer, ranks: Sequence[int]) -> LowRankLayer:
+    """Make a factored layer with the settings, device and dtype of ``dense``; its factors are random.
+
+    Args:
+        dense: Layer to imitate. Its bias, if any, is *shared*: the new layer holds the same Parameter.
+        ranks: ``(rank,)`` for a linear layer or a 1x1 convolution, ``(r1, r2)`` for other convolutions.
+
+    Raises:
+        ValueError: If the number of ranks does not fit the layer.
+    """
+    weight, bias = dense.weight, dense.bias
+    expected = 2 if isinstance(dense, nn.Conv1d | nn.Conv2d) and math.prod(dense.kernel_size) != 1 else 1
+    if len(ranks) != expected:
+        raise ValueError(f"`ranks` must have {expected} entries for {dense}, got {tuple(ranks)}.")
+    layer: LowRankLayer
+    if isinstance(dense, nn.Linear):
+        layer = LowRankLinear(
+            dense.in_features, dense.out_features, ranks[0], bias=False, device=weight.device, dtype=weight.dtype
+        )
+    else:
+        settings = {
+            "stride": dense.stride,
+            "padding": dense.padding,
+            "dilation": dense.dilation,
+            "padding_mode": dense.padding_mode,
+            "bias": False,
+            "device": weight.device,
+            "dtype": weight.dtype,
+        }
+        sizes = (dense.in_channels, dense.out_channels, dense.kernel_size)
+        layer = (
+            TuckerConv(*sizes, (ranks[0], ranks[1]), **settings)  # type: ignore[arg-type]
+            if expected == 2
+            else LowRankConv(*sizes, ranks[0], **settings)  # type: ignore[arg-type]
+        )
+    layer.bias = bias
+    for name in layer.factor_names:
+        getattr(layer, name).requires_grad_(weight.requires_grad)
+    return layer.train(dense.training)
+
+
+def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor | None = None) -> LowRankLayer:
+    r"""Return the factored layer that is nearest to ``dense``.
+
+    Linear layers and 1x1 convolutions solve ``min ||(W - U V) C^(1/2)||_F`` over matrices of the given rank by an SVD,
+    the square roots of the singular values on both sides. Other convolutions are projected on the leading left
+    singular vectors of the two channel unfoldings (truncated HOSVD, Tucker-2), the three factors scaled to one norm.
+
+    Args:
+        dense: Layer with finite weights. It is not changed; its bias is shared.
+        ranks: ``(rank,)`` or ``(r1, r2)``, each between 1 and the full rank (larger ones are cut to it).
+        second_moment: ``C``, the mean of ``x x^T`` over the layer's inputs, (in, in); None stands for the identity.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite, a rank is below 1, their number does not fit, or ``second_moment``
+            has another shape.
+
+    References:
+        Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824. *Deviations*: the optional weighting by ``C``.
+
+    Complexity: one SVD of the unfolded weight per channel mode, in float32 or float64, on the weight's device.
+    """
+    full = full_ranks(dense)
+    if len(ranks) == len(full):
+        ranks = tuple(min(pair) for pair in zip(ranks, full, strict=True))
+    layer = empty_like(dense, ranks)
+    with torch.no_grad():
+        weight, whiten, unwhiten = _whitened(dense, second_moment)
+        if len(ranks) == 1:
+            left, values, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+            root = values[: ranks[0]].sqrt()
+            factors = {"factor_out": left[:, : ranks[0]] * root, "factor_in": root[:, None] * right[: ranks[0]]}
+        else:
+            left, right = _leading(weight, 0, ranks[1]), _leading(weight, 1, ranks[0])
+            core = torch.einsum("ob,oi...,ia->ba...", left, weight, right)
+            factors = {"factor_out": left, "core": core, "factor_in": right.T}
+        if whiten is not None:
+            factors["factor_in"] = factors["factor_in"] @ unwhiten
+        if len(ranks) == 2:
+            factors = _balanced(factors)
+        for name, factor in factors.items():
+            parameter = getattr(layer, name)
+            parameter.copy_(factor.reshape(parameter.shape))
+    return layer
+
+
+def to_dense(layer: LowRankLayer) -> DenseLayer:
+    """Return the dense layer whose weight is the product of the factors; the bias Parameter is shared.
+
+    The product is formed in float32 or better and cast back.
+    """
+    dense: DenseLayer
+    example = layer.factor_in
+    with torch.no_grad():
+        factors = {name: _precise(getattr(layer, name)) for name in layer.factor_names}
+        weight = nn.Parameter(layer.product(factors).to(example.dtype))
+    if isinstance(layer, LowRankLinear):
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=example.dtype)
+    else:
+        make = nn.Conv1d if len(layer.kernel_size) == 1 else nn.Conv2d
+        dense = make(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            stride=layer.stride,  # type: ignore[arg-type]
+            padding=layer.padding,  # type: ignore[arg-type]
+            dilation=layer.dilation,  # type: ignore[arg-type]
+            padding_mode=layer.padding_mode,
+            bias=False,
+            device="meta",
+            dtype=example.dtype,
+        )
+    dense.weight = weight.requires_grad_(any(getattr(layer, name).requires_grad for name in layer.factor_names))
+    dense.bias = layer.bias
+    return dense.train(layer.training)
+
+
+def full_ranks(dense: DenseLayer) -> tuple[int, ...]:
+    """Return the ranks that keep everything: ``(rank,)`` or ``(r1, r2)``."""
+    out, fan_in, *kernel = dense.weight.shape
+    positions = math.prod(kernel)
+    return (min(out, fan_in),) if positions == 1 else (min(fan_in, out * positions), min(out, fan_in * positions))
+
+
+class EnergyProfile:
+    """Retained energy ``||W'||^2 / ||W||^2`` of a layer at any rank (weighted by ``C``, if given).
+
+    Truncated SVD and truncated HOSVD are orthogonal projections, so the relative squared error is one minus this.
+
+    Args:
+        dense: Layer with finite weights.
+        second_moment: As in `factorize`.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite or ``second_moment`` has another shape.
+    """
+
+    def __init__(self, dense: DenseLayer, second_moment: Tensor | None = None) -> None:
+        with torch.no_grad():
+            weight, _, _ = _whitened(dense, second_moment)
+            if len(full_ranks(dense)) == 1:
+                energies = torch.linalg.svdvals(weight.flatten(1)).double().square()
+            else:
+                left, right = _leading(weight, 0, weight.shape[0]), _leading(weight, 1, weight.shape[1])
+                core = torch.einsum("ob,oi...,ia->ba...", left, weight, right)
+                energies = core.double().square().flatten(2).sum(2).T.cumsum(1)
+            cumulated = energies.cumsum(0)
+            total = cumulated.flatten()[-1]
+            self._kept = (cumulated / total if total > 0.0 else torch.ones_like(cumulated)).cpu()
+
+    def __call__(self, ranks: Sequence[int]) -> float:
+        """Return the energy kept at ``ranks``, in [0, 1]; a layer of zeros keeps everything."""
+        index = tuple(min(rank, size) - 1 for rank, size in zip(ranks, self._kept.shape, strict=True))
+        return min(1.0, float(self._kept[index]))
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _whitened(dense: DenseLayer, second_moment: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the weight times C^(1/2), that root, and its inverse."""
+    weight = _precise(dense.weight)
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"the weight of {dense} is NaN or infinite; restore a sound checkpoint before factorizing it.")
+    if second_moment is None:
+        return weight, None, weight
+    fan_in = weight.shape[1]
+    if second_moment.shape != (fan_in, fan_in):
+        raise ValueError(f"`second_moment` must be {fan_in} x {fan_in} for {dense}, got {tuple(second_moment.shape)}.")
+    values, vectors = torch.linalg.eigh(second_moment.to(weight.device, torch.float64))
+    values = values.clamp_min(0.0) + _RIDGE * values.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    root = (vectors * values.sqrt()) @ vectors.T
+    inverse = (vectors / values.sqrt()) @ vectors.T
+    whitened = torch.einsum("oi...,ij->oj...", weight, root.to(weight.dtype))
+    return whitened, root.to(weight.dtype), inverse.to(weight.dtype)
+
+
+def _leading(weight: Tensor, mode: int, rank: int) -> Tensor:
+    """Return the leading left singular vectors of the unfolding along ``mode``, from its Gram matrix in float64."""
+    unfolded = weight.transpose(0, mode).flatten(1).double()
+    _, vectors = torch.linalg.eigh(unfolded @ unfolded.T)
+    return vectors.flip(1)[:, :rank].to(weight.dtype)
+
+
+def _balanced(factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scale the factors to one Frobenius norm; their product stays."""
+    norms = {name: float(torch.linalg.vector_norm(factor)) for name, factor in factors.items()}
+    mean = math.prod(norms.values()) ** (1.0 / len(norms))
+    if mean == 0.0:
+        return factors
+    return {name: factor * (mean / norms[name]) for name, factor in factors.items()}
