@@ -1,0 +1,70 @@
+"""One way to compose and instantiate, the same with Hydra 1.3 and 1.4."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import hydra
+from hydra import errors as hydra_errors
+from hydra.utils import instantiate as hydra_instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+CONFIG_PATH = "pkg://lightning_accel.conf"
+# 1.4 deprecates `version_base` and asks which targets code may be built from; 1.3 knows no such question.
+_HYDRA_1_3 = tuple(int(part) for part in re.findall(r"\d+", hydra.__version__)[:2]) < (1, 4)
+
+
+class UsageError(Exception):
+    """The user can mend this on the command line. The message says what is wrong and what to do."""
+
+
+def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+    """Decorate ``task`` with ``hydra.main`` for a configuration of this package, whatever Hydra's version."""
+    if _HYDRA_1_3:
+        return hydra.main(config_path=CONFIG_PATH, config_name=config_name, version_base="1.3")(task)
+    return hydra.main(config_path=CONFIG_PATH, config_name=config_name)(task)
+
+
+def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose ``conf/<config_name>.yaml`` with overrides inside a running program, as the tests and notebooks do.
+
+    Values that only a started command has, such as ``paths.output_dir``, must be overridden to be read.
+    """
+    version = {"version_base": "1.3"} if _HYDRA_1_3 else {}
+    with hydra.initialize_config_module("lightning_accel.conf", **version):
+        return hydra.compose(config_name, overrides=list(overrides))
+
+
+def instantiate(node: DictConfig, *, name: str, **given: object) -> Any:
+    """Build the object that ``node._target_`` names, with plain dicts and lists as arguments.
+
+    Args:
+        node: The configuration with its ``_target_``.
+        name: Where it stands, e.g. ``"callbacks.rank_quantization"``; errors name it.
+        given: Arguments that no configuration can hold, e.g. the callbacks of a Trainer.
+
+    Raises:
+        UsageError: If the class can not be found, or refuses its arguments by ``ValueError``, ``TypeError`` or
+            Lightning's ``MisconfigurationException``. Other errors of a constructor come out as they are.
+    """
+    # The user composed these targets and no others, so these and no others are trusted.
+    allowed = {} if _HYDRA_1_3 else {"_execution_whitelist_": sorted(set(targets(node)))}
+    try:
+        return hydra_instantiate(node, _convert_="all", **allowed, **given)
+    except hydra_errors.InstantiationException as error:
+        from lightning_accel.cli.errors import refused
+
+        raise refused(error, node, name=name) from error.__cause__
+
+
+def targets(node: object) -> Iterator[str]:
+    """Yield every ``_target_`` in a configuration, at any depth."""
+    if isinstance(node, DictConfig):
+        if isinstance(node.get("_target_"), str):
+            yield node["_target_"]
+        for key in node:
+            if not OmegaConf.is_missing(node, key):
+                yield from targets(node[key])
+    elif isinstance(node, ListConfig):
+        for item in node:
+            yield from targets(item)

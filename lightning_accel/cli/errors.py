@@ -1,0 +1,160 @@
+"""From an exception to one message that says what is wrong and what to do, and an exit code."""
+
+import difflib
+import errno
+import inspect
+import pkgutil
+import traceback
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+
+from hydra import errors as hydra_errors
+from omegaconf import DictConfig, OmegaConf
+from omegaconf import errors as omegaconf_errors
+
+from lightning_accel.cli.compose import UsageError
+
+FAILED, NOT_UNDERSTOOD, INTERRUPTED = 1, 2, 130
+_EXTRAS = {"optuna": "optuna", "matplotlib": "examples", "sklearn": "examples", "onnx": "onnx", "ray": "ray"}
+
+
+def explain(error: BaseException, overrides: Iterable[str] = ()) -> tuple[str, int]:
+    """Return the message for an exception that ended a command, and the exit code.
+
+    Args:
+        error: What was raised.
+        overrides: What the user typed; the one that is to blame is named where Hydra does not say which.
+    """
+    if isinstance(error, UsageError):
+        return str(error), NOT_UNDERSTOOD
+    if isinstance(error, hydra_errors.MissingConfigException):
+        return _missing_option(error), NOT_UNDERSTOOD
+    if isinstance(error, hydra_errors.CompactHydraException):
+        return _not_composed(error, overrides), NOT_UNDERSTOOD
+    if isinstance(error, omegaconf_errors.MissingMandatoryValue):
+        return f"`{error.full_key}` is needed and has no default: add {error.full_key}=VALUE.", NOT_UNDERSTOOD
+    if isinstance(error, omegaconf_errors.OmegaConfBaseException):
+        return f"{_first_line(error)} (at `{error.full_key}`)", NOT_UNDERSTOOD
+    if isinstance(error, OSError) and error.errno is not None:
+        return _system(error), FAILED
+    return f"{type(error).__name__}: {error}{_where(error)}", FAILED
+
+
+def refused(error: hydra_errors.InstantiationException, node: DictConfig, *, name: str) -> BaseException:
+    """Return what to raise when an object could not be built: a `UsageError`, or the constructor's own failure."""
+    cause = error.__cause__
+    deepest = cause
+    while deepest is not None and deepest.__cause__ is not None:
+        deepest = deepest.__cause__
+    where = _full_key(error, name)
+    inner = OmegaConf.select(node, where[len(name) + 1 :]) if where.startswith(f"{name}.") else node
+    target = (inner if isinstance(inner, DictConfig) else node).get("_target_")
+    if isinstance(cause, ModuleNotFoundError | AttributeError | ImportError) or cause is None:
+        return UsageError(_not_found(where, str(target), deepest or error))
+    if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
+        key = str(cause).rsplit("'", 2)[-2]
+        known = parameters(str(target))
+        return UsageError(f"`{where}.{key}`: {target} takes no `{key}`. {did_you_mean(key, known)}".rstrip())
+    if isinstance(cause, TypeError | ValueError) or type(cause).__name__ == "MisconfigurationException":
+        return UsageError(f"`{where}` ({target}): {cause}")
+    return cause
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Name the closest of ``known`` if there is a close one, and all of them if they are few."""
+    known = sorted(set(known))
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    hint = f"Did you mean {' or '.join(f'`{c}`' for c in close)}? " if close else ""
+    return hint + (f"There are: {', '.join(known)}." if known else "")
+
+
+def parameters(target: str) -> list[str]:
+    """Return the names of the arguments that a ``_target_`` takes, or none if it can not be read."""
+    try:
+        signature = inspect.signature(pkgutil.resolve_name(target))
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, parameter in signature.parameters.items() if parameter.kind in kinds]
+
+
+def _missing_option(error: hydra_errors.MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    if not group or not error.options:
+        return str(error)
+    if group == "hydra/sweeper" and option in _EXTRAS:
+        return f"`{option}` is not installed: pip install 'lightning-accel[{_EXTRAS[option]}]'."
+    return f"`{option}` is no option of the group `{group}`. {did_you_mean(option, error.options)}"
+
+
+def _not_composed(error: hydra_errors.CompactHydraException, overrides: Iterable[str]) -> str:
+    cause = error.__cause__
+    if isinstance(cause, omegaconf_errors.ConfigKeyError | omegaconf_errors.ConfigAttributeError):
+        parent, key = cause.parent_node, str(cause.key)
+        return _unknown_key(parent, key, cause.full_key or key, overrides)
+    text = str(error).strip()
+    if isinstance(cause, omegaconf_errors.OmegaConfBaseException):
+        text += f": {_first_line(cause)}"
+    return text
+
+
+def _unknown_key(parent: object, key: str, full_key: str, overrides: Iterable[str]) -> str:
+    typed = next((o for o in overrides if o.lstrip("+~").startswith(full_key)), f"{full_key}=VALUE")
+    keys = [str(k) for k in parent if k != "_target_"] if isinstance(parent, DictConfig) else []
+    target = parent.get("_target_") if isinstance(parent, DictConfig) else None
+    taken = parameters(target) if isinstance(target, str) else []
+    if key in taken:
+        return f"`{full_key}` is not set in the configuration, but {target} takes it: add it with +{typed}"
+    if "." not in full_key:
+        keys += [entry.name for entry in files("lightning_accel.conf").iterdir() if _is_group(entry)]
+    parent_key = full_key.rpartition(".")[0]
+    place = f"`{parent_key}` has" if parent_key else "there is"
+    if parent_key == "callbacks" and key in _options("callbacks"):
+        chosen = ",".join([*keys, key])
+        return f"`{full_key}` is not in use. Choose it first: callbacks=[{chosen}]"
+    return f"`{full_key}` can not be set: {place} no `{key}`. {did_you_mean(key, [*keys, *taken])}".rstrip()
+
+
+def _options(group: str) -> list[str]:
+    folder = files("lightning_accel.conf") / group
+    return [entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+
+
+def _is_group(entry: object) -> bool:
+    return bool(entry.is_dir()) and not entry.name.startswith("_")  # type: ignore[attr-defined]
+
+
+def _full_key(error: Exception, name: str) -> str:
+    for line in str(error).splitlines():
+        if line.startswith("full_key: "):
+            return line.removeprefix("full_key: ").strip()
+    return name
+
+
+def _not_found(where: str, target: str, cause: BaseException) -> str:
+    missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
+    if missing and not target.startswith(missing):
+        extra = _EXTRAS.get(missing.partition(".")[0])
+        what = f"pip install 'lightning-accel[{extra}]'" if extra else f"install `{missing}`"
+        return f"`{where}` ({target}) needs `{missing}`, which is not installed: {what}."
+    return f"`{where}._target_` names {target}, which can not be imported ({_first_line(cause)}). Correct it."
+
+
+def _system(error: OSError) -> str:
+    what = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        return f"{what}. Results go under `paths.root_dir`: choose a folder you may write, paths.root_dir=FOLDER."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{what}. Free some space, or write elsewhere: paths.root_dir=FOLDER."
+    return what
+
+
+def _where(error: BaseException) -> str:
+    """Name the last line that is not inside a library, by file name only."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    return f" (in {Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
