@@ -12,7 +12,7 @@ _HOMES = {
     "Stage": "graph",
 }
 
-__all__ = list(_HOMES)  # noqa: PLE0605
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:

@@ -64,7 +64,7 @@ def strongly_connected_components(nodes: Iterable[N], successors: Callable[[N], 
                     parent = work[-1][0]
                     low[parent] = min(low[parent], low[node])
                 if low[node] == index[node]:
-                    component = []
+                    component: list[N] = []
                     while not component or component[-1] != node:
                         component.append(stack.pop())
                         on_stack.discard(component[-1])
@@ -97,7 +97,9 @@ class Node:
         if self.size < 1:
             raise ValueError(f"`size` of node {self.name!r} must be >= 1, got {self.size}.")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"`activation` of node {self.name!r} must be one of {ACTIVATIONS}, got {self.activation!r}.")
+            raise ValueError(
+                f"`activation` of node {self.name!r} must be one of {ACTIVATIONS}, got {self.activation!r}."
+            )
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(
                 f"`aggregation` of node {self.name!r} must be one of {AGGREGATIONS}, got {self.aggregation!r}."
@@ -179,7 +181,9 @@ class RecurrentGraph:
         self.outputs = tuple(outputs)
         if len(self.nodes) != len(nodes):
             names = [node.name for node in nodes]
-            raise ValueError(f"node names must be unique, used twice: {sorted({n for n in names if names.count(n) > 1})}.")
+            raise ValueError(
+                f"node names must be unique, used twice: {sorted({n for n in names if names.count(n) > 1})}."
+            )
         self._check_names()
         for edge in self.edges:
             self._check_sizes(edge)
@@ -219,8 +223,8 @@ class RecurrentGraph:
         source, target = self.nodes[edge.source].size, self.nodes[edge.target].size
         if edge.connection in ("identity", "diagonal") and source != target:
             raise ValueError(
-                f"the {edge.connection} edge {edge.source} -> {edge.target} joins {source} with {target} units; make the "
-                "sizes equal or the connection full."
+                f"the {edge.connection} edge {edge.source} -> {edge.target} joins {source} with {target} units; make "
+                "the sizes equal or the connection full."
             )
         if edge.connection == "broadcast" and source != 1:
             raise ValueError(
@@ -245,7 +249,7 @@ class RecurrentGraph:
             following[edge.source].append(edge.target)
             if edge.delay == 0:
                 at_once[edge.source].append(edge.target)
-        rank = {}
+        rank: dict[str, int] = {}
         for component in strongly_connected_components(self.nodes, at_once.__getitem__):
             if len(component) > 1 or component[0] in at_once[component[0]]:
                 raise ValueError(

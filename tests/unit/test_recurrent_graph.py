@@ -85,7 +85,9 @@ def test_wrong_graphs_are_refused(edges, changes, message):
         (lambda: Edge("a", "b", delay=-1), "must be >= 0 time steps, got -1"),
         (lambda: Edge("a", "b", connection="sparse"), "`connection` of the edge a -> b"),
         (
-            lambda: RecurrentGraph([Node("x", 1, period=2), Node("y", 1)], [Edge("x", "y")], inputs=["x"], outputs=["y"]),
+            lambda: RecurrentGraph(
+                [Node("x", 1, period=2), Node("y", 1)], [Edge("x", "y")], inputs=["x"], outputs=["y"]
+            ),
             "can not be an input and a clock",
         ),
     ],
