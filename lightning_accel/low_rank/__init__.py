@@ -6,7 +6,8 @@ In the order of use::
 
     plan = make_plan(model, run_batch, ratio=2.0)       # measures single layers; the model stays as it is
     replaced = decompose(model, plan)                   # in place; names, biases, hooks and modes stay
-    swapped = replace_parameters(optimizer, {...})      # in the middle of a training: moments are projected
+    decision = verify_plan(plan, time_variants)         # whole steps decide: what does not pay goes back to dense
+    replace_parameters(optimizer, {weight: layer})      # in the middle of a training: moments are projected
     frozen = freeze(model, FreezingSchedule().frozen_group(epoch=3), user_frozen=frozen_parameters(model))
     merge(model)                                        # dense again
     adapt_structure(model, state_dict)                  # before loading: structure follows keys and shapes
@@ -16,42 +17,87 @@ Factored layers are `LowRankLinear` and `LowRankConv` (``factor_in``, ``factor_o
 ``groups()``. See README.md in this folder for when it pays, the equations and all parameters.
 """
 
+from lightning_accel.low_rank.adaptive import AdaptiveFreezing, frozen_prefix
+from lightning_accel.low_rank.calls import LayerCall, input_second_moments, record_calls
+from lightning_accel.low_rank.candidates import plateau_candidates, theoretical_ranks
 from lightning_accel.low_rank.decompose import decompose, merge, swap
 from lightning_accel.low_rank.eligibility import eligible_layers, low_rank_layers
-from lightning_accel.low_rank.factorize import EnergyProfile, factorize, full_ranks, to_dense
+from lightning_accel.low_rank.factorize import EnergyProfile, empty_like, factorize, full_ranks, to_dense
 from lightning_accel.low_rank.freezing import (
     NUM_GROUPS,
     FreezingSchedule,
+    factor_parameter_names,
     freeze,
     frozen_factor_index,
     frozen_parameters,
 )
+from lightning_accel.low_rank.gate import (
+    GateDecision,
+    apply_decision,
+    layer_groups,
+    marginal_reverts,
+    payback_steps,
+    verify_plan,
+)
 from lightning_accel.low_rank.layers import LOW_RANK_TYPES, LowRankConv, LowRankLayer, LowRankLinear, TuckerConv
+from lightning_accel.low_rank.optimizer import (
+    Replacement,
+    orphans,
+    replace_by_merged,
+    replace_parameters,
+    undo_replacement,
+)
 from lightning_accel.low_rank.plan import Candidate, LayerPlan, RankPlan
+from lightning_accel.low_rank.search import make_plan
 from lightning_accel.low_rank.structure import adapt_structure
+from lightning_accel.low_rank.timing import DiskCache, default_cache_dir, time_layer
 
 __all__ = [
     "LOW_RANK_TYPES",
     "NUM_GROUPS",
+    "AdaptiveFreezing",
     "Candidate",
+    "DiskCache",
     "EnergyProfile",
     "FreezingSchedule",
+    "GateDecision",
+    "LayerCall",
     "LayerPlan",
     "LowRankConv",
     "LowRankLayer",
     "LowRankLinear",
     "RankPlan",
+    "Replacement",
     "TuckerConv",
     "adapt_structure",
+    "apply_decision",
     "decompose",
+    "default_cache_dir",
     "eligible_layers",
+    "empty_like",
+    "factor_parameter_names",
     "factorize",
     "freeze",
     "frozen_factor_index",
     "frozen_parameters",
+    "frozen_prefix",
     "full_ranks",
+    "input_second_moments",
+    "layer_groups",
     "low_rank_layers",
+    "make_plan",
+    "marginal_reverts",
     "merge",
+    "orphans",
+    "payback_steps",
+    "plateau_candidates",
+    "record_calls",
+    "replace_by_merged",
+    "replace_parameters",
     "swap",
+    "theoretical_ranks",
+    "time_layer",
     "to_dense",
+    "undo_replacement",
+    "verify_plan",
 ]

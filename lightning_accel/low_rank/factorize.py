@@ -23,7 +23,7 @@ def empty_like(dense: DenseLayer, ranks: Sequence[int]) -> LowRankLayer:
     Raises:
         ValueError: If the number of ranks does not fit the layer.
     """
-    weight, bias = dense.weight, dense.bias
+    weight = dense.weight
     expected = 2 if isinstance(dense, nn.Conv1d | nn.Conv2d) and math.prod(dense.kernel_size) != 1 else 1
     if len(ranks) != expected:
         raise ValueError(f"`ranks` must have {expected} entries for {dense}, got {tuple(ranks)}.")
@@ -48,7 +48,7 @@ def empty_like(dense: DenseLayer, ranks: Sequence[int]) -> LowRankLayer:
             if expected == 2
             else LowRankConv(*sizes, ranks[0], **settings)  # type: ignore[arg-type]
         )
-    layer.bias = bias
+    layer.bias = dense._parameters["bias"]
     for name in layer.factor_names:
         getattr(layer, name).requires_grad_(weight.requires_grad)
     return layer.train(dense.training)

@@ -185,3 +185,12 @@ def set_trainable(parameter: nn.Parameter, trainable: bool) -> None:
 def frozen_parameters(model: nn.Module) -> set[str]:
     """Return the full names of all parameters with ``requires_grad=False``; call it before the first `freeze`."""
     return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def factor_parameter_names(model: nn.Module) -> set[str]:
+    """Return the full names of the factors of all low-rank layers, without biases."""
+    return {
+        f"{name}.{part}" if name else part
+        for name, layer in low_rank_layers(model).items()
+        for part in layer.factor_names
+    }

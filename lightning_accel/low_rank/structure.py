@@ -80,7 +80,7 @@ def _from_factors(
             f"the incoming factors of layer `{name}` have shapes {actual}, it needs {expected}; "
             "load the checkpoint into the model it was saved from."
         )
-    made.bias = layer.bias
+    made.bias = layer._parameters["bias"]
     return made
 
 

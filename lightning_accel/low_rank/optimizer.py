@@ -1,0 +1,163 @@
+"""Swap parameters of a running optimizer when layers change between dense and low rank."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.low_rank.layers import LowRankLayer
+
+# How a state entry depends on the gradient: linearly, by squares, or not at all.
+_FIRST = ("momentum_buffer", "exp_avg", "grad_avg")
+_SECOND = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+_COUNTERS = ("step", "mu_product")
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What `replace_parameters` did, and what is needed to undo it.
+
+    Attributes:
+        projected: Number of parameters whose moments were carried over.
+        fresh: Why moments were not carried over, one line a layer; empty if all were.
+        before: Optimizer, its groups' parameter lists and the states of the dense weights, as they were.
+    """
+
+    projected: int
+    fresh: tuple[str, ...]
+    before: tuple[torch.optim.Optimizer, list[list[nn.Parameter]], dict[nn.Parameter, dict[str, Any]]]
+
+
+def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, LowRankLayer]) -> Replacement:
+    r"""Let factors take the place of dense weights in their parameter groups, and project the moments.
+
+    With ``W = U V``, gradients of the factors are ``dU = G V^T`` and ``dV = U^T G``. So a first moment M of the weight
+    becomes ``M V^T`` and ``U^T M``; a second moment v, an average of squares, becomes ``v (V*V)^T`` and ``(U*U)^T v``
+    (entries of G taken as uncorrelated). For Tucker-2 the same holds with the derivatives of its product. Step
+    counters are copied. A state with entries that are not known starts fresh, and the result says so. RMSprop's
+    momentum is a sum of normalized gradients, which no projection keeps: it starts at zero.
+
+    Args:
+        optimizer: Holds the dense weights; changed in place. Group options, order and other states stay.
+        replaced: Dense weight to the factored layer that replaces it. Weights that are not in the optimizer are
+            ignored, as an optimizer may own a part of the model only.
+
+    Returns:
+        What was done; `undo_replacement` takes it back.
+    """
+    lists = [list(group["params"]) for group in optimizer.param_groups]
+    held = {parameter for group in lists for parameter in group}
+    states = {weight: dict(optimizer.state[weight]) for weight in replaced if weight in optimizer.state}
+    fresh: list[str] = []
+    projected = 0
+    for group in optimizer.param_groups:
+        parameters: list[nn.Parameter] = []
+        for parameter in group["params"]:
+            if parameter in replaced:
+                layer = replaced[parameter]
+                parameters.extend(getattr(layer, name) for name in layer.factor_names)
+            else:
+                parameters.append(parameter)
+        group["params"] = parameters
+    for weight, layer in replaced.items():
+        state = optimizer.state.pop(weight, None) if weight in held else None
+        if not state:
+            continue
+        problem = _unknown(weight, state)
+        if problem:
+            fresh.append(f"{tuple(weight.shape)}: {problem}")
+            continue
+        for name, factor_state in project_state(state, layer).items():
+            optimizer.state[getattr(layer, name)] = factor_state
+            projected += 1
+    return Replacement(projected=projected, fresh=tuple(fresh), before=(optimizer, lists, states))
+
+
+def undo_replacement(replacement: Replacement) -> None:
+    """Put the dense weights and their states back, as they were when `replace_parameters` was called.
+
+    Steps that the optimizer took in between on the factors are forgotten; states of parameters that were not replaced
+    stay as they are now.
+    """
+    optimizer, lists, states = replacement.before
+    kept = {parameter for group in lists for parameter in group}
+    for parameter in list(optimizer.state):
+        if parameter not in kept:
+            del optimizer.state[parameter]
+    for group, parameters in zip(optimizer.param_groups, lists, strict=True):
+        group["params"] = list(parameters)
+    for weight, state in states.items():
+        optimizer.state[weight] = state
+
+
+def replace_by_merged(optimizer: torch.optim.Optimizer, merged: Mapping[LowRankLayer, nn.Parameter]) -> tuple[str, ...]:
+    """Let dense weights take the place of the factors they were multiplied from.
+
+    The dense weight's moments can not be known from those of the factors, so they start fresh.
+
+    Args:
+        optimizer: Holds the factors; changed in place. The weight goes to the group of the first factor.
+        merged: Factored layer to the dense weight that replaces it.
+
+    Returns:
+        One line a layer whose moments start fresh.
+    """
+    heads = {getattr(layer, layer.factor_names[0]): weight for layer, weight in merged.items()}
+    factors = {getattr(layer, name) for layer in merged for name in layer.factor_names}
+    for group in optimizer.param_groups:
+        group["params"] = [
+            heads.get(parameter, parameter)
+            for parameter in group["params"]
+            if parameter not in factors or parameter in heads
+        ]
+    known = {factor for factor in factors if optimizer.state.pop(factor, None)}
+    why = "moments of factors do not determine those of the weight"
+    return tuple(f"{tuple(weight.shape)}: {why}" for factor, weight in heads.items() if factor in known)
+
+
+def project_state(state: Mapping[str, Any], layer: LowRankLayer) -> dict[str, dict[str, Any]]:
+    """Return the optimizer state of each factor by name, from the dense weight's state; see `replace_parameters`."""
+    factors = {name: getattr(layer, name).detach() for name in layer.factor_names}
+    squares = {name: factor.square() for name, factor in factors.items()}
+    result: dict[str, dict[str, Any]] = {name: {} for name in factors}
+    for key, value in state.items():
+        if value is not None and key in _FIRST + _SECOND:
+            if "square_avg" in state and key == "momentum_buffer":
+                moments = {name: torch.zeros_like(factor) for name, factor in factors.items()}
+            else:
+                moments = _pull_back(layer, factors if key in _FIRST else squares, value)
+            for name, moment in moments.items():
+                result[name][key] = moment
+        else:
+            for entry in result.values():
+                entry[key] = value.clone() if isinstance(value, Tensor) else value
+    return result
+
+
+def orphans(optimizers: Sequence[torch.optim.Optimizer], layer: LowRankLayer) -> list[str]:
+    """Return the names of trainable factors that no optimizer holds: they would never be trained."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    factors = {name: getattr(layer, name) for name in layer.factor_names}
+    return [name for name, factor in factors.items() if factor.requires_grad and id(factor) not in held]
+
+
+def _pull_back(layer: LowRankLayer, point: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
+    """Apply the transposed derivative of the layer's product at ``point`` to ``cotangent``."""
+    with torch.enable_grad():
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in point.items()}
+        product = layer.product(leaves)
+        gradients = torch.autograd.grad(product, list(leaves.values()), cotangent.to(product.dtype).view_as(product))
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def _unknown(weight: Tensor, state: Mapping[str, Any]) -> str | None:
+    for key, value in state.items():
+        if key in _COUNTERS or value is None:
+            continue
+        if key not in _FIRST + _SECOND:
+            return f"the state entry `{key}` is unknown, moments start fresh"
+        if not isinstance(value, Tensor) or value.shape != weight.shape:
+            return f"the state entry `{key}` has another shape than the weight, moments start fresh"
+    return None
