@@ -7,10 +7,19 @@ They are ordinary Lightning code: nothing else in the package treats them specia
 from importlib import import_module
 
 _HOMES = {
+    "AddingProblem": "long_memory",
+    "BreastCancer": "tabular",
     "CNN": "cnn",
+    "CharLM": "char_lm",
+    "Classification": "tabular",
+    "CopyTask": "long_memory",
     "Digits": "digits",
+    "GAN": "gan",
     "MLP": "mlp",
+    "RecurrentRegressor": "recurrent_regressor",
     "ResNet18": "resnet",
+    "SupervisedAutoencoder": "autoencoder",
+    "Topics": "topics",
     "ViT": "vit",
 }
 

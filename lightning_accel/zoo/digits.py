@@ -35,7 +35,7 @@ class Digits(LightningDataModule):
 
     num_classes = 10
 
-    def __init__(self, image_size: int = 8, channels: int = 1, batch_size: int = 64, seed: int = 0) -> None:
+    def __init__(self, *, image_size: int = 8, channels: int = 1, batch_size: int = 64, seed: int = 0) -> None:
         super().__init__()
         check_integers(8, image_size=image_size)
         check_integers(1, batch_size=batch_size)
@@ -46,9 +46,7 @@ class Digits(LightningDataModule):
         self.channels = channels
         self.batch_size = batch_size
         self.seed = seed
-        self.train_set: TensorDataset | None = None
-        self.val_set: TensorDataset | None = None
-        self.test_set: TensorDataset | None = None
+        self.parts: list[TensorDataset] = []
 
     def prepare_data(self) -> None:
         """Check that scikit-learn is there."""
@@ -56,7 +54,7 @@ class Digits(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002  # all stages come from one file
         """Load, upsample and split; the second time, do nothing."""
-        if self.train_set is not None:
+        if self.parts:
             return
         images, labels = sklearn_datasets().load_digits(return_X_y=True)
         x = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8).div(16)
@@ -65,22 +63,17 @@ class Digits(LightningDataModule):
             x = functional.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
         x = x.repeat(1, self.channels, 1, 1)
         target = torch.tensor(labels, dtype=torch.int64)
-        self.train_set, self.val_set, self.test_set = (
-            TensorDataset(x[part], target[part])
-            for part in split(target, val_fraction=0.1, test_fraction=0.2, seed=self.seed)
-        )
+        parts = split(target, val_fraction=0.1, test_fraction=0.2, seed=self.seed)
+        self.parts = [TensorDataset(x[part], target[part]) for part in parts]
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the shuffled training batches."""
-        assert self.train_set is not None
-        return training_loader(self.train_set, size=len(self.train_set), batch_size=self.batch_size, seed=self.seed)
+        return training_loader(self.parts[0], batch_size=self.batch_size, seed=self.seed)
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation batches."""
-        assert self.val_set is not None
-        return evaluation_loader(self.val_set, batch_size=self.batch_size)
+        return evaluation_loader(self.parts[1], batch_size=self.batch_size)
 
     def test_dataloader(self) -> DataLoader:
         """Return the test batches."""
-        assert self.test_set is not None
-        return evaluation_loader(self.test_set, batch_size=self.batch_size)
+        return evaluation_loader(self.parts[2], batch_size=self.batch_size)

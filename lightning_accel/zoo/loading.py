@@ -1,11 +1,11 @@
 """Loaders that repeat: the order is a function of seed and epoch, and a checkpoint remembers the place in it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 
 class EpochSampler(Sampler[int]):
@@ -70,27 +70,17 @@ class ResumableLoader(DataLoader[Any]):
         self._resume = state_dict["epoch"], state_dict["batches"]
 
 
-def training_loader(
-    dataset: Dataset[Any],
-    *,
-    size: int,
-    batch_size: int,
-    seed: int,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
-) -> ResumableLoader:
+def training_loader(dataset: TensorDataset, *, batch_size: int, seed: int) -> ResumableLoader:
     """Return a shuffling loader whose last, short batch is dropped unless it is the only one."""
     return ResumableLoader(
         dataset,
         batch_size=batch_size,
-        sampler=EpochSampler(size, seed),
-        drop_last=size >= batch_size,
+        sampler=EpochSampler(len(dataset), seed),
+        drop_last=len(dataset) >= batch_size,
         num_workers=0,
-        collate_fn=collate_fn,
     )
 
 
-def evaluation_loader(
-    dataset: Dataset[Any], *, batch_size: int, collate_fn: Callable[[list[Any]], Any] | None = None
-) -> DataLoader[Any]:
+def evaluation_loader(dataset: TensorDataset, *, batch_size: int) -> DataLoader[Any]:
     """Return a loader of every sample in order."""
-    return DataLoader(dataset, batch_size=batch_size, shuffle=False, num_workers=0, collate_fn=collate_fn)
+    return DataLoader(dataset, batch_size=batch_size, shuffle=False, num_workers=0)
