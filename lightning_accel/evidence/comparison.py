@@ -172,6 +172,7 @@ def headline(baseline: str, candidate: str, line: Line) -> str:
     ratio = line.ratio
     assert ratio is not None
     interval = f"{ratio.confidence:.0%} interval {ratio.low:.2f} to {ratio.high:.2f}, {ratio.pairs} pairs"
+    subject = candidate[:1].upper() + candidate[1:]
     if line.verdict == "undecided":
         return (
             f"Undecided: {ratio.pairs} pairs are too few for {ratio.confidence:.0%} confidence, take at least 6. "
@@ -180,8 +181,8 @@ def headline(baseline: str, candidate: str, line: Line) -> str:
     if line.verdict == "no speed-up":
         return f"No speed-up: {candidate}, compared with {baseline}, is {ratio.median:.2f} times as fast ({interval})."
     if line.verdict == "faster":
-        return f"{candidate} is {ratio.median:.2f} times as fast as {baseline} ({interval})."
-    return f"{candidate} is slower than {baseline}: {ratio.median:.2f} times as fast ({interval})."
+        return f"{subject} is {ratio.median:.2f} times as fast as {baseline} ({interval})."
+    return f"{subject} is slower than {baseline}: {ratio.median:.2f} times as fast ({interval})."
 
 
 class _Table:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import logging
 import math
 import os
 import statistics
@@ -48,6 +49,7 @@ class Run:
         devices: Number of devices that were busy for ``fit_seconds``.
         metrics: Last logged value of every metric.
         curve: Metrics against seconds since the start of ``fit``.
+        messages: What the accelerators logged: what they did, or why they left the model alone.
         fingerprint: Of the settings that make runs comparable.
     """
 
@@ -69,6 +71,7 @@ class Run:
     devices: int = 1
     metrics: dict[str, float | None] = field(default_factory=dict)
     curve: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     fingerprint: str = ""
 
     @property
@@ -113,7 +116,8 @@ def measure_fit(
     cpu_before = _cpu_seconds()
     clock.start()
     begin = time.perf_counter()
-    trainer.fit(module, datamodule=data)
+    with _Messages() as said:
+        trainer.fit(module, datamodule=data)
     _synchronize(device)
     fit_seconds = time.perf_counter() - begin
     cpu_seconds = _cpu_seconds() - cpu_before
@@ -142,8 +146,33 @@ def measure_fit(
         devices=max(1, trainer.num_devices * trainer.num_nodes),
         metrics=metrics,
         curve=curve,
+        messages=said.messages,
         fingerprint=fingerprint,
     )
+
+
+class _Messages(logging.Handler):
+    """Collects what this package logs, at INFO and above, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.messages: list[str] = []
+        self._logger = logging.getLogger("lightning_accel")
+        self._level = self._logger.level
+
+    def __enter__(self) -> "_Messages":
+        self._level = self._logger.level
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
+        self._logger.setLevel(self._level)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the text of one record."""
+        self.messages.append(record.getMessage())
 
 
 def _steady(values: list[Any]) -> list[Any]:

@@ -45,11 +45,17 @@ class Arm:
 
 
 class WorkerError(RuntimeError):
-    """A run failed in its process; ``details`` holds the process's traceback or last output."""
+    """A run failed in its process.
 
-    def __init__(self, message: str, details: str = "") -> None:
+    Attributes:
+        details: The process's traceback or last output.
+        kind: Name of the exception's class; empty if the process died.
+    """
+
+    def __init__(self, message: str, details: str = "", kind: str = "") -> None:
         super().__init__(message)
         self.details = details
+        self.kind = kind
 
 
 class ArmWorker:
@@ -100,7 +106,8 @@ class ArmWorker:
         kind, payload = self._receive()
         if kind == "run":
             return Run.from_dict(payload)
-        raise WorkerError(f"the arm `{self.arm.name}` failed: {payload['message']}", payload["traceback"])
+        message = f"the arm `{self.arm.name}` failed: {payload['kind']}: {payload['message']}"
+        raise WorkerError(message, payload["traceback"], payload["kind"])
 
     def describe(self) -> dict[str, str | int]:
         """Return the environment block of this arm's process.
@@ -165,8 +172,8 @@ def _serve(arm: Arm, requests: Connection, lifeline: Connection, log: str) -> No
                 run = measure_fit(arm.make, arm=arm.name, folder=folder, count_flops=arm.count_flops, **request)
                 requests.send(("run", run.to_dict()))
             except Exception as error:
-                message = f"{type(error).__name__}: {error}"
-                requests.send(("error", {"message": message, "traceback": traceback.format_exc()}))
+                failure = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+                requests.send(("error", failure))
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
