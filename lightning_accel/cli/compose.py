@@ -44,9 +44,11 @@ def instantiate(node: DictConfig, *, name: str, **given: object) -> Any:
         given: Arguments that no configuration can hold, e.g. the callbacks of a Trainer.
 
     Raises:
-        UsageError: If the class can not be found, or refuses its arguments by ``ValueError``, ``TypeError`` or
-            Lightning's ``MisconfigurationException``. Other errors of a constructor come out as they are.
+        UsageError: If the class can not be found, annotates a number and is given a word, or refuses its arguments
+            by ``ValueError``, ``TypeError`` or Lightning's ``MisconfigurationException``. Other errors of a
+            constructor come out as they are.
     """
+    _refuse_words(node, name)
     # The user composed these targets and no others, so these and no others are trusted.
     allowed = {} if _HYDRA_1_3 else {"_execution_whitelist_": sorted(set(targets(node)))}
     try:
@@ -68,3 +70,13 @@ def targets(node: object) -> Iterator[str]:
     elif isinstance(node, ListConfig):
         for item in node:
             yield from targets(item)
+
+
+def _refuse_words(node: DictConfig, name: str) -> None:
+    """Refuse a word where the target's annotation takes numbers only: few constructors look, and fail far later."""
+    from lightning_accel.cli.errors import annotations
+
+    for key, (annotation, kinds) in annotations(str(node.get("_target_"))).items():
+        value = node.get(key)
+        if isinstance(value, str) and kinds <= {int, float, bool, type(None)}:
+            raise UsageError(f"`{name}.{key}` must be {annotation}, got {value!r}.")

@@ -3,11 +3,13 @@
 import difflib
 import errno
 import inspect
+import itertools
 import pkgutil
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from hydra import errors as hydra_errors
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +19,7 @@ from lightning_accel.cli.compose import UsageError
 
 FAILED, NOT_UNDERSTOOD, INTERRUPTED = 1, 2, 130
 _EXTRAS = {"optuna": "optuna", "matplotlib": "examples", "sklearn": "examples", "onnx": "onnx", "ray": "ray"}
+_FEW = 12  # so many names still make a readable list
 
 
 def explain(error: BaseException, overrides: Iterable[str] = ()) -> tuple[str, int]:
@@ -28,8 +31,12 @@ def explain(error: BaseException, overrides: Iterable[str] = ()) -> tuple[str, i
     """
     if isinstance(error, UsageError):
         return str(error), NOT_UNDERSTOOD
+    overrides = list(overrides)
     if isinstance(error, hydra_errors.MissingConfigException):
-        return _missing_option(error), NOT_UNDERSTOOD
+        return _missing_option(error, overrides), NOT_UNDERSTOOD
+    if isinstance(error, hydra_errors.OverrideParseException):
+        quoting = "Quote it for the shell: 'key=[a,b]', 'key=\"some text\"'"
+        return f"`{error.override}` can not be read: {_first_line(error)}. {quoting}.", NOT_UNDERSTOOD
     if isinstance(error, hydra_errors.CompactHydraException):
         return _not_composed(error, overrides), NOT_UNDERSTOOD
     if isinstance(error, omegaconf_errors.MissingMandatoryValue):
@@ -50,23 +57,29 @@ def refused(error: hydra_errors.InstantiationException, node: DictConfig, *, nam
     where = _full_key(error, name)
     inner = OmegaConf.select(node, where[len(name) + 1 :]) if where.startswith(f"{name}.") else node
     target = (inner if isinstance(inner, DictConfig) else node).get("_target_")
-    if isinstance(cause, ModuleNotFoundError | AttributeError | ImportError) or cause is None:
-        return UsageError(_not_found(where, str(target), deepest or error))
+    if cause is None or "Error in call to target" not in str(error):
+        return UsageError(
+            f"`{where}._target_` names {target}, which can not be imported: {_first_line(deepest or error)}"
+        )
+    if isinstance(cause, ImportError):
+        return UsageError(f"`{where}` ({target}) needs something that is not installed: {cause}{_extra(cause)}")
     if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
         key = str(cause).rsplit("'", 2)[-2]
-        known = parameters(str(target))
-        return UsageError(f"`{where}.{key}`: {target} takes no `{key}`. {did_you_mean(key, known)}".rstrip())
+        return UsageError(
+            f"`{where}.{key}`: {target} takes no `{key}`. {did_you_mean(key, parameters(str(target)))}".rstrip()
+        )
     if isinstance(cause, TypeError | ValueError) or type(cause).__name__ == "MisconfigurationException":
         return UsageError(f"`{where}` ({target}): {cause}")
     return cause
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Name the closest of ``known`` if there is a close one, and all of them if they are few."""
+    """Name the closest of ``known`` if there are close ones, and all of them if they are few or none is close."""
     known = sorted(set(known))
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(f'`{c}`' for c in close)}? " if close else ""
-    return hint + (f"There are: {', '.join(known)}." if known else "")
+    listed = known if len(known) <= _FEW or not close else []
+    return (hint + (f"There are: {', '.join(listed)}." if listed else "")).strip()
 
 
 def parameters(target: str) -> list[str]:
@@ -79,16 +92,28 @@ def parameters(target: str) -> list[str]:
     return [name for name, parameter in signature.parameters.items() if parameter.kind in kinds]
 
 
-def _missing_option(error: hydra_errors.MissingConfigException) -> str:
+def annotations(target: str) -> dict[str, tuple[str, set[object]]]:
+    """Return, for each argument of a ``_target_``, its annotation as text and the set of types in it."""
+    try:
+        made = pkgutil.resolve_name(target)
+        hints = get_type_hints(made.__init__ if inspect.isclass(made) else made)
+    except Exception:  # other people's annotations; without them nothing is checked
+        return {}
+    readable = {name: inspect.formatannotation(hint).replace("typing.", "") for name, hint in hints.items()}
+    return {name: (readable[name], set(get_args(hint) or (hint,))) for name, hint in hints.items() if name != "return"}
+
+
+def _missing_option(error: hydra_errors.MissingConfigException, overrides: list[str]) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    if not group or not error.options:
-        return str(error)
     if group == "hydra/sweeper" and option in _EXTRAS:
         return f"`{option}` is not installed: pip install 'lightning-accel[{_EXTRAS[option]}]'."
-    return f"`{option}` is no option of the group `{group}`. {did_you_mean(option, error.options)}"
+    if not group:
+        return str(error)
+    known = error.options or options(group, overrides)
+    return f"`{option}` is no option of the group `{group}`. {did_you_mean(option, known) or 'It has none.'}"
 
 
-def _not_composed(error: hydra_errors.CompactHydraException, overrides: Iterable[str]) -> str:
+def _not_composed(error: hydra_errors.CompactHydraException, overrides: list[str]) -> str:
     cause = error.__cause__
     if isinstance(cause, omegaconf_errors.ConfigKeyError | omegaconf_errors.ConfigAttributeError):
         parent, key = cause.parent_node, str(cause.key)
@@ -99,9 +124,18 @@ def _not_composed(error: hydra_errors.CompactHydraException, overrides: Iterable
     return text
 
 
-def _unknown_key(parent: object, key: str, full_key: str, overrides: Iterable[str]) -> str:
+def _unknown_key(parent: object, key: str, full_key: str, overrides: list[str]) -> str:
     typed = next((o for o in overrides if o.lstrip("+~").startswith(full_key)), f"{full_key}=VALUE")
-    keys = [str(k) for k in parent if k != "_target_"] if isinstance(parent, DictConfig) else []
+    wanted = typed.lstrip("+~").partition("=")[0].split(".")
+    if wanted[0] in ("callbacks", "monitoring", "logger") and wanted[1:] and full_key.count(".") < 2:
+        known = options(wanted[0], overrides)
+        if wanted[1] not in known:
+            return f"`{wanted[1]}` is no option of the group `{wanted[0]}`. {did_you_mean(wanted[1], known)}"
+        chosen = [str(k) for k in parent] if isinstance(parent, DictConfig) and "." in full_key else []
+        return (
+            f"`{wanted[0]}.{wanted[1]}` is not in use. Choose it first: {wanted[0]}=[{','.join([*chosen, wanted[1]])}]"
+        )
+    keys = [str(k) for k in parent if k not in ("_target_", "hydra")] if isinstance(parent, DictConfig) else []
     target = parent.get("_target_") if isinstance(parent, DictConfig) else None
     taken = parameters(target) if isinstance(target, str) else []
     if key in taken:
@@ -110,15 +144,17 @@ def _unknown_key(parent: object, key: str, full_key: str, overrides: Iterable[st
         keys += [entry.name for entry in files("lightning_accel.conf").iterdir() if _is_group(entry)]
     parent_key = full_key.rpartition(".")[0]
     place = f"`{parent_key}` has" if parent_key else "there is"
-    if parent_key == "callbacks" and key in _options("callbacks"):
-        chosen = ",".join([*keys, key])
-        return f"`{full_key}` is not in use. Choose it first: callbacks=[{chosen}]"
     return f"`{full_key}` can not be set: {place} no `{key}`. {did_you_mean(key, [*keys, *taken])}".rstrip()
 
 
-def _options(group: str) -> list[str]:
-    folder = files("lightning_accel.conf") / group
-    return [entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+def options(group: str, words: Sequence[str] = ()) -> list[str]:
+    """Return the options of a group, those in folders given by ``--config-dir`` included."""
+    folders = [files("lightning_accel.conf") / group]
+    for flag, value in itertools.pairwise(words):
+        if flag in ("--config-dir", "-cd"):
+            folders.append(Path(value) / group)
+    found = [entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir()]
+    return sorted({name[: -len(".yaml")] for name in found if name.endswith(".yaml")})
 
 
 def _is_group(entry: object) -> bool:
@@ -132,13 +168,9 @@ def _full_key(error: Exception, name: str) -> str:
     return name
 
 
-def _not_found(where: str, target: str, cause: BaseException) -> str:
-    missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
-    if missing and not target.startswith(missing):
-        extra = _EXTRAS.get(missing.partition(".")[0])
-        what = f"pip install 'lightning-accel[{extra}]'" if extra else f"install `{missing}`"
-        return f"`{where}` ({target}) needs `{missing}`, which is not installed: {what}."
-    return f"`{where}._target_` names {target}, which can not be imported ({_first_line(cause)}). Correct it."
+def _extra(cause: ImportError) -> str:
+    extra = _EXTRAS.get((cause.name or "").partition(".")[0])
+    return f": pip install 'lightning-accel[{extra}]'" if extra else ""
 
 
 def _system(error: OSError) -> str:
