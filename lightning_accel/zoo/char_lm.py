@@ -30,7 +30,8 @@ class CharLM(LightningModule):
         warmup_steps: Optimizer steps of linear warm-up.
 
     Raises:
-        ValueError: If an argument is out of range, or in ``forward`` if the batch does not hold tokens.
+        ValueError: If an argument is out of range, or in ``forward`` if the batch does not hold tokens, or in
+            ``setup`` if the data have more different tokens.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class CharLM(LightningModule):
             lr=lr, optimizer=optimizer, weight_decay=weight_decay, schedule=schedule, warmup_steps=warmup_steps
         )
         self.save_hyperparameters()
+        self.vocab_size = vocab_size
         self.embedding = nn.Embedding(vocab_size, embedding_dim)
         self.recurrent = RecurrentLayers(cell, embedding_dim, hidden_size, layers)
         self.head = nn.Linear(hidden_size, vocab_size)
@@ -68,6 +70,19 @@ class CharLM(LightningModule):
             )
         x = self.embedding(tokens).transpose(0, 1)
         return self.head(self.recurrent(x)).transpose(0, 1)
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002  # holds for every stage
+        """Check that the data have no more tokens than the model.
+
+        Raises:
+            ValueError: If the Trainer's DataModule names a larger ``vocab_size``.
+        """
+        needed = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", 0)
+        if needed > self.vocab_size:
+            raise ValueError(
+                f"`vocab_size` must be >= {needed}, the number of different tokens in the data, got {self.vocab_size}. "
+                f"Set `model.vocab_size={needed}`."
+            )
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the cross-entropy in nats a token and log ``train/loss``."""

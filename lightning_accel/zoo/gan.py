@@ -54,7 +54,7 @@ class GAN(LightningModule):
         image_size: int = 8,
         latent_dim: int = 32,
         hidden_size: int = 256,
-        lr: float = 5e-4,
+        lr: float = 1e-3,
         beta1: float = 0.5,
     ) -> None:
         super().__init__()

@@ -102,7 +102,7 @@ class CopyTask(LightningDataModule):
     def __init__(
         self,
         *,
-        delay: int = 20,
+        delay: int = 10,
         string_length: int = 5,
         symbols: int = 8,
         samples: int = 5_000,
