@@ -9,6 +9,8 @@ from importlib.metadata import version
 _HOMES = {
     "RankQuantization": "lightning_accel.callbacks",
     "SequentialFreezing": "lightning_accel.callbacks",
+    "enable_low_rank_loading": "lightning_accel.callbacks",
+    "load_from_checkpoint": "lightning_accel.callbacks",
 }
 
 __version__ = version("lightning-accel")

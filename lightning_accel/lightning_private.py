@@ -13,13 +13,18 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 
+def callbacks_of(trainer: "pl.Trainer") -> list["pl.Callback"]:
+    """Return the Trainer's list of callbacks: a public attribute, but set where no type checker sees it."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
 def averaged_modules(trainer: "pl.Trainer") -> list[nn.Module]:
     """Return the copies of the module that weight-averaging callbacks keep.
 
     `WeightAveraging` and `StochasticWeightAveraging` make them in ``setup`` and pair parameters by position, so they
     must follow when layers are exchanged; there is no public way to reach them.
     """
-    averages = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)
+    averages = (getattr(callback, "_average_model", None) for callback in callbacks_of(trainer))
     return [a.module if isinstance(a, AveragedModel) else a for a in averages if isinstance(a, nn.Module)]
 
 

@@ -5,9 +5,11 @@ from importlib import import_module
 _HOMES = {
     "RankQuantization": "rank_quantization",
     "SequentialFreezing": "sequential_freezing",
+    "enable_low_rank_loading": "_structure",
+    "load_from_checkpoint": "_structure",
 }
 
-__all__ = list(_HOMES)  # noqa: PLE0605
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:

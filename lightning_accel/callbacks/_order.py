@@ -1,0 +1,40 @@
+"""Which callbacks must stand before which in a Trainer's list: one table, and its correction."""
+
+import logging
+
+import lightning.pytorch as pl
+
+from lightning_accel.lightning_private import callbacks_of
+
+_log = logging.getLogger(__name__)
+
+ORDER: tuple[tuple[str, str], ...] = (
+    # freezing looks for the low-rank layers that rank quantization makes at the same hook
+    ("RankQuantization", "SequentialFreezing"),
+)
+"""Pairs (first, later) of class names; pairs that are not listed may stand in any order."""
+
+
+def correct_order(trainer: "pl.Trainer") -> None:
+    """Move callbacks so that every pair of `ORDER` holds; the others keep their places.
+
+    Called in ``setup``. The Trainer's list is replaced, not edited: Lightning is iterating over the present one.
+    """
+    callbacks = list(callbacks_of(trainer))
+    moved = True
+    while moved:
+        moved = False
+        for first, later in ORDER:
+            places = {_name(callback): index for index, callback in enumerate(callbacks)}
+            if first in places and later in places and places[later] < places[first]:
+                callbacks.insert(places[later], callbacks.pop(places[first]))
+                moved = True
+    if callbacks != callbacks_of(trainer):
+        if trainer.is_global_zero:
+            _log.info("callback order corrected to %s.", ", ".join(map(_name, callbacks)))
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]  # see `callbacks_of`
+
+
+def _name(callback: object) -> str:
+    names = {name for pair in ORDER for name in pair}
+    return next((kind.__name__ for kind in type(callback).__mro__ if kind.__name__ in names), type(callback).__name__)

@@ -1,0 +1,240 @@
+"""Changing a module's layers inside a Trainer: checkpoints, optimizers, DDP and weight averages follow.
+
+Changed structure is read from a checkpoint's keys and shapes, never from saved callback state: weights arrive before
+callback states do, and weights-only checkpoints carry none. While ``fit`` resumes, the module stays dense until the
+optimizers exist, so that ``configure_optimizers`` meets the same layers in a resumed run as in the first one; then the
+factors take their places in module and optimizers (`StructureHook.held`).
+"""
+
+import copy
+import gc
+import logging
+import warnings
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_accel.lightning_private import averaged_modules, callbacks_of, load_checkpoint_file
+from lightning_accel.low_rank import adapt_structure, low_rank_layers, merge, replace_parameters, swap
+
+_log = logging.getLogger(__name__)
+
+_HOOK = "_low_rank_structure_hook"
+_FACTORS = ("factor_in", "core", "factor_out")
+_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+
+Module = TypeVar("Module", bound="pl.LightningModule")
+
+
+@runtime_checkable
+class FollowsStructure(Protocol):
+    """A callback that wants to know when layers were exchanged while the Trainer runs."""
+
+    def on_structure_change(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: Sequence[str]) -> None:
+        """Look up again what was taken from the layers ``names``."""
+
+
+@runtime_checkable
+class ChangesStructure(Protocol):
+    """A callback that exchanges layers, now or later."""
+
+    def structure_state(self) -> str:
+        """Return ``"pending"``, ``"low rank"`` or ``"dense"``."""
+
+
+class StructureHook:
+    """Make a module's layers fit each state dict it loads (a ``load_state_dict`` pre-hook of the root module).
+
+    Attributes:
+        deferred: While true, incoming factors are kept in ``held`` and the module stays, or becomes, dense.
+        held: Full parameter name to factor, waiting for `release`.
+        loaded: Whether any state dict came by since `defer`.
+    """
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self.held: dict[str, Tensor] = {}
+        self.loaded = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StructureHook":
+        """A copy (of a weight average, say) has no optimizer to wait for: it adapts at once."""
+        return StructureHook()
+
+    def __call__(self, module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: object) -> None:
+        """Adapt ``module``, or hold the factors back; called by torch before the module loads."""
+        self.loaded = True
+        if not self.deferred:
+            adapt_structure(module, state_dict, prefix)
+            return
+        incoming = [name for name, _ in module.named_modules() if f"{prefix}{name}.factor_in" in state_dict]
+        merge(module, [name for name in low_rank_layers(module) if name in incoming])
+        held = {f"{prefix}{name}.{factor}" for name in incoming for factor in _FACTORS}
+        adapt_structure(module, {key: value for key, value in state_dict.items() if key not in held}, prefix)
+        for name in incoming:
+            for factor in _FACTORS:
+                if (key := f"{prefix}{name}.{factor}") in state_dict:
+                    self.held[f"{name}.{factor}"] = state_dict.pop(key).detach().clone()
+            # The value does not matter: the factors replace it before anything reads it.
+            state_dict[f"{prefix}{name}.weight"] = module.get_parameter(f"{name}.weight").detach().clone()
+
+    def defer(self) -> None:
+        """Hold factors back until `release`."""
+        self.deferred, self.loaded, self.held = True, False, {}
+
+    def release(self) -> dict[str, Tensor]:
+        """Return what was held back; from now on the module adapts at once."""
+        held, self.held, self.deferred = self.held, {}, False
+        return held
+
+
+def load_factors(factors: Mapping[str, Tensor], module: nn.Module) -> list[str]:
+    """Make layers of ``module`` low rank with these values (full parameter name to tensor); return their names."""
+    names = adapt_structure(module, dict(factors))
+    for name in names:
+        for factor in low_rank_layers(module)[name].factor_names:
+            module.get_parameter(f"{name}.{factor}").data.copy_(factors[f"{name}.{factor}"])
+    return names
+
+
+def structure_hook(module: nn.Module) -> StructureHook:
+    """Return the module's hook, registered now if it has none yet."""
+    hook = module.__dict__.get(_HOOK)
+    if hook is None:
+        hook = StructureHook()
+        module.__dict__[_HOOK] = hook
+        module.register_load_state_dict_pre_hook(hook)
+    return hook
+
+
+def enable_low_rank_loading(module: Module) -> Module:
+    """Let ``module`` load state dicts of low-rank runs: its layers will follow the incoming keys and shapes.
+
+    For code without the callback, e.g. ``Trainer().test(enable_low_rank_loading(Model()), ckpt_path=path)``.
+
+    Args:
+        module: Dense or low rank; changed when it loads, not now.
+
+    Returns:
+        The same module.
+    """
+    structure_hook(module)
+    return module
+
+
+def load_from_checkpoint(
+    module_class: type[Module],
+    checkpoint_path: str | Path,
+    *,
+    map_location: torch.device | str | None = None,
+    hparams_file: str | Path | None = None,
+    strict: bool = True,
+    weights_only: bool | None = None,
+    init_arguments: Mapping[str, object] | None = None,
+) -> Module:
+    """Load a LightningModule whose checkpoint has low-rank layers (``module_class.load_from_checkpoint`` can not).
+
+    Dense checkpoints load as well.
+
+    Args:
+        module_class: LightningModule class the checkpoint was made of.
+        checkpoint_path: File of a `ModelCheckpoint`, weights-only or complete.
+        map_location: As in ``load_from_checkpoint``.
+        hparams_file: As in ``load_from_checkpoint``.
+        strict: Whether all keys must fit after the layers were adapted.
+        weights_only: As in ``load_from_checkpoint``.
+        init_arguments: Constructor arguments that the checkpoint does not have, or that override its own.
+
+    Raises:
+        RuntimeError: If the checkpoint does not fit the module, as ``load_state_dict`` says.
+    """
+    with warnings.catch_warnings():
+        # the first pass loads what has equal names, and would warn of the factors
+        warnings.filterwarnings("ignore", message="Found keys that are")
+        module = module_class.load_from_checkpoint(
+            checkpoint_path,
+            map_location=map_location,
+            hparams_file=hparams_file,
+            strict=False,
+            weights_only=weights_only,
+            **(init_arguments or {}),
+        )
+    state = load_checkpoint_file(checkpoint_path, map_location, weights_only)["state_dict"]
+    enable_low_rank_loading(module).load_state_dict(state, strict=strict)
+    return module
+
+
+def exchange_layers(
+    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], change: Callable[[nn.Module], Sequence[str]]
+) -> list[str]:
+    """Run ``change``, which factors layers of ``module`` in place, and put the factors in the weights' groups.
+
+    Args:
+        module: Changed in place.
+        optimizers: Their groups keep their options and order; states are projected, see `replace_parameters`.
+        change: Swaps dense layers for low-rank ones and returns their names.
+
+    Returns:
+        The names.
+    """
+    before = dict(module.named_modules())
+    names = list(change(module))
+    factored = low_rank_layers(module)
+    replaced = {before[name]._parameters["weight"]: factored[name] for name in names}
+    for optimizer in optimizers:
+        for line in replace_parameters(optimizer, replaced).fresh:
+            _log.info("the optimizer's moments start fresh for a weight of shape %s", line)
+    return names
+
+
+def exchange_layers_in_fit(
+    trainer: "pl.Trainer", pl_module: "pl.LightningModule", change: Callable[[nn.Module], Sequence[str]]
+) -> list[str]:
+    """`exchange_layers`, and let DDP, weight averages and other callbacks follow."""
+    names = exchange_layers(pl_module, trainer.optimizers, change)
+    if not names:
+        return names
+    rewrap_ddp(trainer)
+    for average in averaged_modules(trainer):
+        for name in names:
+            old = average.get_submodule(name)
+            device = next(old.parameters()).device
+            swap(average, name, copy.deepcopy(pl_module.get_submodule(name)).to(device))
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, FollowsStructure):
+            callback.on_structure_change(trainer, pl_module, names)
+    return names
+
+
+def rewrap_ddp(trainer: "pl.Trainer") -> None:
+    """Wrap the module anew, so that DDP reduces exactly the parameters that are trainable now.
+
+    DDP looks at ``requires_grad`` and at the parameters once, when it wraps; a parameter thawed or made later would
+    diverge silently. The new wrapper sends rank 0's parameters to all. Nothing to do for other strategies.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy.model, DistributedDataParallel):
+        strategy.model = strategy.lightning_module
+        gc.collect()  # the old reducer leaves the gradients only when it is gone
+        strategy.configure_ddp()  # type: ignore[attr-defined]  # strategies that wrap by DDP have it
+
+
+def refuse_sharded(strategy: object, accelerator: str) -> None:
+    """Refuse strategies that shard parameters, or restore weights only after the optimizers exist.
+
+    Raises:
+        MisconfigurationException: With the strategies that work.
+    """
+    names = {kind.__name__ for kind in type(strategy).__mro__}
+    if names & _SHARDED:
+        raise MisconfigurationException(
+            f"{accelerator} exchanges layers while the Trainer runs, which {type(strategy).__name__} does not allow: "
+            "parameters are sharded and restored after the optimizers exist. Use strategy='ddp' or one device, or "
+            "decompose the model yourself before the Trainer sees it (`lightning_accel.low_rank.decompose` with a "
+            "saved `RankPlan`) and leave the callback out."
+        )

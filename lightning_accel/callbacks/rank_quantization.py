@@ -1,0 +1,244 @@
+"""Rank quantization as a Lightning callback."""
+
+import functools
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from lightning_accel.callbacks._factoring import check_something_to_factor, factor_as_planned, keep_orphans_dense
+from lightning_accel.callbacks._inputs import RecordedInputs
+from lightning_accel.callbacks._order import correct_order
+from lightning_accel.callbacks._rank_choice import Choice, RankChooser, RankSearch, remaining_batches
+from lightning_accel.callbacks._structure import (
+    exchange_layers_in_fit,
+    load_factors,
+    refuse_sharded,
+    structure_hook,
+)
+from lightning_accel.callbacks._trial import StepTrial
+from lightning_accel.low_rank import RankPlan, default_cache_dir, low_rank_layers
+from lightning_accel.low_rank.plan import Method, Weighting
+from lightning_accel.low_rank.spectrum import looks_untrained
+
+_log = logging.getLogger(__name__)
+
+
+class RankQuantization(pl.Callback):
+    """Replace layers by low-rank ones of measured ranks while ``fit`` runs, where that makes this run faster.
+
+    Chooses *matrix ranks* that the hardware likes; it has nothing to do with numeric precision. Acts on the first
+    batch of the run (or of epoch ``when``), where module, optimizers and a real batch are at hand: layers are measured,
+    whole training steps are tried on a copy, and the factors take the dense weights' places in the optimizer's groups,
+    moments included. Weights are kept, up to the energy that the ranks retain. DDP is wrapped anew, weight averages
+    follow. What was decided, and the numbers, go to the log of ``lightning_accel`` and to `plan`.
+
+    A checkpoint's keys and shapes tell its layers: resumed runs and ``test(ckpt_path=...)`` measure nothing. Without
+    the callback see `lightning_accel.load_from_checkpoint` and `lightning_accel.enable_low_rank_loading`. Steps of
+    manual optimization can not be tried; there, times of single layers decide, one batch later.
+
+    Args:
+        ratio: Target, see `lightning_accel.low_rank.make_plan`: dense weight entries over factor entries, > 1. Without
+            any target 2.0.
+        energy: Target: mean retained energy, in (0, 1].
+        speedup: Target: dense over low-rank time of the layers, > 1.
+        method: How ranks are chosen, see `make_plan`.
+        when: ``"setup"``: at the first batch, for models with trained weights. An integer: at the start of that epoch
+            (zero-based), for training from scratch. ``"auto"``: at the first batch if the weights look trained, else
+            after a tenth of the epochs, at least one.
+        plan: Apply this `RankPlan` (or the JSON file of one) and measure nothing.
+        on_loss: ``"revert"``: stay dense where low rank does not pay in the steps that remain. ``"keep"``: only say so.
+        max_overhead: Share of the remaining time that measuring may take before a gain is proven, >= 0.
+        min_energy: Least energy each layer retains, in [0, 1].
+        weighting: ``"activation"`` weighs energies by the layers' inputs.
+        include: Shell patterns of module names to consider.
+        exclude: Shell patterns of module names to leave alone.
+        cache_dir: Folder for measured times; None is `lightning_accel.low_rank.default_cache_dir`.
+
+    Attributes:
+        plan: What was decided (None before), to be saved and passed to a later run.
+
+    Raises:
+        ValueError: If a value is out of range or more than one target is given.
+        MisconfigurationException: When ``fit`` starts: sharding strategy, or no layer that can be factored.
+
+    References:
+        Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824. *Deviations*: ranks of all layers are chosen together for the
+        most retained energy, and dense stays a candidate throughout.
+    """
+
+    def __init__(
+        self,
+        ratio: float | None = None,
+        energy: float | None = None,
+        speedup: float | None = None,
+        *,
+        method: Method = "knapsack",
+        when: int | Literal["auto", "setup"] = "auto",
+        plan: RankPlan | str | Path | None = None,
+        on_loss: Literal["revert", "keep"] = "revert",
+        max_overhead: float = 0.03,
+        min_energy: float = 0.5,
+        weighting: Weighting = "none",
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        if isinstance(when, bool) or not (when in ("auto", "setup") or (isinstance(when, int) and when >= 0)):
+            raise ValueError(f"`when` must be 'auto', 'setup' or an epoch >= 0, got {when!r}.")
+        if on_loss not in ("revert", "keep"):
+            raise ValueError(f"`on_loss` must be 'revert' or 'keep', got {on_loss!r}.")
+        if not max_overhead >= 0.0:
+            raise ValueError(f"`max_overhead` must be >= 0, got {max_overhead}.")
+        self.search = RankSearch(
+            ratio=2.0 if ratio is energy is speedup is None else ratio,
+            energy=energy,
+            speedup=speedup,
+            method=method,
+            min_energy=min_energy,
+            weighting=weighting,
+            include=tuple(include),
+            exclude=tuple(exclude),
+            cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir),
+        )
+        self.when = when
+        self.on_loss = on_loss
+        self.max_overhead = max_overhead
+        self._given = plan if plan is None or isinstance(plan, RankPlan) else RankPlan.load(plan)
+        self.plan: RankPlan | None = None
+        self._outcome: Literal["low rank", "dense"] | None = None
+        self._switch_epoch: int | None = None
+        self._observed: RecordedInputs | None = None
+        self._untriable = ""
+        self._clock = 0.0
+
+    def structure_state(self) -> str:
+        """Return ``"pending"``, ``"low rank"`` or ``"dense"``."""
+        return self._outcome or "pending"
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Let the module follow checkpoints' layers; refuse strategies that can not."""
+        hook = structure_hook(pl_module)
+        if stage != "fit":
+            return
+        refuse_sharded(trainer.strategy, "RankQuantization")
+        correct_order(trainer)
+        hook.defer()
+        self._outcome, self._switch_epoch, self._observed = None, None, None
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Put a checkpoint's factors in their places, before the optimizers' states are restored."""
+        held = structure_hook(pl_module).release()
+        if held:
+            with isolate_rng():
+                exchange_layers_in_fit(trainer, pl_module, functools.partial(load_factors, held))
+        if low_rank_layers(pl_module):
+            self._outcome = "low rank"
+            _log.info("the model is low rank already, nothing is measured.")
+        elif self._outcome is None:
+            check_something_to_factor(pl_module, self.search.include, self.search.exclude)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Decide and switch, once, when the time has come."""
+        if self._outcome is not None:
+            return
+        if self._switch_epoch is None:
+            self._switch_epoch = self._first_epoch(trainer, pl_module)
+        if trainer.current_epoch < self._switch_epoch:
+            return
+        with isolate_rng():
+            choice = self._choose(trainer, pl_module, batch, batch_idx)
+            if choice is None:
+                return
+            plan = keep_orphans_dense(choice.plan, pl_module, trainer.optimizers)
+            change = functools.partial(factor_as_planned, plan, self._observed)
+            names = exchange_layers_in_fit(trainer, pl_module, change)
+        self.plan, self._observed = plan, None
+        self._outcome = "low rank" if names else "dense"
+        if trainer.is_global_zero:
+            head = f"{len(names)} layers are low rank now" if names else "the model stays dense"
+            _log.info("%s: %s.", head, choice.why)
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop watching the step that could not be tried."""
+        if self._observed is not None:
+            self._observed.__exit__()
+            self._clock = time.perf_counter() - self._clock
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Say so where the switch never came."""
+        if self._outcome is None and trainer.is_global_zero:
+            _log.warning("training ended before epoch %s, where layers would have been replaced.", self._switch_epoch)
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        """Leave no hook behind."""
+        if self._observed is not None:
+            self._observed.__exit__()
+        structure_hook(pl_module).release()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return decision and plan; the layers themselves are told by the weights."""
+        plan = None if self.plan is None else self.plan.to_json()
+        return {"outcome": self._outcome, "switch_epoch": self._switch_epoch, "plan": plan}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`: a resumed run decides nothing anew."""
+        self._outcome, self._switch_epoch = state_dict["outcome"], state_dict["switch_epoch"]
+        self.plan = None if state_dict["plan"] is None else RankPlan.from_json(state_dict["plan"])
+
+    def _first_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> int:
+        if isinstance(self.when, int):
+            return self.when
+        untrained = looks_untrained(pl_module)
+        if self.when == "setup" or self._given is not None:
+            if untrained and (self._given is None or Choice(self._given, "").ranks):
+                rank_zero_warn(
+                    "RankQuantization decomposes weights that look untrained: most of what they could learn is cut "
+                    "off. Load trained weights first, or set `when` to the epochs of a dense warm-up."
+                )
+            return 0
+        first = max(1, round(0.1 * (trainer.max_epochs or 1))) if untrained else 0
+        if untrained and trainer.is_global_zero:
+            _log.info("the weights look untrained: dense warm-up until epoch %s.", first)
+        return first
+
+    def _choose(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, index: int) -> Choice | None:
+        """Return the choice, or None if one more step has to be watched first."""
+        needs_inputs = self._given is not None and self._given.weighting == "activation"
+        if self._given is not None and not (needs_inputs and self._observed is None):
+            return Choice(self._given, "as the given plan says")
+        chooser = RankChooser(
+            trainer, self.search, remaining_batches(trainer, index), self.on_loss == "keep", self.max_overhead
+        )
+        if (why := chooser.too_short_to_try()) is not None and self._given is None:
+            return chooser.dense(why)
+        if self._observed is None and self._given is None and pl_module.automatic_optimization:
+            try:
+                trial = StepTrial(trainer, pl_module, batch, index)
+                self._observed = trial.recorded_inputs()
+            except Exception as problem:  # user code may refuse to be copied or called twice, for any reason
+                self._untriable = f"a copy of the module can not make its training step ({problem!r})"
+            else:
+                return chooser.choose(trial, self._observed)
+        if self._observed is None:
+            self._untriable = self._untriable or "steps of manual optimization can not be tried"
+            self._observed, self._clock = RecordedInputs(pl_module), time.perf_counter()
+            self._observed.__enter__()
+            return None
+        return chooser.choose_by_layers(pl_module, self._observed, self._clock, self._untriable)

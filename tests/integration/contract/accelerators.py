@@ -1,0 +1,150 @@
+"""The table of accelerators; every entry inherits all rows of the contract.
+
+A new accelerator adds ONE entry to `ACCELERATORS`. Each `test_row_*.py` in this folder is one row of the contract and
+is parametrized over the table; the modules, data and loops are in `contract_models.py` and `contract_runs.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from contract_models import classification_data, convolutional, embedding_only, image_data, mlp
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import Strategy
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from lightning_accel.callbacks import RankQuantization, SequentialFreezing
+from lightning_accel.low_rank import LayerPlan, RankPlan, decompose, eligible_layers, low_rank_layers
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One accelerator as the contract sees it; every callable makes new objects.
+
+    Attributes:
+        name: Unique; also the key under which `ContractModule` finds ``network``.
+        network: Seeded network it acts on; input and output as ``data`` wants them.
+        data: Samples and labels.
+        callbacks: The accelerator, switched on, with settings that make its decisions without a clock.
+        neutral: The same with the setting that must not change results (row 2).
+        acted: Says of the module after ``fit`` (row 1, 3, 4) whether the accelerator did something.
+        nothing_to_act_on: Pattern of the error for a network without anything to act on (row 7).
+        hopeless_network: Such a network; the same data must fit.
+        steps_aside: Callbacks that find, without a fake clock, that acting does not pay, or None if it always acts
+            (row 9). The run must equal plain training bit for bit.
+        aside_log: Pattern of what it logs then.
+        conf: Names in ``conf/callbacks`` it is composed of through Hydra (row 5), in any order.
+        overrides: Hydra overrides that make the composed callbacks decide without a clock.
+        strategy: Of the Trainer, for accelerators that are strategies.
+        neutral_strategy: The same for the neutral setting.
+        neutral_tolerance: Relative tolerance of row 2; 0.0 is bit for bit.
+        resume_tolerance: Relative tolerance of row 1; 0.0 is bit for bit.
+        ddp_refusal: Pattern of the error in a DDP run, or None if two processes stay equal (row 4).
+        epochs: Length of the contract's runs; long enough for several phases.
+        optimizations: Ways to optimize it supports (row 6); another way is refused as ``optimization_refusal`` says.
+        optimization_refusal: Pattern of that refusal.
+    """
+
+    name: str
+    network: Callable[[], nn.Module]
+    callbacks: Callable[[], list[Callback]]
+    neutral: Callable[[], list[Callback]]
+    acted: Callable[[LightningModule], bool]
+    nothing_to_act_on: str
+    data: Callable[[], TensorDataset] = classification_data
+    hopeless_network: Callable[[], nn.Module] = embedding_only
+    steps_aside: Callable[[], list[Callback]] | None = None
+    aside_log: str = ""
+    conf: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    strategy: Callable[[], Strategy | str] = field(default=lambda: "auto")
+    neutral_strategy: Callable[[], Strategy | str] = field(default=lambda: "auto")
+    neutral_tolerance: float = 0.0
+    resume_tolerance: float = 0.0
+    ddp_refusal: str | None = None
+    epochs: int = 4
+    optimizations: tuple[str, ...] = ("automatic", "manual", "two optimizers")
+    optimization_refusal: str = ""
+
+
+def all_dense_plan() -> RankPlan:
+    """Plan that leaves every layer as it is: the neutral setting of rank quantization."""
+    return RankPlan(layers=(), method="fixed", target="ratio", value=1.0)
+
+
+def low_rank_mlp() -> nn.Module:
+    """The contract's MLP, decomposed by hand at rank 8."""
+    network = mlp()
+    eligible, _ = eligible_layers(network)
+    layers = tuple(
+        LayerPlan(name, "Linear", tuple(layer.weight.shape), (8,), "low rank", "by hand")
+        for name, layer in eligible.items()
+        if min(layer.weight.shape) > 8
+    )
+    decompose(network, RankPlan(layers=layers, method="fixed", target="ratio", value=2.0))
+    return network
+
+
+def is_low_rank(module: LightningModule) -> bool:
+    """Say whether the module has factored layers."""
+    return bool(low_rank_layers(module))
+
+
+def rank_quantization(**settings: object) -> RankQuantization:
+    """Theoretical ranks: nothing is timed, so every run decides alike."""
+    return RankQuantization(**{"ratio": 2.0, "method": "fixed", "when": "setup", "on_loss": "keep"} | settings)
+
+
+ACCELERATORS = (
+    Accelerator(
+        name="rank_quantization",
+        network=mlp,
+        callbacks=lambda: [rank_quantization()],
+        neutral=lambda: [RankQuantization(plan=all_dense_plan())],
+        acted=is_low_rank,
+        nothing_to_act_on="no layer .* can be factored",
+        steps_aside=lambda: [RankQuantization(when="setup"), SequentialFreezing()],
+        aside_log="stays dense",
+        conf=("rank_quantization",),
+        overrides=(
+            "callbacks.rank_quantization.method=fixed",
+            "callbacks.rank_quantization.when=setup",
+            "callbacks.rank_quantization.on_loss=keep",
+        ),
+    ),
+    Accelerator(
+        name="rank_quantization_after_warm_up",
+        network=convolutional,
+        data=image_data,
+        callbacks=lambda: [rank_quantization(when=1)],
+        neutral=lambda: [RankQuantization(plan=all_dense_plan(), when=1)],
+        acted=is_low_rank,
+        nothing_to_act_on="no layer .* can be factored",
+        steps_aside=lambda: [RankQuantization(when=1)],
+        aside_log="stays dense",
+    ),
+    Accelerator(
+        name="sequential_freezing",
+        network=low_rank_mlp,
+        callbacks=lambda: [SequentialFreezing()],
+        neutral=lambda: [SequentialFreezing(mode="none")],
+        acted=is_low_rank,
+        nothing_to_act_on="no low-rank layer",
+        conf=("sequential_freezing",),
+    ),
+    Accelerator(
+        name="rank_quantization_and_sequential_freezing",
+        network=mlp,
+        callbacks=lambda: [rank_quantization(when=1), SequentialFreezing(period_steps=4)],
+        neutral=lambda: [RankQuantization(plan=all_dense_plan()), SequentialFreezing()],
+        acted=is_low_rank,
+        nothing_to_act_on="no layer .* can be factored",
+    ),
+)
+
+
+def by_name(name: str) -> Accelerator:
+    """Return the entry ``name`` of the table."""
+    return next(entry for entry in ACCELERATORS if entry.name == name)
