@@ -202,6 +202,7 @@ def _settings(cfg: DictConfig) -> dict[str, str]:
     """Return what was compared, fit to be shown to anyone."""
     accelerators = {} if cfg.compare.aa else cfg.get("callbacks") or {}
     epochs = cfg.trainer.get("max_epochs")
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     settings = {
         "model": str(cfg.model.get("_target_", "")),
         "data": str((cfg.get("data") or {}).get("_target_", "")),
@@ -209,8 +210,7 @@ def _settings(cfg: DictConfig) -> dict[str, str]:
         "strategy": str(cfg.trainer.get("strategy", "auto")),
         "epochs": "" if epochs is None else str(epochs),
         "threads": str(cfg.compare.threads or "torch's own choice"),
-        "command": " ".join(
-            ["lightning-accel compare", *(cleaned_override(o) for o in HydraConfig.get().overrides.task)]
-        ),
+        "caches": "empty before every run" if cfg.compare.cold else "kept between runs",
+        "command": " ".join(["lightning-accel compare", *map(cleaned_override, overrides)]),
     }
     return {name: str(cleaned(text)) for name, text in settings.items() if text}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_accel import __version__
 from lightning_accel.cli.compose import UsageError
+from lightning_accel.cli.errors import parameters
 from lightning_accel.evidence.runs import Fit
 from lightning_accel.evidence.workers import Arm
 from lightning_accel.measure import environment
@@ -57,6 +59,8 @@ class ConfiguredFit:
 
         cfg = OmegaConf.create(self.config)
         cfg.seed = seed
+        if cfg.compare.cold:
+            _empty_caches(cfg, folder)
         if not self.accelerators:
             cfg.trainer.strategy = "auto"
         run = build(cfg, accelerators=self.accelerators, monitoring=False, loggers=False, root_dir=folder)
@@ -67,6 +71,14 @@ class ConfiguredFit:
             compiled: Callable[..., Any] = torch.compile(model)
             model = compiled  # type: ignore[assignment]
         return run.trainer, model, run.data
+
+
+def _empty_caches(cfg: DictConfig, folder: Path) -> None:
+    """Give this run caches of its own, so that it pays for all that it sets up."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    for node in (cfg.get("callbacks") or {}).values():
+        if "cache_dir" in parameters(node._target_) and node.get("cache_dir") is None:
+            node.cache_dir = str(folder / "cache")
 
 
 def arms(cfg: DictConfig) -> list[Arm]:
@@ -107,6 +119,6 @@ def fingerprint(cfg: DictConfig) -> str:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     kept = {name: value for name, value in config.items() if name not in _FREE}
     kept["trainer"] = {k: v for k, v in config["trainer"].items() if k != "default_root_dir"}
-    kept["arms"] = [cfg.compare.aa, sorted(cfg.compare.baselines), cfg.compare.threads]
+    kept["arms"] = [cfg.compare.aa, cfg.compare.cold, sorted(cfg.compare.baselines), cfg.compare.threads]
     kept["where"] = [__version__, {k: v for k, v in environment().items() if k != "threads"}]
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]

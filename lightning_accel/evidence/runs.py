@@ -106,6 +106,8 @@ def measure_fit(
     in warm-ups only (``pair < 0``).
     """
     gc.collect()
+    if "torch._dynamo" in sys.modules:  # else compiled code of earlier runs piles up until torch gives up compiling
+        torch.compiler.reset()
     seed_everything(seed, workers=True, verbose=False)
     trainer, module, data = make(seed, folder)
     clock = StepClock(count_flops=count_flops and pair < 0)
