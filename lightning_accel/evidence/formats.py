@@ -14,6 +14,10 @@ def write_value(value: float, unit: Unit) -> str:
     """Write a value with three digits and its unit."""
     if math.isinf(value):
         return "never"
+    if value == 0.0 and unit == "seconds":
+        return "0 s"
+    if unit == "count" and abs(value) < 1000.0:
+        return f"{value:g}"
     if unit == "metric":
         return f"{value:.4f}"
     if unit == "seconds" and value >= 100.0:

@@ -26,7 +26,7 @@ def comparison_table(comparison: Comparison) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("metric")
+    table.add_column("metric", min_width=15)
     table.add_column(comparison.baseline, justify="right", no_wrap=True)
     table.add_column(comparison.candidate, justify="right", no_wrap=True)
     table.add_column(Text("ratio [interval]"), justify="right", no_wrap=True)
