@@ -60,9 +60,10 @@ class AdaptiveFreezing:
         watched = self._watched(model)
         if not watched:
             raise ValueError("the model has no low-rank layer to freeze; decompose it first (`RankQuantization`).")
-        self._steps += 1
-        if not self._reference:
+        if not self._reference:  # the first window begins here
             self._remember(watched)
+            return False
+        self._steps += 1
         if self._steps % self.window_steps:
             return False
         for name, parameter in watched.items():

@@ -1,6 +1,7 @@
 """The decisions behind "never slower": what to revert, and whether the whole pays before training ends."""
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ def verify_plan(
     ratio = compare_paired(seconds["dense"], seconds["all"])
     reason = _verdict(ratio, min_speedup)
     if reason is None and remaining_steps is not None:
-        gain = sum(seconds["dense"]) / len(seconds["dense"]) - sum(seconds["all"]) / len(seconds["all"])
+        gain = statistics.median(d - low for d, low in zip(seconds["dense"], seconds["all"], strict=True))
         reason = _payback_problem(payback_steps(setup_seconds, gain), remaining_steps, setup_seconds)
     if reason is not None:
         return GateDecision(frozenset(), reverted | dict.fromkeys(sorted(keep), reason), ratio, False, reason)

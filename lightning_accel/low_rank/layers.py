@@ -220,6 +220,11 @@ class LowRankConv(_FactoredConv):
         _add_bias(self, out_channels if bias else None, device, dtype)
         _reset(self, fan_in=in_channels)
 
+    @property
+    def rank(self) -> int:
+        """Rank of the product."""
+        return self.factor_in.shape[0]
+
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Factor groups that take turns in freezing; the one whose weight gradient costs more stands first."""
         if self.in_channels > self.out_channels:
