@@ -1,0 +1,213 @@
+"""The nearest point of the l1,inf ball, by a joint Newton iteration on all groups."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_accel.projection.joint import Cut
+from lightning_accel.projection.kernels import clamp, excess, group_norms
+from lightning_accel.projection.layout import Blocks
+from lightning_accel.projection.rounding import inner_radius, require_finite, round_toward_zero
+
+_MAX_ITERATIONS = 100
+_COARSE = 1e-6  # relative change of the bounds at which float32 sums have nothing more to say
+_PRECISE = 1e-14  # and float64 sums
+_FINISHED = 1e-8  # after coarse iterations: the float64 step itself is below float32, its error is this squared
+_TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass
+class ExactState:
+    """Where the last projection ended; the next one of nearly the same tensors starts there.
+
+    Attributes:
+        mu: float64 ``(groups,)``, bounds of all groups.
+        iterations: Of the last call, for those who watch.
+    """
+
+    mu: Tensor | None = None
+    iterations: int = field(default=0, compare=False)
+
+
+def project_exact(
+    parts: Sequence[tuple[Tensor, tuple[int, ...], Tensor]],
+    radius: Tensor,
+    *,
+    nonfinite: str = "raise",
+    state: ExactState | None = None,
+    dead: Sequence[Tensor | None] = (),
+) -> Cut:
+    r"""Project tensors together onto one l1,inf ball, exactly.
+
+    Every iteration replaces :math:`\phi_j(\mu) = \sum_i (|y_{ij}| - \mu)_+` by its tangent at :math:`\mu_j`, and solves
+    for :math:`\theta` and all :math:`\mu_j` at once. Tangents lie below the convex :math:`\phi_j`, so :math:`\theta`
+    rises to its solution and groups whose l1 norm it has passed are out for good. It starts where tangents at
+    :math:`\mu = 0` lead, or at the last solution. 16- and 32-bit data are iterated in float32 first and finished in
+    float64.
+
+    Args:
+        parts: Tensor, group dimensions and output of each; all of one device.
+        radius: float64 ``(1,)``, >= 0.
+        nonfinite: ``"raise"`` or ``"skip"``.
+        state: Start and updated end of a sequence of similar projections.
+        dead: For each tensor a boolean ``(groups,)`` of groups to clear whatever their norm, or ``None``.
+
+    Raises:
+        ValueError: If there is NaN or infinity and ``nonfinite`` is ``"raise"``; nothing was written then.
+
+    References:
+        Chu, Zhang, Sun, Tao, "Semismooth Newton algorithm for efficient projections onto l1,inf-norm ball", ICML 2020.
+        *Deviations*: all groups share a pass; dead groups are dropped; the result is feasible without slack.
+    """
+    blocks = [Blocks.of(x, dims, out) for x, dims, out in parts]
+    masks = [*dead, *[None] * (len(parts) - len(dead))]
+    norms = [group_norms(b.source) for b in blocks]
+    sizes = [len(n[0]) for n in norms]
+    largest, totals = (torch.cat([n[i] for n in norms]) for i in (0, 1))
+    clear = _joined_mask(masks, sizes, largest)
+    if clear is not None:
+        clear &= torch.isfinite(largest)
+        largest, totals = largest.masked_fill(clear, 0.0), totals.masked_fill(clear, 0.0)
+    norm, l1 = largest.sum(), totals.sum()
+    if nonfinite == "raise":
+        require_finite(torch.stack((norm, l1)))
+    finite = bool(torch.isfinite(norm + l1))
+    theta = torch.zeros((), dtype=torch.float64, device=norm.device)
+    if not finite or bool(norm <= radius):
+        bounds = torch.full_like(largest, torch.inf)
+        if state is not None:
+            state.mu, state.iterations = None, 0
+    else:
+        entries = torch.cat([torch.full((n,), b.source.numel() // n) for n, b in zip(sizes, blocks, strict=True)])
+        target = inner_radius(radius[0], len(largest))
+        solver = _Solver([b.source for b in blocks], sizes, largest, totals, entries.to(largest), target)
+        bounds, theta = solver.solve(None if state is None else state.mu)
+        if state is not None:
+            state.mu, state.iterations = bounds, solver.iterations
+    if clear is not None and finite:
+        bounds = bounds.masked_fill(clear, 0.0)
+    pieces = list(bounds.split(sizes))
+    for block, bound in zip(blocks, pieces, strict=True):
+        if bool(torch.isinf(bound).all()):
+            block.leave()
+        else:
+            clamp(block.source, round_toward_zero(bound, block.source.dtype), block.target)
+            block.finish()
+    return Cut(norm, theta, pieces)
+
+
+@dataclass
+class _Solver:
+    """Newton's method on the groups that can still survive; vectors are float64 over the groups of all tensors."""
+
+    sources: list[Tensor]
+    sizes: list[int]
+    largest: Tensor
+    totals: Tensor
+    entries: Tensor
+    target: Tensor
+    iterations: int = 0
+
+    def solve(self, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return bounds (feasible without slack) and theta."""
+        if float(self.target) <= 0.0:
+            return torch.zeros_like(self.largest), self.totals.max()
+        theta, mu = solve_tangents(torch.zeros_like(self.totals), self.totals, self.entries, self.target)
+        # theta is a lower bound: nothing below it can survive
+        alive = torch.nonzero(self.totals > theta)[:, 0]
+        if start is not None and start.shape == mu.shape:
+            mu = torch.where(torch.isinf(start), mu, torch.minimum(start, self.largest))
+        mu, totals = mu[alive], self.totals[alive]
+        coarse = all(s.dtype != torch.float64 for s in self.sources)
+        tolerance = _COARSE if coarse else _PRECISE
+        for self.iterations in range(1, _MAX_ITERATIONS + 1):
+            at, above, count = self._excess(alive, torch.minimum(mu, self.largest[alive]), precise=not coarse)
+            theta, update = solve_tangents(at, above, count.clamp_min_(1.0), self.target, totals)
+            # sums of magnitudes around mu + theta / count can be told apart to this much
+            settled = (update - at).abs().max() <= tolerance * (update + theta / count).max()
+            mu = update
+            if bool(settled):
+                if not coarse:
+                    break
+                coarse, tolerance = False, _FINISHED
+            keep = totals > theta
+            alive, mu, totals = alive[keep], mu[keep], totals[keep]
+        mu = mu * (self.target / mu.sum().clamp_min(_TINY)).clamp_max(1.0)
+        bounds = torch.zeros_like(self.largest)
+        bounds[alive] = mu
+        return bounds, theta
+
+    def _excess(self, alive: Tensor, mu: Tensor, *, precise: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Evaluate at ``mu``, which float32 sums round first; return that point, the sums and the counts."""
+        at, above, count, start = [], [], [], 0
+        for source, size in zip(self.sources, self.sizes, strict=True):
+            first, last = torch.searchsorted(alive, torch.tensor([start, start + size], device=alive.device)).tolist()
+            rounded = mu[first:last] if precise else mu[first:last].float().double()
+            sums, counts = excess(source, alive[first:last] - start, rounded, precise=precise)
+            at.append(rounded)
+            above.append(sums)
+            count.append(counts)
+            start += size
+        return torch.cat(at), torch.cat(above), torch.cat(count)
+
+
+def solve_tangents(
+    mu: Tensor, above: Tensor, count: Tensor, target: Tensor, totals: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Solve :math:`\sum_j (\mu_j + (\phi_j - \theta) / k_j)_+ = \eta` for :math:`\theta`; return it and the terms.
+
+    Args:
+        mu: float64 ``(groups,)``, where the tangents touch.
+        above: As ``mu``, values :math:`\phi_j` there.
+        count: As ``mu``, negative slopes :math:`k_j` >= 1.
+        target: float64 scalar, > 0.
+        totals: As ``mu``, l1 norms; groups that :math:`\theta` passes get 0.
+    """
+    at_zero = mu + above / count
+    slope = 1.0 / count
+    crossing = above + mu * count
+    active = crossing > 0
+    while True:
+        theta = (at_zero[active].sum() - target) / slope[active].sum()
+        remaining = active & (crossing > theta)
+        if bool((remaining == active).all()) or not bool(remaining.any()):
+            break
+        active = remaining
+    update = (at_zero - theta * slope).clamp_min_(0.0)
+    if totals is not None:
+        update.masked_fill_(totals <= theta, 0.0)
+    return theta, update
+
+
+def crossing_levels(sources: Sequence[Tensor], totals: Tensor, theta: Tensor) -> Tensor:
+    r"""Return :math:`\mu_j(\theta)` with :math:`\sum_i (|y_{ij}| - \mu_j)_+ = \theta`; 0 where the l1 norm is less.
+
+    Args:
+        sources: Contiguous ``(before, groups, after)``.
+        totals: float64 ``(groups,)``, l1 norms of the groups of all sources.
+        theta: float64 scalar, > 0.
+    """
+    levels, start = torch.zeros_like(totals), 0
+    for source in sources:
+        end = start + source.shape[1]
+        mine = torch.nonzero(totals[start:end] > theta)[:, 0]
+        mu = torch.zeros(len(mine), dtype=torch.float64, device=source.device)
+        for _ in range(_MAX_ITERATIONS):
+            above, count = excess(source, mine, mu, precise=True)
+            update = mu + (above - theta) / count.clamp_min_(1.0)
+            settled = len(mine) == 0 or bool((update - mu).max() <= 1e-14 * (update + theta / count).max())
+            mu = update
+            if settled:
+                break
+        levels[start + mine] = mu
+        start = end
+    return levels
+
+
+def _joined_mask(masks: Sequence[Tensor | None], sizes: Sequence[int], like: Tensor) -> Tensor | None:
+    if all(m is None for m in masks):
+        return None
+    empty = [torch.zeros(n, dtype=torch.bool, device=like.device) for n in sizes]
+    return torch.cat([e if m is None else m.clone() for e, m in zip(empty, masks, strict=True)])

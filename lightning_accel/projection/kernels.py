@@ -1,0 +1,179 @@
+"""Passes over memory: reduce groups and clamp them, on contiguous ``(before, groups, after)`` blocks.
+
+On CPU each pass walks over chunks of rows that fit into the second-level cache, so that several elementwise operations
+cost one trip to memory; 16-bit floats are handled as integers there, whose order is that of the magnitudes once the
+sign bit is gone. On other devices an expression over the whole tensor does the same.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 16  # entries a thread works on at once: 256 KiB of float32
+_MAGNITUDE = 0x7FFF
+_SIGN = -0x8000
+_HALVES = (torch.float16, torch.bfloat16)
+_SHORT = 32  # entries; reducing shorter rows one by one is slow
+
+
+def group_max(x: Tensor) -> Tensor:
+    """Return the largest magnitude of each group, ``(groups,)``, in the type of ``x``; NaN where a group has one."""
+    before, groups, after = x.shape
+    if x.device.type != "cpu":
+        return x.abs().amax((0, 2))
+    if before == 1:
+        return _max_of_rows(x[0])
+    return _max_of_rows(_max_of_columns(x.view(before, groups * after)).view(groups, after))
+
+
+def group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest magnitude and the l1 norm of each group, float64 ``(groups,)`` both.
+
+    The l1 norm is summed in the type of ``x`` (float32 for 16 bits) within a chunk and in float64 across chunks.
+    """
+    before, groups, after = x.shape
+    if x.device.type != "cpu":
+        magnitude = x.abs()
+        return magnitude.amax((0, 2)).double(), magnitude.sum((0, 2), dtype=torch.float64)
+    if before == 1:
+        magnitudes = (_wide(x[0, rows]).abs() for rows in _row_slices(x[0]))
+        pairs = [(m.amax(1), m.sum(1)) for m in magnitudes]
+        return torch.cat([p[0] for p in pairs]).double(), torch.cat([p[1] for p in pairs]).double()
+    columns = x.view(before, groups * after)
+    largest = torch.zeros(groups * after, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    total = torch.zeros(groups * after, dtype=torch.float64)
+    for rows in _row_slices(columns):
+        magnitude = _wide(columns[rows]).abs()
+        torch.maximum(largest, magnitude.amax(0), out=largest)
+        total += magnitude.sum(0)
+    return largest.view(groups, after).amax(1).double(), total.view(groups, after).sum(1)
+
+
+def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`\sum_i (|y_i| - \mu)_+` and how many magnitudes are above :math:`\mu`, for some of the groups.
+
+    Args:
+        x: ``(before, groups, after)``.
+        groups: Indices of the groups, ``(chosen,)``.
+        mu: float64 ``(chosen,)``; numbers that float32 holds, unless ``precise``.
+        precise: Subtract and sum in float64; otherwise in the type of ``x`` (float32 for 16 bits) within a chunk.
+
+    Returns:
+        Two float64 tensors ``(chosen,)``.
+    """
+    before, total_groups, after = x.shape
+    wide = torch.float64 if precise or x.dtype == torch.float64 else torch.float32
+    level = mu.to(wide)
+    if len(groups) == 0:
+        return mu.clone(), mu.clone()
+    if x.device.type != "cpu":
+        above = (x.index_select(1, groups).to(wide).abs_() - level.view(1, -1, 1)).clamp_min_(0.0)
+        return above.sum((0, 2), dtype=torch.float64), (above > 0).sum((0, 2)).double()
+    if before == 1:
+        sums, counts = [], []
+        for rows in _slices(len(groups), after):
+            above = x[0].index_select(0, groups[rows]).to(wide).abs_().sub_(level[rows].unsqueeze(1)).clamp_min_(0.0)
+            sums.append(above.sum(1))
+            counts.append(above.sign_().sum(1))
+        return torch.cat(sums).double(), torch.cat(counts).double()
+    every = 2 * len(groups) > total_groups  # picking columns costs more than working on all of them
+    if every:
+        level = torch.full((total_groups,), torch.inf, dtype=wide).index_copy_(0, groups, level)
+    width = len(level) * after
+    level = level.repeat_interleave(after)
+    total, count = torch.zeros(2, width, dtype=torch.float64).unbind()
+    for rows in _slices(before, width):
+        chunk = x[rows] if every else x[rows].index_select(1, groups)
+        above = chunk.to(wide).abs().view(-1, width).sub_(level).clamp_min_(0.0)
+        total += above.sum(0)
+        count += above.sign_().sum(0)
+    total, count = total.view(-1, after).sum(1), count.view(-1, after).sum(1)
+    return (total[groups], count[groups]) if every else (total, count)
+
+
+def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> None:
+    """Write ``source`` clamped to plus and minus ``bounds`` to ``target``; entries within stay bit for bit.
+
+    Args:
+        source: ``(before, groups, after)``.
+        bounds: ``(groups,)`` in the type of ``source``, >= 0; infinite leaves a group alone.
+        target: As ``source``, or ``source`` itself.
+    """
+    before, groups, after = source.shape
+    if source.device.type != "cpu":
+        torch.clamp(source, -bounds.view(1, groups, 1), bounds.view(1, groups, 1), out=target)
+    elif before == 1:
+        _clamp_rows(source[0], bounds.unsqueeze(1), target[0])
+    else:
+        bound = bounds.repeat_interleave(after).unsqueeze(0)
+        _clamp_rows(source.view(before, groups * after), bound, target.view(before, groups * after))
+
+
+def _clamp_rows(source: Tensor, bound: Tensor, target: Tensor) -> None:
+    """Clamp ``(rows, columns)`` to a bound for every row ``(rows, 1)`` or for every column ``(1, columns)``."""
+    by_row = bound.shape[0] > 1
+    if source.dtype in _HALVES:
+        # NaN is above infinity here; the largest integer leaves both alone
+        level = bound.view(torch.int16).masked_fill(torch.isinf(bound), _MAGNITUDE)
+        source, target = source.view(torch.int16), target.view(torch.int16)
+        for rows in _row_slices(source):
+            piece, out = source[rows], target[rows]
+            sign = torch.bitwise_and(piece, _SIGN)
+            torch.bitwise_and(piece, _MAGNITUDE, out=out)
+            torch.minimum(out, level[rows] if by_row else level, out=out)
+            torch.bitwise_or(out, sign, out=out)
+        return
+    floor = -bound
+    for rows in _row_slices(source):
+        if by_row:  # `clamp` with a broadcast column is three times slower than its two halves
+            torch.minimum(source[rows], bound[rows], out=target[rows])
+            torch.maximum(target[rows], floor[rows], out=target[rows])
+        else:
+            torch.clamp(source[rows], floor, bound, out=target[rows])
+
+
+def _max_of_rows(rows: Tensor) -> Tensor:
+    if rows.shape[1] < _SHORT and rows.shape[0] > rows.shape[1]:
+        first, *others = rows.unbind(1)
+        largest = first.abs()
+        for other in others:
+            torch.maximum(largest, other.abs(), out=largest)
+        return largest
+    if rows.dtype in _HALVES:
+        bits = rows.view(torch.int16)
+        parts = [torch.bitwise_and(bits[s], _MAGNITUDE).amax(1) for s in _row_slices(bits)]
+        return torch.cat(parts).view(rows.dtype)
+    return torch.cat([torch.maximum(rows[s].amax(1), rows[s].amin(1).neg_()) for s in _row_slices(rows)])
+
+
+def _max_of_columns(rows: Tensor) -> Tensor:
+    bits = rows.view(torch.int16) if rows.dtype in _HALVES else rows
+    slices = _row_slices(bits)
+    largest = _magnitude(bits[next(slices)])
+    scratch = torch.empty_like(largest)
+    for s in slices:
+        magnitude = _magnitude(bits[s], out=scratch[: bits[s].shape[0]])
+        part = largest[: magnitude.shape[0]]
+        torch.maximum(part, magnitude, out=part)
+    return largest.amax(0).view(rows.dtype)
+
+
+def _magnitude(bits: Tensor, out: Tensor | None = None) -> Tensor:
+    if bits.dtype == torch.int16:
+        return torch.bitwise_and(bits, _MAGNITUDE, out=out)
+    return torch.abs(bits, out=out)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in _HALVES else x
+
+
+def _row_slices(rows: Tensor) -> Iterator[slice]:
+    return _slices(*rows.shape)
+
+
+def _slices(rows: int, columns: int) -> Iterator[slice]:
+    """Cut ``(rows, columns)`` into slices of rows that fit into the caches of the threads."""
+    step = max(1, _CHUNK * torch.get_num_threads() // max(1, columns))
+    return (slice(start, start + step) for start in range(0, rows, step))

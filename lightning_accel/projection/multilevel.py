@@ -1,0 +1,190 @@
+"""Multi-level projections of one tensor: the l1, l1,inf, l1,2 and l1,1 balls, and any nesting of them."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_accel.projection.exact import ExactState, project_exact
+from lightning_accel.projection.joint import cut_jointly
+from lightning_accel.projection.layout import empty_like_dense, normalize_dims
+from lightning_accel.projection.pyramid import check_levels, pyramid
+from lightning_accel.projection.rounding import check_input, check_nonfinite, check_out, check_radius
+
+Nonfinite = Literal["raise", "skip"]
+Method = Literal["bilevel", "exact"]
+
+
+@torch.no_grad()
+def project_multilevel(
+    x: Tensor,
+    radius: float,
+    norms: Sequence[str] = ("l1", "linf"),
+    dims: Sequence[Sequence[int]] = ((0,), (1, 2, 3)),
+    *,
+    out: Tensor | None = None,
+    nonfinite: Nonfinite = "raise",
+) -> Tensor:
+    r"""Project onto a ball of nested norms, level by level.
+
+    For levels :math:`q_1, \dots, q_k` from the outermost in, let :math:`v` hold the :math:`q_k` norms of the innermost
+    fibres. :math:`T` is the projection of :math:`v` for the levels :math:`q_1, \dots, q_{k-1}`, and every fibre is
+    projected onto the :math:`q_k` ball of its radius in :math:`T`.
+
+    The result lies in the ball, keeps signs, never grows an entry, and projecting it again changes no bit. It is the
+    nearest point of the ball for one level and for ``("l1", "l2")``; otherwise it is a relaxation, whose reward is
+    that each level is a reduction: the span is the sum of the dimensions, not their product.
+
+    Args:
+        x: Any shape and strides, float16, bfloat16, float32 or float64, any device.
+        radius: Of the ball, >= 0, in the unit of ``x``; infinity leaves ``x`` alone, 0 clears it.
+        norms: ``"l1"``, ``"l2"`` or ``"linf"`` a level, from the outermost in.
+        dims: Dimensions of ``x`` a level, from the outermost in; each dimension once.
+        out: Tensor for the result; ``x`` itself projects in place. A new tensor by default.
+        nonfinite: ``"raise"``, or ``"skip"`` to return NaN- or infinity-holding data unchanged.
+
+    Returns:
+        The projection; ``out`` if given. It carries no gradient: `MultilevelBall` does.
+
+    Raises:
+        TypeError: If ``x`` is no floating-point tensor.
+        ValueError: If ``radius`` is negative or NaN, ``norms`` and ``dims`` do not fit ``x``, ``out`` cannot hold the
+            result, or (unless skipped) ``x`` holds NaN or infinity.
+
+    References:
+        Perez, Barlaud, arXiv:2405.02086 (multi-level), arXiv:2407.16293 (bi-level). *Deviations*: thresholds are
+        computed in float64 and rounded toward zero, so that the result is feasible without slack.
+
+    Complexity: O(numel); two passes over ``x`` for ``("l1", "linf")``. On GPU no host synchronization with
+        ``nonfinite="skip"``, one otherwise.
+    """
+    check_input(x)
+    check_out(x, out)
+    check_nonfinite(nonfinite)
+    limit = check_radius(radius)
+    levels = check_levels(norms, dims, x.ndim)
+    result = empty_like_dense(x) if out is None else out
+    if x.numel() == 0:
+        return result
+    cut_jointly([pyramid(x, levels, result)], _scalar(limit, x), outer=levels[0][0], nonfinite=nonfinite)
+    return result
+
+
+@torch.no_grad()
+def project_l1inf(
+    x: Tensor,
+    radius: float,
+    group_dims: Sequence[int] = (0,),
+    method: Method = "bilevel",
+    *,
+    out: Tensor | None = None,
+    nonfinite: Nonfinite = "raise",
+    state: ExactState | None = None,
+) -> Tensor:
+    r"""Project onto the l1,inf ball: the sum over groups of the largest magnitude in each is at most the radius.
+
+    ``method="exact"`` solves :math:`\min_X \|X - Y\|_F` subject to :math:`\sum_j \max_i |x_{ij}| \le \eta`. With
+    :math:`\theta \ge 0` and, for groups with :math:`\|y_j\|_1 > \theta`, :math:`\sum_i (|y_{ij}| - \mu_j)_+ = \theta`,
+    other groups zero and :math:`\sum_j \mu_j = \eta`, it is :math:`X = \mathrm{clamp}(Y, -\mu, \mu)`.
+
+    ``method="bilevel"`` projects the vector of largest magnitudes onto the l1 ball and clamps each group to what is
+    left of its own: feasible and quicker, but not the nearest point. Which of the two clears more groups at one radius
+    depends on the data, so compare them at equal sparsity (`radius_for_sparsity`), never at equal radius.
+
+    Args:
+        x: As in `project_multilevel`.
+        radius: As in `project_multilevel`.
+        group_dims: Dimensions that number the groups; the others lie within a group. ``(0,)``: rows, i.e. output
+            neurons or channels; ``(1,)``: columns, i.e. input features or channels.
+        method: ``"bilevel"`` or ``"exact"``.
+        out: As in `project_multilevel`.
+        nonfinite: As in `project_multilevel`.
+        state: Of the exact method: where the last call for this tensor ended, to start from; it is updated.
+
+    Returns:
+        As `project_multilevel`.
+
+    Raises:
+        TypeError: If ``x`` is no floating-point tensor.
+        ValueError: As in `project_multilevel`, or if ``group_dims`` or ``method`` are not valid.
+
+    References:
+        Perez, Barlaud, arXiv:2407.16293 (bi-level), arXiv:2307.09836 (exact). *Deviations*: the exact method is a
+        joint Newton iteration on :math:`(\theta, \mu)` in float64 over the groups that can still survive.
+
+    Complexity: Bi-level as `project_multilevel`. Exact: three passes, and two to eight more over the groups that
+        survive; one host synchronization an iteration.
+    """
+    group = normalize_dims(group_dims, x.ndim) if isinstance(x, Tensor) else ()
+    if method == "bilevel":
+        rest = [d for d in range(x.ndim) if d not in group] if isinstance(x, Tensor) else []
+        return project_multilevel(x, radius, ("l1", "linf"), (group, rest), out=out, nonfinite=nonfinite)
+    if method != "exact":
+        raise ValueError(f"`method` must be 'bilevel' or 'exact', got {method!r}.")
+    check_input(x)
+    check_out(x, out)
+    check_nonfinite(nonfinite)
+    limit = check_radius(radius)
+    result = empty_like_dense(x) if out is None else out
+    if x.numel() == 0:
+        return result
+    project_exact([(x, group, result)], _scalar(limit, x), nonfinite=nonfinite, state=state)
+    return result
+
+
+def project_l1(x: Tensor, radius: float, *, out: Tensor | None = None, nonfinite: Nonfinite = "raise") -> Tensor:
+    r"""Project onto the l1 ball, :math:`\min_X \|X - Y\|_F` subject to :math:`\sum_i |x_i| \le \eta`.
+
+    Arguments, result and errors are those of `project_multilevel` with the single level ``"l1"``.
+    """
+    return project_multilevel(x, radius, ("l1",), (_all_dims(x),), out=out, nonfinite=nonfinite)
+
+
+def project_l12(
+    x: Tensor,
+    radius: float,
+    group_dims: Sequence[int] = (0,),
+    *,
+    out: Tensor | None = None,
+    nonfinite: Nonfinite = "raise",
+) -> Tensor:
+    r"""Project onto the l1,2 ball, :math:`\min_X \|X - Y\|_F` subject to :math:`\sum_j \|x_j\|_2 \le \eta`.
+
+    Two levels solve it exactly. Arguments, result and errors are those of `project_l1inf`.
+    """
+    return _two_levels(x, radius, "l2", group_dims, out=out, nonfinite=nonfinite)
+
+
+def project_l11(
+    x: Tensor,
+    radius: float,
+    group_dims: Sequence[int] = (0,),
+    *,
+    out: Tensor | None = None,
+    nonfinite: Nonfinite = "raise",
+) -> Tensor:
+    r"""Project onto the l1 ball in two levels: first the l1 norms of the groups, then each group onto its share.
+
+    Clears whole groups, which the nearest point of the same ball (`project_l1`) does not. Arguments, result and errors
+    are those of `project_l1inf`.
+    """
+    return _two_levels(x, radius, "l1", group_dims, out=out, nonfinite=nonfinite)
+
+
+def _two_levels(
+    x: Tensor, radius: float, inner: str, group_dims: Sequence[int], *, out: Tensor | None, nonfinite: Nonfinite
+) -> Tensor:
+    check_input(x)
+    group = normalize_dims(group_dims, x.ndim)
+    rest = [d for d in range(x.ndim) if d not in group]
+    return project_multilevel(x, radius, ("l1", inner), (group, rest), out=out, nonfinite=nonfinite)
+
+
+def _all_dims(x: Tensor) -> tuple[int, ...]:
+    check_input(x)
+    return tuple(range(x.ndim))
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    return torch.full((1,), value, dtype=torch.float64, device=like.device)

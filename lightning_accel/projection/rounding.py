@@ -1,0 +1,110 @@
+"""Thresholds that keep their promise: float64 inside, rounded toward zero on the way out."""
+
+import math
+
+import torch
+from torch import Tensor
+
+EPSILON = 2.0**-52  # unit roundoff of float64, doubled
+FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def round_toward_zero(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 values to ``dtype`` so that no magnitude grows.
+
+    Rounding to nearest would let a projected tensor leave its ball (by 17.9 % in bfloat16), so that projecting it once
+    more would change it again.
+
+    Args:
+        value: float64 tensor, any shape; infinite values stay infinite.
+        dtype: A floating-point type.
+
+    Complexity: Five elementwise passes, no host synchronization.
+    """
+    if dtype == torch.float64:
+        return value
+    rounded = value.to(dtype)
+    grew = rounded.double().abs() > value.abs()
+    return torch.where(grew, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
+
+
+def inner_radius(radius: Tensor, terms: int) -> Tensor:
+    """Return the radius to aim at, so that a float64 sum of ``terms`` norms stays below ``radius`` in any order.
+
+    A sum of n float64 numbers is off by at most n - 1 roundings whatever its order; twice that is taken off.
+    """
+    return radius * (1.0 - min(2.0 * EPSILON * (terms + 16), 0.5))
+
+
+def check_input(x: Tensor) -> None:
+    """Refuse what no projection here can work on.
+
+    Raises:
+        TypeError: If ``x`` is no floating-point tensor of 16, 32 or 64 bits.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in FLOAT_TYPES:
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"`x` must be a float16, bfloat16, float32 or float64 tensor, got {kind}; convert it first.")
+
+
+def check_radius(radius: float) -> float:
+    """Return ``radius`` as a float.
+
+    Raises:
+        ValueError: If it is negative or not a number.
+    """
+    value = float(radius)
+    if math.isnan(value) or value < 0.0:
+        raise ValueError(f"`radius` must be >= 0, got {value}. Use 0 to clear the tensor, infinity to leave it alone.")
+    return value
+
+
+def check_nonfinite(nonfinite: str) -> None:
+    """Refuse an unknown rule for NaN and infinity.
+
+    Raises:
+        ValueError: If it is neither ``"raise"`` nor ``"skip"``.
+    """
+    if nonfinite not in ("raise", "skip"):
+        raise ValueError(f"`nonfinite` must be 'raise' or 'skip', got {nonfinite!r}.")
+
+
+def require_finite(norm: Tensor, name: str = "x") -> None:
+    """Raise if a norm is not finite, which shows NaN or infinity in the data, or a float64 overflow.
+
+    Raises:
+        ValueError: If any norm is NaN or infinite.
+
+    Complexity: One host synchronization.
+    """
+    if not bool(torch.isfinite(norm).all()):
+        raise ValueError(
+            f"`{name}` holds NaN or infinity (or its norm overflows float64), so it has no projection. Find out where "
+            "they come from, or pass nonfinite='skip' to leave such a tensor unchanged."
+        )
+
+
+def check_out(x: Tensor, out: Tensor | None) -> None:
+    """Refuse an ``out`` that cannot hold the result.
+
+    Raises:
+        ValueError: If its shape, type or device differ from those of ``x``, or several of its entries share memory.
+    """
+    if out is None:
+        return
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(
+            f"`out` must be like `x` ({tuple(x.shape)}, {x.dtype}, {x.device}), got {tuple(out.shape)}, {out.dtype}, "
+            f"{out.device}."
+        )
+    if _entries_share_memory(out):
+        raise ValueError("`out` is an expanded view: several entries share memory. Pass `out=None`, or clone it first.")
+
+
+def _entries_share_memory(x: Tensor) -> bool:
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

@@ -1,0 +1,110 @@
+"""The radius that clears a given fraction of the groups: an order statistic, no search."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_accel.projection.exact import crossing_levels
+from lightning_accel.projection.kernels import group_norms
+from lightning_accel.projection.layout import Blocks, normalize_dims
+from lightning_accel.projection.pyramid import check_levels, pyramid
+from lightning_accel.projection.rounding import check_input, require_finite
+
+
+@torch.no_grad()
+def radius_for_sparsity(
+    x: Tensor,
+    sparsity: float,
+    group_dims: Sequence[int] = (0,),
+    method: str = "bilevel",
+    *,
+    norms: Sequence[str] | None = None,
+    dims: Sequence[Sequence[int]] | None = None,
+) -> float:
+    r"""Return the radius whose projection clears ``round(sparsity * groups)`` groups of ``x``.
+
+    Bi-level, the threshold is any :math:`\tau` between the last group norm to go and the first to stay, and
+    :math:`\eta = \sum_j (v_j - \tau)_+`. Exact, :math:`\theta` is chosen so among the groups' l1 norms, and
+    :math:`\eta = \sum_j \mu_j(\theta)`. The middle of the gap is taken, so that rounding moves no group across.
+    Groups of one norm go together; groups that are zero already count.
+
+    Args:
+        x: As in `project_multilevel`.
+        sparsity: Fraction of groups to clear, in [0, 1].
+        group_dims: As in `project_l1inf`.
+        method: As in `project_l1inf`.
+        norms: With ``dims``: levels as in `project_multilevel`, the outermost an ``"l1"``, in place of ``group_dims``
+            and ``method``.
+        dims: See ``norms``.
+
+    Returns:
+        The radius, for a projection with the same arguments.
+
+    Raises:
+        TypeError: If ``x`` is no floating-point tensor.
+        ValueError: If ``sparsity`` is not in [0, 1], the groups are not valid, or ``x`` holds NaN or infinity.
+
+    Complexity: One pass over ``x`` and a sort of the group norms; exact: a few passes over the groups that stay.
+    """
+    check_input(x)
+    check_sparsity(sparsity)
+    if norms is not None or dims is not None:
+        levels = check_levels(norms or (), dims or (), x.ndim)
+        if levels[0][0] != "l1":
+            raise ValueError(f"the outermost of `norms` must be 'l1' to clear groups, got {levels[0][0]!r}.")
+    else:
+        group = normalize_dims(group_dims, x.ndim)
+        levels = (("l1", group), ("linf", tuple(d for d in range(x.ndim) if d not in group)))
+        if method not in ("bilevel", "exact"):
+            raise ValueError(f"`method` must be 'bilevel' or 'exact', got {method!r}.")
+    if x.numel() == 0:
+        return 0.0
+    if method == "exact" and norms is None:
+        return float(exact_radius([x], [levels[0][1]], sparsity)[0])
+    tops = pyramid(x, levels, x).tops()
+    require_finite(tops.sum())
+    return float(bilevel_radius(tops, sparsity))
+
+
+def bilevel_radius(norms: Tensor, sparsity: float) -> Tensor:
+    """Return the radius, float64 scalar, for group norms float64 ``(groups,)``; without a host synchronization."""
+    return (norms - gap_middle(norms, sparsity)).clamp_min_(0.0).sum()
+
+
+def exact_radius(tensors: Sequence[Tensor], group_dims: Sequence[tuple[int, ...]], sparsity: float) -> Tensor:
+    """Return the radius, float64 ``(1,)``, for the exact projection of tensors together.
+
+    Raises:
+        ValueError: If a tensor holds NaN or infinity.
+    """
+    sources = [Blocks.of(x, dims, x).source for x, dims in zip(tensors, group_dims, strict=True)]
+    norms = [group_norms(s) for s in sources]
+    largest, totals = (torch.cat([n[i] for n in norms]) for i in (0, 1))
+    require_finite(totals.sum())
+    theta = gap_middle(totals, sparsity)
+    if not bool(theta > 0.0):
+        return largest.sum().reshape(1)
+    return crossing_levels(sources, totals, theta).sum().reshape(1)
+
+
+def gap_middle(values: Tensor, sparsity: float) -> Tensor:
+    """Return the middle between the largest of the ``round(sparsity * n)`` smallest values and the next one."""
+    cleared = round(sparsity * len(values))
+    if cleared == 0:
+        return values.new_zeros(())
+    ascending = values.sort().values
+    if cleared == len(values):
+        return ascending[-1]
+    low, high = ascending[cleared - 1], ascending[cleared]
+    return torch.where(low > 0.0, low + 0.5 * (high - low), 0.0)
+
+
+def check_sparsity(sparsity: float, name: str = "sparsity") -> None:
+    """Refuse a fraction outside [0, 1].
+
+    Raises:
+        ValueError: If so.
+    """
+    if not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"`{name}` must be a fraction of groups in [0, 1], got {sparsity}.")

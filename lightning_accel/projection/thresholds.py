@@ -1,0 +1,82 @@
+"""The l1 threshold, on which every projection here rests: how much to take off each norm to reach the radius."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_accel.projection.rounding import inner_radius
+
+SORT_UP_TO = 5_000  # groups; above, dropping what cannot survive is quicker than sorting
+_TINY = torch.finfo(torch.float64).tiny
+
+
+class Thresholds(NamedTuple):
+    """What an l1 threshold found, for ``batch`` vectors of ``n`` norms each.
+
+    Attributes:
+        bounds: float64 ``(batch, n)``, what is left of each norm; infinite in vectors that stay as they are.
+        tau: float64 ``(batch,)``, what is taken off each norm.
+        norm: float64 ``(batch,)``, l1 norms before.
+    """
+
+    bounds: Tensor
+    tau: Tensor
+    norm: Tensor
+
+
+def l1_thresholds(norms: Tensor, radius: Tensor, *, terms: int | None = None) -> Thresholds:
+    r"""Project vectors of norms onto l1 balls.
+
+    Solves :math:`\min_t \|t - v\|_2` subject to :math:`\sum_j t_j \le \eta,\ t \ge 0`, whose solution is
+    :math:`t = (v - \tau)_+`. The largest norm is subtracted first: only norms within :math:`\eta` of it survive, and
+    their differences to it are exact, so that small radii of large tensors lose no digits. The result is scaled down
+    by what rounding left over, so :math:`\sum_j t_j \le \eta` holds in float64 and without slack.
+
+    Args:
+        norms: float64 ``(batch, n)``, non-negative.
+        radius: float64 ``(batch,)``, >= 0.
+        terms: Roundings in the norm that must stay below ``radius``; by default ``n``.
+
+    Complexity: Sorting up to 5,000 norms and on GPU (no host synchronization); Michelot's algorithm beyond on CPU.
+
+    References:
+        Condat, "Fast projection onto the simplex and the l1 ball", Math. Program. 158 (2016); Michelot (1986).
+    """
+    norm = norms.sum(-1)
+    if norms.shape[-1] == 0:
+        return Thresholds(norms, torch.zeros_like(norm), norm)
+    unchanged = ~((norm > radius) & torch.isfinite(norm))
+    target = inner_radius(radius, terms or norms.shape[-1])
+    top = norms.amax(-1, keepdim=True)
+    below = norms - top
+    tau = simplex_threshold(below, target)
+    kept = (below - tau.unsqueeze(-1)).clamp_min_(0.0)
+    kept *= (target / kept.sum(-1).clamp_min_(_TINY)).clamp_max_(1.0).unsqueeze(-1)
+    bounds = kept.masked_fill_(unchanged.unsqueeze(-1), torch.inf)
+    return Thresholds(bounds, (tau + top.squeeze(-1)).masked_fill_(unchanged, 0.0), norm)
+
+
+def simplex_threshold(values: Tensor, total: Tensor) -> Tensor:
+    r"""Return :math:`\tau` with :math:`\sum_j (v_j - \tau)_+ = s` for each vector.
+
+    Args:
+        values: float64 ``(batch, n)``, any sign, n >= 1.
+        total: float64 ``(batch,)``, >= 0.
+    """
+    if values.device.type == "cpu" and values.shape[-1] > SORT_UP_TO:
+        return torch.stack([_michelot(v, s) for v, s in zip(values, total, strict=True)])
+    descending = values.sort(-1, descending=True).values
+    count = torch.arange(1, values.shape[-1] + 1, dtype=values.dtype, device=values.device)
+    return ((descending.cumsum(-1) - total.unsqueeze(-1)) / count).amax(-1)
+
+
+def _michelot(values: Tensor, total: Tensor) -> Tensor:
+    """Michelot's algorithm on one vector; entries that cannot be above the threshold are dropped as it rises."""
+    active = values[values >= values.max() - total]
+    while True:
+        tau = (active.sum() - total) / active.numel()
+        remaining = active[active > tau]
+        if remaining.numel() in (0, active.numel()):
+            return tau
+        active = remaining
