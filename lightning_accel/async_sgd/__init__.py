@@ -1,0 +1,48 @@
+"""Asynchronous SGD with a parameter server: workers of uneven speed, none of which can hold up or harm the others."""
+
+from lightning_accel.async_sgd.client import SharedMemoryStore
+from lightning_accel.async_sgd.compression import Compression, ErrorFeedback
+from lightning_accel.async_sgd.leases import Lease, LeaseBook
+from lightning_accel.async_sgd.replay import replay
+from lightning_accel.async_sgd.rules import compensate_delay, expected_gain, has_slack, learning_rate_weight
+from lightning_accel.async_sgd.server import LogEntry, ParameterServer, Push
+from lightning_accel.async_sgd.settings import Settings
+from lightning_accel.async_sgd.spawn import run_workers
+from lightning_accel.async_sgd.store import (
+    PUSH_STAGES,
+    Membership,
+    Opening,
+    ParameterStore,
+    Snapshot,
+    Statistics,
+)
+from lightning_accel.async_sgd.supervisor import Ending, Supervisor, WorkerFailedError
+from lightning_accel.async_sgd.worker import Worker
+
+__all__ = [
+    "PUSH_STAGES",
+    "Compression",
+    "Ending",
+    "ErrorFeedback",
+    "Lease",
+    "LeaseBook",
+    "LogEntry",
+    "Membership",
+    "Opening",
+    "ParameterServer",
+    "ParameterStore",
+    "Push",
+    "Settings",
+    "SharedMemoryStore",
+    "Snapshot",
+    "Statistics",
+    "Supervisor",
+    "Worker",
+    "WorkerFailedError",
+    "compensate_delay",
+    "expected_gain",
+    "has_slack",
+    "learning_rate_weight",
+    "replay",
+    "run_workers",
+]

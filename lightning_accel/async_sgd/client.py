@@ -1,0 +1,276 @@
+"""A worker's end of a run on one machine: the shared-memory `ParameterStore`."""
+
+import os
+import pickle
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_accel.async_sgd.channel import Channel, Message
+from lightning_accel.async_sgd.compression import ErrorFeedback
+from lightning_accel.async_sgd.leases import Lease, LeaseId
+from lightning_accel.async_sgd.memory import Mailbox, ParameterPage, Segment
+from lightning_accel.async_sgd.settings import Settings
+from lightning_accel.async_sgd.store import Membership, Opening, Snapshot, Statistics
+from lightning_accel.async_sgd.supervisor import COORDINATOR, FIRST_HEARTBEAT, LIVE, STOP, mailbox_areas
+
+_BEAT_SECONDS = 0.25
+
+
+def _pass(stage: str) -> None:
+    """Do nothing at a stage of a push."""
+
+
+class SharedMemoryStore:
+    """The `ParameterStore` of one machine.
+
+    A thread beats the heart and ends the process when the parent is gone, so that no worker outlives its run.
+
+    Args:
+        worker: Number of this worker.
+        incarnation: How often it was started before.
+        sock: Its end of the socket pair.
+        settings: Of the run.
+        parent: Process number of the supervisor.
+        probe: Called with each of `PUSH_STAGES` as a push passes it; tests kill the process there.
+    """
+
+    def __init__(
+        self,
+        worker: int,
+        incarnation: int,
+        sock: socket.socket,
+        settings: Settings,
+        *,
+        parent: int,
+        probe: Callable[[str], None] = _pass,
+    ) -> None:
+        self.worker = worker
+        self.incarnation = incarnation
+        self.settings = settings
+        self._probe = probe
+        self._channel = Channel(sock)
+        self._replies: deque[Message] = deque()
+        self._leases: deque[Lease] = deque()
+        self._acknowledged = 0
+        self._sequence = 0
+        self._base_version = 0
+        self._parameters = 0
+        self._page: ParameterPage | None = None
+        self._mailbox: Mailbox | None = None
+        self._feedback = ErrorFeedback(settings.compression)
+        self._pull_seconds: float | None = None
+        self._closed = threading.Event()
+        welcome = self._ask(Message("hello"))
+        size = 8 * (FIRST_HEARTBEAT + welcome.values["workers"])
+        self._control = Segment(size, welcome.descriptors[0]).bytes.view(torch.int64)
+        threading.Thread(target=self._beat, args=(parent,), daemon=True, name="heartbeat").start()
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this worker validates, checkpoints and reports."""
+        return int(self._control[COORDINATOR]) == self.worker
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run is over for everybody."""
+        return bool(self._control[STOP])
+
+    @property
+    def live_workers(self) -> int:
+        """Workers taking part."""
+        return max(1, int(self._control[LIVE]))
+
+    def join(self, opening: Callable[[], Opening]) -> Membership:
+        """Enter the run; see `ParameterStore.join`."""
+        reply = self._ask(Message("join"))
+        if reply.values["open"]:
+            reply = self._ask(Message("join", payload=pickle.dumps(opening())))
+        page, mailbox = reply.descriptors
+        specs, self._parameters = reply.values["specs"], reply.values["parameters"]
+        self._page = ParameterPage(specs, reply.values["counters"], page)
+        self._mailbox = Mailbox(*mailbox_areas(specs, self._parameters, self.settings), mailbox)
+        return Membership(self.worker, self.incarnation, reply.values["epoch"])
+
+    def check(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
+        """Compare this worker's tensors with those the run was opened with.
+
+        Raises:
+            ValueError: If number, shape or dtype differ.
+        """
+        specs = self._opened().specs
+        tensors = [*parameters, *buffers]
+        here = [(tuple(t.shape), t.dtype) for t in tensors]
+        there = [(tuple(s.shape), s.dtype) for s in specs]
+        if here != there:
+            wrong = next((s.name for s, a, b in zip(specs, here, there, strict=False) if a != b), "their number")
+            raise ValueError(
+                f"worker {self.worker} built another model than the coordinator ({wrong} differs); "
+                "build the same layers in every process."
+            )
+
+    def pull(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[int, list[int]]:
+        """Copy the latest publication in place; see `ParameterStore.pull`. ``buffers`` may be empty: not wanted."""
+        page = self._opened()
+        began = time.perf_counter()
+        targets: list[Tensor | None] = [p.detach() for p in parameters]
+        targets += list(buffers) or [None] * (len(page.specs) - len(parameters))
+        self._base_version, steps = page.read_into(targets)
+        self._pull_seconds = time.perf_counter() - began
+        return self._base_version, steps
+
+    def push(
+        self,
+        gradients: Sequence[Tensor | None],
+        *,
+        optimizer: int,
+        leases: Sequence[LeaseId] = (),
+        groups: list[dict[str, Any]] | None = None,
+        buffers: Sequence[Tensor] = (),
+        base: Sequence[Tensor] = (),
+    ) -> int:
+        """Write a push into the free slot and ring; see `ParameterStore.push`."""
+        assert self._mailbox is not None, "join first"
+        self._sequence += 1
+        self.wait_for(self._sequence - 2)  # whoever is two ahead would write over a push not yet read
+        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        finite = is_finite([g for g in gradients if g is not None])
+        meta = {
+            "base_version": self._base_version,
+            "optimizer": optimizer,
+            "present": present if finite else [],
+            "finite": finite,
+            "leases": list(leases),
+            "groups": groups,
+            "buffers": bool(buffers),
+            "base": bool(base),
+            "pull_seconds": self._pull_seconds,
+        }
+        self._pull_seconds = None
+        self._probe("before")
+        with self._mailbox.writing(self._sequence, meta, self._probe) as areas:
+            for count, i in enumerate(meta["present"]):
+                if count == len(present) // 2:
+                    self._probe("half-way")
+                gradient = gradients[i]
+                assert gradient is not None
+                self._feedback.write(i, gradient, areas[i])
+            rest = areas[self._parameters :]
+            for tensor, area in zip(buffers, rest, strict=False):
+                area.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            for tensor, area in zip(base, rest[len(rest) - len(base) :], strict=True):
+                area.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+        self._probe("after the flag")
+        self._channel.send(Message("bell"))
+        self._probe("after the bell")
+        return self._sequence
+
+    def wait_for(self, sequence: int) -> None:
+        """Wait for the acknowledgement of a push."""
+        while self._acknowledged < sequence:
+            self._receive()
+        if 0 < sequence == self._sequence:
+            self._probe("acknowledged")
+
+    def wait_for_slack(self) -> None:
+        """See `ParameterStore.wait_for_slack`; no message without ``max_staleness``."""
+        if self.settings.max_staleness is not None:
+            self.wait_for(self._sequence)  # the server's count of our pushes must be ours
+            self._ask(Message("slack"))
+
+    def lease(self, epoch: int, order: Callable[[], Sequence[Any]], *, final: bool = False) -> list[Lease]:
+        """See `ParameterStore.lease`."""
+        reply = self._ask(Message("lease", {"epoch": epoch, "final": final}))
+        if reply.values["order"]:
+            units = pickle.dumps(list(order()))
+            reply = self._ask(Message("lease", {"epoch": epoch, "final": final}, units))
+        leases: list[Lease] = reply.values["leases"]
+        return leases
+
+    def commit(self, leases: Sequence[LeaseId]) -> None:
+        """See `ParameterStore.commit`."""
+        self._channel.send(Message("commit", {"leases": list(leases)}))
+
+    def kv(self, key: str, value: bytes | None = None, *, replace: bool = False, wait: bool = True) -> bytes | None:
+        """See `ParameterStore.kv`."""
+        values = {"key": key, "write": value is not None, "replace": replace, "wait": wait}
+        reply = self._ask(Message("kv", values, value or b""))
+        return reply.payload if reply.values["found"] else None
+
+    def snapshot(self) -> Snapshot:
+        """See `ParameterStore.snapshot`."""
+        snapshot: Snapshot = pickle.loads(self._ask(Message("snapshot")).payload)
+        return snapshot
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `ParameterStore.restore`."""
+        self._ask(Message("restore", payload=pickle.dumps(snapshot)))
+
+    def statistics(self) -> Statistics:
+        """See `ParameterStore.statistics`."""
+        statistics: Statistics = self._ask(Message("statistics")).values["statistics"]
+        return statistics
+
+    def idle(self, idle: bool) -> None:
+        """See `ParameterStore.idle`."""
+        self._channel.send(Message("idle", {"idle": idle}))
+
+    def leave(self, *, stop: bool = False) -> None:
+        """See `ParameterStore.leave`."""
+        self._ask(Message("leave", {"stop": stop}))
+
+    def report(self, result: bytes) -> None:
+        """Hand the result of this worker to the parent process."""
+        self._channel.send(Message("result", payload=result))
+        self._channel.flush(wait=True)
+
+    def report_failure(self, exception: BaseException, text: str) -> None:
+        """Tell the parent process that this worker raised ``exception``, with its traceback as text."""
+        try:
+            payload = pickle.dumps(exception)
+        except Exception:  # anything may hang on an exception
+            payload = b""
+        self._channel.send(Message("failed", {"worker": self.worker, "traceback": text}, payload))
+        self._channel.flush(wait=True)
+
+    def close(self) -> None:
+        """Stop the heart and close the socket."""
+        self._closed.set()
+        self._channel.close()
+
+    def _opened(self) -> ParameterPage:
+        assert self._page is not None, "join first"
+        return self._page
+
+    def _ask(self, message: Message) -> Message:
+        self._channel.send(message)
+        while not self._replies:
+            self._receive()
+        return self._replies.popleft()
+
+    def _receive(self) -> None:
+        for message in self._channel.wait():
+            if message.kind == "ack":
+                self._acknowledged = message.values["sequence"]
+            else:
+                self._replies.append(message)
+
+    def _beat(self, parent: int) -> None:
+        while not self._closed.wait(_BEAT_SECONDS):
+            self._control[FIRST_HEARTBEAT + self.worker] += 1
+            if os.getppid() != parent:
+                os._exit(1)  # orphaned: nobody is left to report to
+
+
+def is_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element is NaN or infinite; one pass, one host synchronization."""
+    if not tensors:
+        return True
+    extremes = [extreme for t in tensors if t.numel() for extreme in torch.aminmax(t.detach())]
+    return bool(torch.stack([e.double() for e in extremes]).isfinite().all()) if extremes else True

@@ -1,0 +1,207 @@
+"""Shared memory without names and without locks: nothing to leave behind, nothing a killed process can hold.
+
+A segment is anonymous memory behind a file descriptor, handed from the server to a worker over their socket, so
+``/dev/shm`` never shows an entry. Parameters go out by a seqlock over two buffers, gradients come in through a
+mailbox of two slots per worker whose commit number is written last.
+"""
+
+import contextlib
+import mmap
+import os
+import pickle
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ALIGN = 64
+_HEADER = 8  # int64 words of a header
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype of one tensor in shared memory."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(name: str, tensor: Tensor) -> "TensorSpec":
+        """Describe a tensor."""
+        return TensorSpec(name, tensor.shape, tensor.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense tensor."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class Segment:
+    """Anonymous shared memory; ``fd`` names it to another process.
+
+    Args:
+        nbytes: Size, > 0, for a new segment.
+        fd: Descriptor of an existing segment of this size, which is taken over.
+    """
+
+    def __init__(self, nbytes: int, fd: int | None = None) -> None:
+        self.nbytes = nbytes
+        self.fd = _anonymous_file(nbytes) if fd is None else fd
+        self.bytes = torch.frombuffer(mmap.mmap(self.fd, nbytes), dtype=torch.uint8)
+
+    def close(self) -> None:
+        """Give up the descriptor. The memory itself goes with the last tensor on it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _anonymous_file(nbytes: int) -> int:
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("lightning-accel", os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, nbytes)
+    return fd
+
+
+class _Fence:
+    """Order memory accesses around it: taking a free lock is an atomic read-modify-write on every platform."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            pass
+
+
+fence = _Fence()
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN) * _ALIGN
+
+
+class ParameterPage:
+    """Parameters and buffers that one writer publishes and any number of readers copy, without a lock.
+
+    Publication ``n`` lives in buffer ``n % 2``. The writer announces a publication before it starts and completes it
+    after; a reader's copy is whole unless the writer has by then announced a second one.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], counters: int, fd: int | None = None) -> None:
+        self.specs = list(specs)
+        head = _aligned(8 * _HEADER)
+        meta = _aligned(8 * (1 + counters))
+        body = sum(_aligned(spec.nbytes) for spec in specs)
+        self.segment = Segment(head + 2 * (meta + body), fd)
+        raw = self.segment.bytes
+        self._header = raw[: 8 * _HEADER].view(torch.int64)  # [announced, completed]
+        self._meta: list[Tensor] = []
+        self._tensors: list[list[Tensor]] = []
+        offset = head
+        for _ in range(2):
+            self._meta.append(raw[offset : offset + 8 * (1 + counters)].view(torch.int64))
+            offset += meta
+            self._tensors.append([])
+            for spec in specs:
+                self._tensors[-1].append(_view(raw, offset, spec))
+                offset += _aligned(spec.nbytes)
+
+    def publish(self, tensors: Sequence[Tensor], version: int, counters: Sequence[int]) -> None:
+        """Make tensors, version and counters visible at once."""
+        number = int(self._header[1]) + 1
+        self._header[0] = number
+        fence()
+        for target, tensor in zip(self._tensors[number % 2], tensors, strict=True):
+            target.copy_(tensor)
+        self._meta[number % 2].copy_(torch.tensor([version, *counters], dtype=torch.int64))
+        fence()
+        self._header[1] = number
+
+    def read_into(self, targets: Sequence[Tensor | None]) -> tuple[int, list[int]]:
+        """Copy the latest publication into ``targets`` (None: skip); returns version and counters.
+
+        Retries while the writer laps it; two full publications within one copy are rare.
+        """
+        while True:
+            number = int(self._header[1])
+            fence()
+            for target, tensor in zip(targets, self._tensors[number % 2], strict=True):
+                if target is not None:
+                    target.copy_(tensor)
+            meta = self._meta[number % 2].tolist()
+            fence()
+            if int(self._header[0]) <= number + 1:
+                return meta[0], meta[1:]
+
+
+def _view(raw: Tensor, offset: int, spec: TensorSpec) -> Tensor:
+    return raw[offset : offset + spec.nbytes].view(spec.dtype).view(spec.shape)
+
+
+class Mailbox:
+    """Two slots through which one worker hands pushes to the server.
+
+    A slot is free once the push in it has been acknowledged; push ``n`` uses slot ``n % 2``. Its number, the commit
+    flag, is written last, so a push is there as a whole or not at all.
+
+    Args:
+        areas: Bytes of each tensor's payload.
+        meta_bytes: Room for the pickled description of a push.
+        fd: Descriptor of an existing mailbox.
+    """
+
+    def __init__(self, areas: Sequence[int], meta_bytes: int, fd: int | None = None) -> None:
+        head = _aligned(8 * _HEADER)
+        slot = head + _aligned(meta_bytes) + sum(_aligned(n) for n in areas)
+        self.segment = Segment(2 * slot, fd)
+        raw = self.segment.bytes
+        self._headers = [raw[i * slot : i * slot + 8 * _HEADER].view(torch.int64) for i in range(2)]
+        self._meta = [raw[i * slot + head : i * slot + head + meta_bytes] for i in range(2)]
+        self._areas: list[list[Tensor]] = []
+        for i in range(2):
+            offset = i * slot + head + _aligned(meta_bytes)
+            self._areas.append([])
+            for nbytes in areas:
+                self._areas[-1].append(raw[offset : offset + nbytes])
+                offset += _aligned(nbytes)
+
+    @contextlib.contextmanager
+    def writing(self, sequence: int, meta: dict[str, Any], probe: Callable[[str], None]) -> Iterator[list[Tensor]]:
+        """Fill the slot of push ``sequence`` (>= 1): yields the payload areas and commits on leaving.
+
+        Raises:
+            ValueError: If the description does not fit.
+        """
+        header, room = self._headers[sequence % 2], self._meta[sequence % 2]
+        header[0] = 0
+        fence()
+        yield self._areas[sequence % 2]
+        packed = pickle.dumps(meta)
+        if len(packed) > room.numel():
+            raise ValueError(
+                f"a push is described by {len(packed)} bytes, the mailbox has room for {room.numel()}; "
+                "use fewer optimizer parameter groups."
+            )
+        room[: len(packed)].copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+        header[1] = len(packed)
+        probe("before the flag")
+        fence()
+        header[0] = sequence
+
+    def committed(self, sequence: int) -> tuple[dict[str, Any], list[Tensor]] | None:
+        """Return description and payload areas of push ``sequence``, or None while it is not committed."""
+        header = self._headers[sequence % 2]
+        if int(header[0]) != sequence:
+            return None
+        fence()
+        packed = self._meta[sequence % 2][: int(header[1])]
+        return pickle.loads(packed.numpy().tobytes()), self._areas[sequence % 2]

@@ -1,0 +1,323 @@
+"""The state that workers share and the one place that changes it; knows nothing of processes or memory."""
+
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_accel.async_sgd.leases import LeaseBook, LeaseId
+from lightning_accel.async_sgd.rules import compensate_delay, learning_rate_weight, staleness_of
+from lightning_accel.async_sgd.settings import Settings
+from lightning_accel.async_sgd.store import Opening, Snapshot, Statistics
+
+OUTER = -1  # "optimizer" of a push that carries a way gone instead of a gradient
+NO_UPDATE = -2  # push that only commits leases
+
+Outcome = Literal["applied", "dropped", "refused", "committed"]
+
+
+@dataclass
+class Push:
+    """One push as the server sees it; ``gradients`` has an entry (or None) for every parameter."""
+
+    worker: int
+    incarnation: int
+    sequence: int
+    base_version: int
+    optimizer: int
+    gradients: Sequence[Tensor | None]
+    finite: bool = True
+    leases: list[LeaseId] = field(default_factory=list)
+    groups: list[dict[str, Any]] | None = None
+    buffers: Sequence[Tensor] = ()
+    base: Sequence[Tensor] = ()
+    pull_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One applied push: enough to make the same step again, see `replay`.
+
+    Attributes:
+        worker: Who pushed.
+        incarnation: How often it had been started before.
+        sequence: Number of its push, from 1, per incarnation.
+        base_version: Version of the parameters that the gradient belongs to.
+        version: Version that the push made.
+        optimizer: Which optimizer stepped.
+        weight: Factor on its learning rate.
+        leases: Batches in the gradient, as (epoch, position).
+        groups: Hyper-parameters of the optimizer in this step.
+    """
+
+    worker: int
+    incarnation: int
+    sequence: int
+    base_version: int
+    version: int
+    optimizer: int
+    weight: float
+    leases: list[LeaseId]
+    groups: list[dict[str, Any]]
+
+
+class ParameterServer:
+    """Parameters, buffers, optimizers, leases and counters of one run.
+
+    Every change is one call made by one thread, so there is nothing to lock and nothing to tear.
+    """
+
+    def __init__(self, opening: Opening, settings: Settings) -> None:
+        self.settings = settings
+        self.parameters = opening.parameters
+        self.buffers = opening.buffers
+        self.optimizers = opening.optimizers
+        self.version = opening.version
+        self.steps = list(opening.steps) or [0] * len(opening.optimizers)
+        self.leases = LeaseBook(block=settings.lease_batches)
+        for epoch in opening.epochs:
+            self.leases.begin(epoch["epoch"], epoch["units"], done=epoch["done"])
+        self.log: list[LogEntry] = []
+        self.incarnations: dict[int, int] = {}
+        self.clocks: dict[int, int] = {}
+        self.live = 0
+        self.restarts = 0
+        self._oldest_base = 0  # pushes based on less are refused: the version was rolled back
+        self._sequences: dict[int, int] = {}
+        self._outer = OuterStep(settings.outer_momentum if settings.outer == "delayed_nesterov" else None)
+        self._pushes: Counter[int] = Counter()
+        self._outcomes: Counter[Outcome] = Counter()
+        self._staleness: deque[int] = deque(maxlen=1000)
+        self._times: deque[float] = deque(maxlen=1000)
+        self._apply_seconds: deque[float] = deque(maxlen=100)
+        self._pull_seconds: deque[float] = deque(maxlen=100)
+
+    def admit(self, worker: int, incarnation: int) -> None:
+        """Let a worker in, at the clock of the slowest, so that a late-comer holds nobody up."""
+        self.incarnations[worker] = incarnation
+        self._sequences[worker] = 0
+        self.clocks[worker] = min(self.clocks.values(), default=0)
+
+    def dismiss(self, worker: int) -> int:
+        """Take a worker out; returns how many leases it held, which are free again."""
+        self.clocks.pop(worker, None)
+        self.incarnations.pop(worker, None)
+        return self.leases.revoke(worker)
+
+    def apply(self, push: Push, *, from_coordinator: bool = True) -> Outcome:
+        """Apply one push as a whole, or not at all.
+
+        Refused: replayed or out of order, of an earlier incarnation, or with a lease that is somebody else's by now.
+        Dropped: not finite (its batches count as seen), or too stale (its batches are given out again).
+        """
+        outcome = self._apply(push, from_coordinator)
+        self._outcomes[outcome] += 1
+        return outcome
+
+    def _apply(self, push: Push, from_coordinator: bool) -> Outcome:
+        if self.incarnations.get(push.worker) != push.incarnation:
+            return "refused"
+        if push.sequence != self._sequences[push.worker] + 1:
+            return "refused"
+        self._sequences[push.worker] = push.sequence
+        if not self.leases.holds(push.worker, push.leases) or push.base_version < self._oldest_base:
+            self.leases.give_back(push.worker, push.leases)
+            return "refused"
+        if push.pull_seconds is not None:
+            self._pull_seconds.append(push.pull_seconds)
+        self._take_buffers(push.buffers, from_coordinator)
+        if push.groups is not None and from_coordinator and push.optimizer >= 0:
+            set_groups(self.optimizers[push.optimizer], push.groups)
+        if push.optimizer == NO_UPDATE or not push.finite:
+            self.leases.commit(push.worker, push.leases)
+            return "committed" if push.finite else "dropped"
+        staleness = staleness_of(self.version, push.base_version)
+        rule, beyond = self.settings.staleness, self.settings.drop_beyond
+        weight = learning_rate_weight(staleness, rule=rule, threshold=beyond)
+        if weight is None:
+            self.leases.give_back(push.worker, push.leases)
+            return "dropped"
+        began = time.perf_counter()
+        self._step(push, weight)
+        self._apply_seconds.append(time.perf_counter() - began)
+        self.version += 1
+        self.leases.commit(push.worker, push.leases)
+        self.clocks[push.worker] += 1
+        self._pushes[push.worker] += 1
+        self._staleness.append(staleness)
+        self._times.append(time.monotonic())
+        if self.settings.record_log:
+            groups = [] if push.optimizer == OUTER else get_groups(self.optimizers[push.optimizer])
+            who = (push.worker, push.incarnation, push.sequence)
+            what = (push.base_version, self.version, push.optimizer, weight, list(push.leases), groups)
+            self.log.append(LogEntry(*who, *what))
+        return "applied"
+
+    def _step(self, push: Push, weight: float) -> None:
+        gradients = push.gradients
+        if push.optimizer == OUTER:
+            self._outer.apply(self.parameters, gradients, workers=max(1, self.live), weight=weight)
+            for i in range(len(self.steps)):
+                self.steps[i] += 1
+            return
+        if self.settings.staleness == "delay_compensation" and push.base:
+            strength = self.settings.compensation
+            triples = zip(gradients, self.parameters, push.base, strict=True)
+            gradients = [
+                None if g is None else compensate_delay(g, p.detach(), b, strength=strength) for g, p, b in triples
+            ]
+        step_optimizer(self.optimizers[push.optimizer], self.parameters, gradients, weight=weight)
+        self.steps[push.optimizer] += 1
+
+    def _take_buffers(self, buffers: Sequence[Tensor], from_coordinator: bool) -> None:
+        if not buffers or (self.settings.buffers == "coordinator" and not from_coordinator):
+            return
+        share = 1.0 / max(1, self.live) if self.settings.buffers == "mean" else 1.0
+        for mine, theirs in zip(self.buffers, buffers, strict=True):
+            if not mine.is_floating_point():
+                # counters such as batch norm's `num_batches_tracked`
+                mine.copy_(torch.maximum(mine, theirs) if mine.dtype != torch.bool else theirs)
+            elif share == 1.0:
+                mine.copy_(theirs)
+            else:
+                mine.lerp_(theirs, share)
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of everything, one consistent cut."""
+        return Snapshot(
+            version=self.version,
+            steps=list(self.steps),
+            parameters=[p.detach().clone() for p in self.parameters],
+            buffers=[b.clone() for b in self.buffers],
+            optimizer_states=[_copied(optimizer.state_dict()) for optimizer in self.optimizers],
+            epochs=self.leases.state(),
+        )
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put parameters, buffers and optimizer states back; versions go on counting.
+
+        Pushes that are under way belong to parameters that are no more, and will be refused.
+        """
+        for parameter, value in zip(self.parameters, snapshot.parameters, strict=True):
+            parameter.copy_(value)
+        for buffer, value in zip(self.buffers, snapshot.buffers, strict=True):
+            buffer.copy_(value)
+        for optimizer, state in zip(self.optimizers, snapshot.optimizer_states, strict=True):
+            optimizer.load_state_dict(state)
+        self.version += 1
+        self._oldest_base = self.version
+
+    def statistics(self) -> Statistics:
+        """Return how the run goes."""
+        span = self._times[-1] - self._times[0] if len(self._times) > 1 else 0.0
+        ordered = sorted(self._staleness)
+        return Statistics(
+            version=self.version,
+            staleness_mean=statistics.fmean(ordered) if ordered else 0.0,
+            staleness_p95=float(ordered[int(0.95 * (len(ordered) - 1))]) if ordered else 0.0,
+            updates_per_second=(len(self._times) - 1) / span if span > 0 else 0.0,
+            live_workers=self.live,
+            dropped=self._outcomes["dropped"],
+            refused=self._outcomes["refused"],
+            restarts=self.restarts,
+            apply_milliseconds=1e3 * statistics.median(self._apply_seconds or [0.0]),
+            pull_milliseconds=1e3 * statistics.median(self._pull_seconds or [0.0]),
+            worker_pushes=tuple(self._pushes[w] for w in range(max(self._pushes, default=-1) + 1)),
+            lost_batches=self.leases.remaining() if self.live == 0 else 0,
+        )
+
+
+class OuterStep:
+    """Apply ways that workers have gone on their own, each weighted 1 / live workers.
+
+    With ``momentum`` a delayed Nesterov step: each way moves the parameters at once, and every N-th push, N being the
+    live workers, adds ``momentum`` times a running mean of ways.
+
+    References:
+        Liu et al., arXiv:2401.09135, algorithm 2 with c = 0. *Deviation*: N follows the live workers.
+    """
+
+    def __init__(self, momentum: float | None) -> None:
+        self._momentum = momentum
+        self._velocity: dict[int, Tensor] = {}
+        self._sum: dict[int, Tensor] = {}
+        self._count = 0
+
+    @torch.no_grad()
+    def apply(
+        self, parameters: Sequence[Tensor], ways: Sequence[Tensor | None], *, workers: int, weight: float
+    ) -> None:
+        """Move ``parameters`` against ``ways`` (base minus reached), one entry a parameter, None for unmoved."""
+        self._count += 1
+        adds_momentum = self._momentum is not None and self._count >= workers
+        for i, (parameter, way) in enumerate(zip(parameters, ways, strict=True)):
+            if way is None:
+                continue
+            parameter.sub_(way, alpha=weight / workers)
+            if self._momentum is None:
+                continue
+            total = self._sum.setdefault(i, torch.zeros_like(parameter)).add_(way)
+            if adds_momentum:
+                velocity = self._velocity.setdefault(i, torch.zeros_like(parameter))
+                velocity.mul_(self._momentum).add_(total, alpha=1.0 / self._count)
+                parameter.sub_(velocity, alpha=weight * self._momentum)
+                total.zero_()
+        if adds_momentum:
+            self._count = 0
+
+
+def step_optimizer(
+    optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], *, weight: float
+) -> None:
+    """Let a real optimizer take one step with given gradients and a learning rate times ``weight``.
+
+    A parameter whose gradient is None is skipped by the optimizer, momentum and decay included.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    if weight != 1.0:
+        for group in optimizer.param_groups:
+            if "lr" in group:
+                group["lr"] = group["lr"] * weight
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
+    if weight != 1.0:
+        for group, rate in zip((g for g in optimizer.param_groups if "lr" in g), rates, strict=True):
+            group["lr"] = rate
+
+
+def get_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the hyper-parameters of each parameter group, without the parameters."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def set_groups(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Set the hyper-parameters of each parameter group.
+
+    Raises:
+        ValueError: If the number of groups differs.
+    """
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"the optimizer was opened with {len(optimizer.param_groups)} parameter groups, a push has {len(groups)}; "
+            "add every group in `configure_optimizers`."
+        )
+    for group, values in zip(optimizer.param_groups, groups, strict=True):
+        group.update(values)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    return [_copied(v) for v in value] if isinstance(value, list) else value

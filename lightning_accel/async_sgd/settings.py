@@ -1,0 +1,101 @@
+"""Every knob of an asynchronous run, checked in one place."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from lightning_accel.async_sgd.compression import Compression
+from lightning_accel.async_sgd.rules import STALENESS_RULES, StalenessRule
+
+Buffers = Literal["mean", "coordinator"]
+Outer = Literal["mean", "delayed_nesterov"]
+Validate = Literal["coordinator", "pause"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one run, the same for server and workers.
+
+    Args:
+        n_push: Optimizer steps of a worker between two pushes; the mean of their gradients is pushed, >= 1.
+        n_fetch: Optimizer steps of a worker between two pulls, >= 1.
+        local_steps: Steps that a worker takes on its own copy, with its own optimizer, before it pushes the way it
+            has gone; 0 for pushing gradients. Excludes ``n_push`` and ``n_fetch`` above 1.
+        outer: What the server does with such ways: ``mean`` adds each with weight 1 / live workers;
+            ``delayed_nesterov`` adds momentum once in as many pushes as there are live workers.
+        outer_momentum: Of ``delayed_nesterov``, in [0, 1).
+        staleness: Rule for gradients of older parameters, see `rules.learning_rate_weight`.
+        drop_beyond: Largest staleness that rule ``drop`` applies, in optimizer steps, >= 0.
+        compensation: Strength of ``delay_compensation``, >= 0.
+        max_staleness: Pushes that the fastest worker may be ahead of the slowest; None for no bound.
+        warm_start_steps: Server steps that the coordinator makes alone at the start, >= 0.
+        cooldown_steps: Batches that the coordinator trains alone at the end, so without any staleness, >= 0.
+        lease_batches: Most batches a worker takes at once, >= 1.
+        buffers: ``mean``: float buffers (batch norm) move by 1 / live workers towards each pusher's, and all pull
+            them; ``coordinator``: the coordinator's count, the others keep their own.
+        validate: ``coordinator``: the others train on while the coordinator validates; ``pause``: they wait.
+        compression: Of pushes, with error feedback.
+        max_restarts: How often a worker that died is started again, each, >= 0.
+        heartbeat_seconds: Silence after which a worker's leases go to others, > 0.
+        record_log: Whether the server keeps the log that `replay` needs.
+
+    Raises:
+        ValueError: If a value is out of its range or two exclude each other.
+    """
+
+    n_push: int = 1
+    n_fetch: int = 1
+    local_steps: int = 0
+    outer: Outer = "mean"
+    outer_momentum: float = 0.9
+    staleness: StalenessRule = "inverse"
+    drop_beyond: int = 16
+    compensation: float = 0.04
+    max_staleness: int | None = None
+    warm_start_steps: int = 0
+    cooldown_steps: int = 0
+    lease_batches: int = 4
+    buffers: Buffers = "mean"
+    validate: Validate = "coordinator"
+    compression: Compression = field(default_factory=Compression)
+    max_restarts: int = 3
+    heartbeat_seconds: float = 10.0
+    record_log: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"`{name}` must be >= {least}, got {value}.")
+        if self.max_staleness is not None and self.max_staleness < 0:
+            raise ValueError(f"`max_staleness` must be >= 0 or None for no bound, got {self.max_staleness}.")
+        if self.heartbeat_seconds <= 0.0:
+            raise ValueError(f"`heartbeat_seconds` must be > 0, got {self.heartbeat_seconds}.")
+        if not 0.0 <= self.outer_momentum < 1.0:
+            raise ValueError(f"`outer_momentum` must be in [0, 1), got {self.outer_momentum}.")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        if self.local_steps and max(self.n_push, self.n_fetch) > 1:
+            raise ValueError("`local_steps` already says when to push and pull; leave `n_push` and `n_fetch` at 1.")
+        if self.local_steps and self.staleness == "delay_compensation":
+            raise ValueError("`delay_compensation` needs gradients; choose another `staleness` with `local_steps`.")
+
+
+_LEAST: dict[str, float] = {
+    "n_push": 1,
+    "n_fetch": 1,
+    "local_steps": 0,
+    "drop_beyond": 0,
+    "compensation": 0.0,
+    "warm_start_steps": 0,
+    "cooldown_steps": 0,
+    "lease_batches": 1,
+    "max_restarts": 0,
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "staleness": STALENESS_RULES,
+    "outer": get_args(Outer),
+    "buffers": get_args(Buffers),
+    "validate": get_args(Validate),
+}

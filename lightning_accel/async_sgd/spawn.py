@@ -1,0 +1,85 @@
+"""Start worker processes with `multiprocessing`, each on its end of a socket pair."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from lightning_accel.async_sgd.client import SharedMemoryStore
+from lightning_accel.async_sgd.settings import Settings
+from lightning_accel.async_sgd.store import Statistics
+from lightning_accel.async_sgd.supervisor import Ending, StartWorker, Supervisor, WorkerProcess
+
+WorkerFunction = Callable[..., Any]  # called with the store and the caller's arguments
+
+
+def run_workers(
+    function: WorkerFunction,
+    args: tuple[Any, ...] = (),
+    *,
+    workers: int,
+    settings: Settings,
+    on_tick: Callable[[Statistics], None] | None = None,
+) -> tuple[Any, Ending]:
+    """Run ``function(store, *args)`` in ``workers`` spawned processes around a parameter server in this one.
+
+    The way in without a Trainer. What the coordinator's call returns must be picklable.
+
+    Args:
+        function: Importable from its module; joins the ``store``, trains, and returns. It need not `leave`.
+        args: Picklable.
+        workers: Number of processes, >= 1.
+        settings: Of the run.
+        on_tick: See `Supervisor`.
+
+    Returns:
+        What the coordinator returned, and how the run ended.
+
+    Raises:
+        WorkerFailedError: If a worker raised.
+        RuntimeError: If all of them died for good.
+    """
+    supervisor = Supervisor(workers, settings, starter(function, args, settings), on_tick=on_tick)
+    ending = supervisor.run()
+    return pickle.loads(ending.result), ending
+
+
+def starter(function: WorkerFunction, args: tuple[Any, ...], settings: Settings) -> StartWorker:
+    """Return what starts one worker process for a `Supervisor`."""
+    context = multiprocessing.get_context("spawn")
+    parent = os.getpid()
+
+    def start(worker: int, incarnation: int, sock: socket.socket) -> WorkerProcess:
+        process = context.Process(
+            target=_work,
+            args=(function, args, worker, incarnation, sock, settings, parent),
+            name=f"async-sgd-worker-{worker}",
+        )
+        process.start()
+        return process
+
+    return start
+
+
+def _work(
+    function: WorkerFunction,
+    args: tuple[Any, ...],
+    worker: int,
+    incarnation: int,
+    sock: socket.socket,
+    settings: Settings,
+    parent: int,
+) -> None:
+    store = SharedMemoryStore(worker, incarnation, sock, settings, parent=parent)
+    try:
+        result = pickle.dumps(function(store, *args))
+        store.report(result)
+        store.leave(stop=store.is_coordinator)
+    except BaseException as exception:
+        store.report_failure(exception, traceback.format_exc())
+        raise SystemExit(1) from None
+    finally:
+        store.close()

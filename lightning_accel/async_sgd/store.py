@@ -1,0 +1,187 @@
+"""What a worker sees of the parameter server, whatever engine carries the bytes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_accel.async_sgd.leases import Lease, LeaseId
+
+PUSH_STAGES = ("before", "half-way", "before the flag", "after the flag", "after the bell", "acknowledged")
+"""The named points of a push at which a worker may be killed; see the ``probe`` of `SharedMemoryStore`."""
+
+
+@dataclass
+class Opening:
+    """What the coordinator brings to open a run, on CPU.
+
+    Attributes:
+        names: Of the parameters, in order.
+        parameters: The module's parameters, each once.
+        buffer_names: Of the buffers.
+        buffers: The module's buffers.
+        optimizers: Real optimizers over exactly these parameter objects, with their state.
+        version: Optimizer steps made before (of an earlier run), all optimizers together.
+        steps: The same for each optimizer.
+        epochs: Unfinished epochs of an earlier run, see `LeaseBook.state`.
+    """
+
+    names: list[str]
+    parameters: list[nn.Parameter]
+    buffer_names: list[str]
+    buffers: list[Tensor]
+    optimizers: list[Optimizer]
+    version: int = 0
+    steps: list[int] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Snapshot:
+    """One consistent cut of a run.
+
+    Attributes:
+        version: Optimizer steps applied, all optimizers together.
+        steps: The same for each optimizer.
+        parameters: In the order of `Opening.parameters`.
+        buffers: In the order of `Opening.buffers`.
+        optimizer_states: ``state_dict()`` of each optimizer.
+        epochs: Unfinished epochs, see `LeaseBook.state`.
+    """
+
+    version: int
+    steps: list[int]
+    parameters: list[Tensor]
+    buffers: list[Tensor]
+    optimizer_states: list[dict[str, Any]]
+    epochs: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Membership:
+    """What a worker learns on joining: its number, its incarnation and the epoch that is under way."""
+
+    worker: int
+    incarnation: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How a run goes.
+
+    Attributes:
+        version: Optimizer steps applied.
+        staleness_mean: Over the last 1,000 pushes, in optimizer steps.
+        staleness_p95: 95th percentile of the same.
+        updates_per_second: Optimizer steps a second over the last 1,000.
+        live_workers: Workers that have joined and neither left nor died.
+        dropped: Pushes not applied because of NaN or Inf, or because they were too stale.
+        refused: Pushes not applied because they were replayed, or their leases revoked.
+        restarts: Workers started again.
+        apply_milliseconds: Median time of one server step.
+        pull_milliseconds: Median time of a worker's pull.
+        worker_pushes: Applied pushes of each worker.
+        lost_batches: Batches of the last epoch that nobody was left to train on.
+    """
+
+    version: int = 0
+    staleness_mean: float = 0.0
+    staleness_p95: float = 0.0
+    updates_per_second: float = 0.0
+    live_workers: int = 0
+    dropped: int = 0
+    refused: int = 0
+    restarts: int = 0
+    apply_milliseconds: float = 0.0
+    pull_milliseconds: float = 0.0
+    worker_pushes: tuple[int, ...] = ()
+    lost_batches: int = 0
+
+
+class ParameterStore(Protocol):
+    """A worker's side of a run. Calls block until the server has answered, unless said otherwise."""
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this worker is the one that validates, checkpoints and reports. Changes if the other one dies."""
+        ...
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run is over for everybody. Does not block."""
+        ...
+
+    @property
+    def live_workers(self) -> int:
+        """Workers taking part. Does not block."""
+        ...
+
+    def join(self, opening: Callable[[], Opening]) -> Membership:
+        """Enter the run; the coordinator of a run not yet open is asked for the ``opening``."""
+        ...
+
+    def pull(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[int, list[int]]:
+        """Copy the latest parameters and shared buffers in place; returns version and steps of each optimizer."""
+        ...
+
+    def push(
+        self,
+        gradients: Sequence[Tensor | None],
+        *,
+        optimizer: int,
+        leases: Sequence[LeaseId] = (),
+        groups: list[dict[str, Any]] | None = None,
+        buffers: Sequence[Tensor] = (),
+        base: Sequence[Tensor] = (),
+    ) -> int:
+        """Hand over gradients of all parameters (None: not of this optimizer, or no gradient), without waiting.
+
+        Returns the number of the push, for `wait_for`.
+        """
+        ...
+
+    def wait_for(self, sequence: int) -> None:
+        """Wait until push ``sequence`` has been applied, dropped or refused."""
+        ...
+
+    def wait_for_slack(self) -> None:
+        """Wait until this worker is no more than ``max_staleness`` pushes ahead of the slowest."""
+        ...
+
+    def lease(self, epoch: int, order: Callable[[], Sequence[Any]], *, final: bool = False) -> list[Lease]:
+        """Take the next block of the epoch; empty at its end. ``order`` is asked for the units if nobody was yet."""
+        ...
+
+    def commit(self, leases: Sequence[LeaseId]) -> None:
+        """Mark leases as done that no push carries."""
+        ...
+
+    def kv(self, key: str, value: bytes | None = None, *, replace: bool = False, wait: bool = True) -> bytes | None:
+        """Write ``key`` once (later writes change nothing, but for ``replace``) and return what it holds.
+
+        Without ``value``: wait until somebody wrote it, or return None at once with ``wait=False``.
+        """
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """Return one consistent cut."""
+        ...
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put parameters, buffers and optimizer states back; pushes based on what was before are refused."""
+        ...
+
+    def statistics(self) -> Statistics:
+        """Return how the run goes."""
+        ...
+
+    def idle(self, idle: bool) -> None:
+        """Say that this worker does something else for a while (validates): nobody waits for its pushes."""
+        ...
+
+    def leave(self, *, stop: bool = False) -> None:
+        """Go; with ``stop`` the run ends for everybody."""
+        ...

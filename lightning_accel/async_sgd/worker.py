@@ -1,0 +1,250 @@
+"""The optimizer steps of one worker: what is pushed and pulled, and when."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_accel.async_sgd.leases import LeaseId
+from lightning_accel.async_sgd.server import NO_UPDATE, OUTER, get_groups
+from lightning_accel.async_sgd.settings import Settings
+from lightning_accel.async_sgd.store import Membership, Opening, ParameterStore
+
+Closure = Callable[[], Any]
+
+
+class Worker:
+    """Turn ``optimizer.step()`` of given optimizers into pushes and pulls.
+
+    The optimizers stay the objects that they are, so learning-rate schedulers, gradient clipping, scalers and step
+    hooks act as ever; their state lives with the server's copies. A step pushes the gradients, waits until they are
+    applied, and pulls: it returns with the new parameters in place, as a plain step does.
+
+    Args:
+        store: Where to.
+        settings: Of the run.
+        parameters: All parameters of the module by name, each once, in an order that every worker shares.
+        buffers: All buffers by name.
+        optimizers: Over these parameters.
+
+    Raises:
+        ValueError: If an optimizer holds a parameter that is not among ``parameters``, or cannot work on a server.
+    """
+
+    def __init__(
+        self,
+        store: ParameterStore,
+        settings: Settings,
+        parameters: dict[str, nn.Parameter],
+        buffers: dict[str, Tensor],
+        optimizers: Sequence[Optimizer],
+    ) -> None:
+        self.store = store
+        self.settings = settings
+        self.parameters = parameters
+        self.buffers = buffers
+        self.optimizers = list(optimizers)
+        self.steps = [0] * len(self.optimizers)  # of the server, as of the last pull
+        self.own_steps = [0] * len(self.optimizers)  # pushed from here
+        self.version = 0
+        self.pending: list[LeaseId] = []  # batches whose gradients are in no push yet
+        self._tensors: list[nn.Parameter] = list(parameters.values())
+        places = {id(p): i for i, p in enumerate(self._tensors)}
+        self._owned = [_places_of(optimizer, places) for optimizer in self.optimizers]
+        self._sums: list[dict[int, Tensor]] = [{} for _ in self.optimizers]
+        self._counts: defaultdict[int, int] = defaultdict(int)
+        self._since_pull = 0
+        self._sent_groups: list[list[dict[str, Any]] | None] = [None] * len(self.optimizers)
+        self._base: list[Tensor] = []
+        self._local_steps: list[Callable[[], Any]] = [optimizer.step for optimizer in self.optimizers]
+        refuse_unsupported(self.optimizers)
+
+    def opening(self, *, version: int = 0, steps: Sequence[int] = (), epochs: Sequence[dict[str, Any]] = ()) -> Opening:
+        """Return what opens a run: copies of parameters, buffers and optimizers on CPU."""
+        # one deep copy, so that the optimizers' copies hold the parameters' copies
+        with torch.no_grad():
+            tensors, optimizers = copy.deepcopy((self._tensors, self.optimizers))
+        for tensor in tensors:
+            tensor.grad = None
+            tensor.data = tensor.data.cpu()
+        for optimizer in optimizers:
+            for state in optimizer.state.values():
+                state.update({k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()})
+        return Opening(
+            names=list(self.parameters),
+            parameters=tensors,
+            buffer_names=list(self.buffers),
+            buffers=[b.detach().cpu().clone() for b in self.buffers.values()],
+            optimizers=optimizers,
+            version=version,
+            steps=list(steps) or [0] * len(optimizers),
+            epochs=list(epochs),
+        )
+
+    def join(self, opening: Callable[[], Opening]) -> Membership:
+        """Enter the run and read its parameters."""
+        membership = self.store.join(opening)
+        self.pull()
+        if not self.settings.local_steps:
+            for optimizer in self.optimizers:
+                optimizer.state.clear()  # the server has it
+        return membership
+
+    def attach(self) -> None:
+        """Make ``step`` of every optimizer ours."""
+        for index, optimizer in enumerate(self.optimizers):
+            step = _step_of(self, index)
+            # `profile_hook_step` is what makes torch call the step hooks that are registered on an optimizer
+            hooked = step if self.settings.local_steps else Optimizer.profile_hook_step(step)
+            hooked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # schedulers ask this to warn of no step
+            optimizer.step = MethodType(hooked, optimizer)  # type: ignore[method-assign]
+
+    def detach(self) -> None:
+        """Give the optimizers their own ``step`` back."""
+        for optimizer in self.optimizers:
+            vars(optimizer).pop("step", None)
+
+    def step(self, index: int, closure: Closure | None) -> Any:
+        """Make one step of optimizer ``index``: run the closure, push, pull."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.settings.local_steps:
+            self._step_locally(index)
+        else:
+            self._step_remotely(index)
+        return loss
+
+    def pull(self) -> None:
+        """Read the latest parameters, and buffers where they are shared."""
+        shared = list(self.buffers.values()) if self.settings.buffers == "mean" else []
+        self.version, self.steps = self.store.pull(self._tensors, shared)
+        self._since_pull = 0
+        if self.settings.local_steps:
+            self._base = [p.detach().clone() for p in self._tensors]
+
+    def flush(self) -> None:
+        """Push what was accumulated, commit what is pending, and wait until all of it is applied."""
+        if self.settings.local_steps and self._counts[OUTER]:
+            self._push_way()
+        for index in range(len(self.optimizers)):
+            if self._counts[index]:
+                self._push(index)
+        if self.pending:
+            self.store.wait_for(self._send([None] * len(self._tensors), NO_UPDATE))
+
+    def _step_remotely(self, index: int) -> None:
+        gradients = {i: self._tensors[i].grad for i in self._owned[index]}
+        present = {i: g for i, g in gradients.items() if g is not None}
+        self._counts[index] += 1
+        if self.settings.n_push > 1:
+            for i, gradient in present.items():
+                total = self._sums[index].get(i)
+                self._sums[index][i] = gradient.clone() if total is None else total.add_(gradient)
+            if self._counts[index] >= self.settings.n_push:
+                self._push(index)
+        else:
+            self._sums[index] = present
+            self._push(index)
+        self._since_pull += 1
+        if self._since_pull >= self.settings.n_fetch:
+            self.pull()
+
+    def _push(self, index: int) -> None:
+        sums, count = self._sums[index], self._counts[index]
+        self._sums[index], self._counts[index] = {}, 0
+        if count > 1:
+            for total in sums.values():
+                total.div_(count)
+        if not sums:
+            # torch skips parameters without a gradient; with none at all there is no step to make
+            if self.pending:
+                self.store.wait_for(self._send([None] * len(self._tensors), NO_UPDATE))
+            return
+        self.store.wait_for_slack()
+        sequence = self._send([sums.get(i) for i in range(len(self._tensors))], index)
+        self.own_steps[index] += 1
+        if self._since_pull + 1 >= self.settings.n_fetch:
+            self.store.wait_for(sequence)  # a pull that follows must see it
+
+    def _send(self, gradients: Sequence[Tensor | None], index: int) -> int:
+        leases, self.pending = self.pending, []
+        update = index != NO_UPDATE
+        base = self._tensors if update and self.settings.staleness == "delay_compensation" else []
+        return self.store.push(
+            gradients,
+            optimizer=index,
+            leases=leases,
+            groups=self._changed_groups(index) if index >= 0 else None,
+            buffers=list(self.buffers.values()) if update else [],
+            base=base,
+        )
+
+    def _changed_groups(self, index: int) -> list[dict[str, Any]] | None:
+        """Hyper-parameters if they may have changed: only the coordinator's count, and rarely do they differ."""
+        if not self.store.is_coordinator:
+            self._sent_groups[index] = None
+            return None
+        groups = get_groups(self.optimizers[index])
+        if any(isinstance(value, Tensor) for group in groups for value in group.values()):
+            return [{k: v.cpu() if isinstance(v, Tensor) else v for k, v in group.items()} for group in groups]
+        if groups == self._sent_groups[index]:
+            return None
+        self._sent_groups[index] = groups
+        return groups
+
+    def _step_locally(self, index: int) -> None:
+        self._local_steps[index]()
+        self._counts[OUTER] += 1
+        if self._counts[OUTER] >= self.settings.local_steps * len(self.optimizers):
+            self._push_way()
+
+    def _push_way(self) -> None:
+        self._counts[OUTER] = 0
+        owned = {i for places in self._owned for i in places}
+        ways = [base - p.detach() if i in owned else None for i, (base, p) in enumerate(zip(self._base, self._tensors))]
+        self.store.wait_for_slack()
+        self.store.wait_for(self._send(ways, OUTER))
+        self.own_steps = [steps + 1 for steps in self.own_steps]
+        self.pull()
+
+
+def _step_of(worker: Worker, index: int) -> Callable[..., Any]:
+    def step(optimizer: Optimizer, closure: Closure | None = None) -> Any:
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # learning-rate schedulers ask this to warn
+        return worker.step(index, closure)
+
+    return step
+
+
+def _places_of(optimizer: Optimizer, places: dict[int, int]) -> list[int]:
+    owned = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in places:
+                raise ValueError(
+                    f"{type(optimizer).__name__} holds a parameter of shape {tuple(parameter.shape)} that the module "
+                    "does not have; register it in the module, or drop it from the optimizer."
+                )
+            owned.append(places[id(parameter)])
+    return owned
+
+
+def refuse_unsupported(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that evaluate the loss several times a step: the server has no loss.
+
+    Raises:
+        ValueError: For `torch.optim.LBFGS` and its subclasses.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS evaluates the loss several times in one step, which a parameter server cannot; "
+                "use SGD, AdamW or another first-order optimizer, or another strategy."
+            )
