@@ -8,8 +8,9 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 OWN_COMMAND_VARIABLE = "LIGHTNING_ACCEL_RUN_COMMAND"  # what `run` starts; kept out of configurations, which are saved
 
@@ -117,9 +118,10 @@ def show_commands() -> None:
     )
 
 
-def task(name: str) -> object:
+def task(name: str) -> Callable[[Any], object]:
     """Return the function that does the work of a command, importing it now."""
-    return getattr(importlib.import_module(f"{__name__}.{name}"), name)
+    function: Callable[[Any], object] = getattr(importlib.import_module(f"{__name__}.{name}"), name)
+    return function
 
 
 def _not_a_command(name: str) -> int:

@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import logging
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -209,6 +210,61 @@ def fit(run: Run, *, ckpt_path: str | None = None, test: bool = False) -> dict[s
             run.trainer.test(run.model, datamodule=run.data, ckpt_path=best, verbose=False)
         metrics |= {name: float(value) for name, value in run.trainer.callback_metrics.items()}
     return metrics
+
+
+def example_input(model: LightningModule, cfg: DictConfig) -> tuple[Any, ...]:
+    """Return, on CPU, what ``model.forward`` gets in a real evaluation step; weights and mode stay as they are.
+
+    Args:
+        model: Evaluated on one batch of ``cfg.data``.
+        cfg: With ``data``, ``trainer`` and ``seed``.
+
+    Raises:
+        UsageError: If there are no data, or the steps of the model do not call its ``forward``.
+    """
+    if cfg.get("data") is None:
+        raise UsageError("There are no data to check the model with: choose some, e.g. data=digits.")
+    data = instantiate(cfg.data, name="data")
+    seen: list[tuple[Any, ...]] = []
+    handle = model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments) if not seen else None)
+    training = model.training
+    try:
+        with quiet():
+            trainer = Trainer(
+                accelerator="cpu",
+                devices=1,
+                limit_val_batches=1,
+                limit_test_batches=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                inference_mode=False,  # its tensors could not be used again
+            )
+            if type(data).val_dataloader is not LightningDataModule.val_dataloader:
+                trainer.validate(model, datamodule=data, verbose=False)
+            else:
+                trainer.test(model, datamodule=data, verbose=False)
+    finally:
+        handle.remove()
+        model.train(training)
+    if not seen:
+        raise UsageError(f"The steps of {type(model).__name__} do not call its `forward`: there is nothing to export.")
+    return tuple(argument.detach().cpu() if isinstance(argument, torch.Tensor) else argument for argument in seen[0])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what Lightning says about a Trainer that makes one step only, and is no run of the user's."""
+    log = logging.getLogger("lightning.pytorch")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            log.setLevel(before)
 
 
 def best_checkpoint(trainer: Trainer) -> str | None:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -86,19 +86,22 @@ class _Job:
         self.__name__ = name
 
     def __call__(self, cfg: DictConfig) -> object:
-        function: Callable[[DictConfig], object] = task(self.name)  # type: ignore[assignment]
-        # Lightning prints by itself although Hydra has set up logging: every line would come twice.
-        logging.getLogger("lightning").handlers.clear()
         # Lightning starts the other processes of a distributed run with `sys.argv`: they must see this command, and
         # inside a sweep this job of it.
         argv = [self.argv[0], self.name, *_job_overrides()]
         with _set(sys, "argv", argv), _environment(_TRACEBACK_VARIABLE, self.tracebacks):
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                return function(cfg)  # a sweeper may count failures and go on
             try:
-                return function(cfg)
+                return self._run(cfg)
             except Exception as error:
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    raise  # a sweeper may count failures and go on
                 raise _JobFailed(error) from None
+
+    def _run(self, cfg: DictConfig) -> object:
+        function = task(self.name)
+        # Lightning prints by itself although Hydra has set up logging: every line would come twice.
+        logging.getLogger("lightning").handlers.clear()
+        return function(cfg)
 
 
 def _job_overrides() -> list[str]:

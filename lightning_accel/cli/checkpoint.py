@@ -1,0 +1,62 @@
+"""Weights of a checkpoint into a freshly built module, whatever its layers became in training."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_accel.cli.compose import UsageError
+from lightning_accel.low_rank import adapt_structure
+
+
+def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
+    """Read a Lightning checkpoint onto the CPU.
+
+    Args:
+        path: Of the file.
+        weights_only: Refuse everything but tensors and plain data, because other pickles can run code.
+
+    Raises:
+        UsageError: If the file does not exist, is no checkpoint, or holds more than ``weights_only`` allows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"There is no checkpoint {path}. Runs keep theirs in checkpoints/.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"{path} can not be read as tensors and plain data alone ({str(error).partition('.')[0]}). If you trust "
+            "the file, which can run code: weights_only=false."
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        raise UsageError(f"{path} is no checkpoint: {str(error).partition(chr(10))[0]}") from None
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UsageError(f"{path} is no Lightning checkpoint: it has no `state_dict`.")
+    return checkpoint
+
+
+def load_weights(module: nn.Module, path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
+    """Load a checkpoint's weights strictly, after its low-rank layers were made in ``module``; return the checkpoint.
+
+    Raises:
+        UsageError: As `read_checkpoint`, or if the weights do not fit the module.
+    """
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    prepare_layers(module)
+    try:
+        adapt_structure(module, checkpoint["state_dict"])
+        module.load_state_dict(checkpoint["state_dict"])
+    except (RuntimeError, ValueError) as error:
+        message = f"{path} does not fit {type(module).__name__}: choose the model it was made of, with its settings."
+        raise UsageError(f"{message} {error}") from None
+    return checkpoint
+
+
+def prepare_layers(module: nn.Module) -> None:
+    """Let a module that makes its layers in ``configure_model`` make them."""
+    if isinstance(module, LightningModule):
+        module.configure_model()
