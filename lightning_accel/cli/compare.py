@@ -137,14 +137,12 @@ def _report(
     if runs[PLAIN]:
         goal = _goal(cfg, runs[PLAIN])
         candidate = PLAIN_AGAIN if cfg.compare.aa else ACCELERATED
-        warmups = {run.arm: run for run in ledger.runs if run.is_warmup}
         comparisons = [
             compare_runs(
                 runs,
                 baseline,
                 candidate,
                 goal=goal,
-                warmups=warmups,
                 price_per_hour=cfg.compare.price_per_hour,
                 currency=cfg.compare.currency,
             )

@@ -1,5 +1,6 @@
 """The arms of ``lightning-accel compare``: one composed configuration, with and without the accelerators."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from lightning_accel.measure import environment
 
 PLAIN, ACCELERATED, PLAIN_AGAIN = "plain", "accelerated", "plain again"
 _PEERS = ("freeze_bottom_half", "torch_compile")
+_WARMUP_EPOCHS = 2
 # What may differ between rows that belong together.
 _FREE = ("paths", "compare", "hydra", "optimized_metric", "optimized_mode", "monitoring", "logger")
 
@@ -47,11 +49,13 @@ class ConfiguredFit:
         config: The composed configuration, resolved, as plain data.
         accelerators: Whether the callbacks and the strategy of the configuration take part.
         peer: Name of what takes part in their place.
+        is_warmup: Whether two epochs are enough.
     """
 
     config: dict[str, Any]
     accelerators: bool
     peer: str | None = None
+    is_warmup: bool = False
 
     def __call__(self, seed: int, folder: Path) -> Fit:
         """Build trainer, module and data under ``seed``."""
@@ -59,6 +63,8 @@ class ConfiguredFit:
 
         cfg = OmegaConf.create(self.config)
         cfg.seed = seed
+        if self.is_warmup:
+            cfg.trainer.max_epochs = min(_WARMUP_EPOCHS, max(1, cfg.trainer.get("max_epochs") or _WARMUP_EPOCHS))
         if cfg.compare.cold:
             _empty_caches(cfg, folder)
         if not self.accelerators:
@@ -91,7 +97,7 @@ def arms(cfg: DictConfig) -> list[Arm]:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     plain = ConfiguredFit(config, accelerators=False)
     if settings.aa:
-        return [Arm(PLAIN, plain, settings.threads), Arm(PLAIN_AGAIN, plain, settings.threads)]
+        return [_arm(PLAIN, plain), _arm(PLAIN_AGAIN, plain)]
     if not cfg.get("callbacks") and cfg.trainer.get("strategy", "auto") == "auto":
         raise UsageError(
             "there is nothing to compare: choose accelerators (callbacks=[rank_quantization]), a strategy, or compare "
@@ -101,17 +107,23 @@ def arms(cfg: DictConfig) -> list[Arm]:
     if unknown:
         raise UsageError(f"`compare.baselines` must be among {', '.join(_PEERS)}, got {unknown[0]}.")
     peers = [
-        Arm(
-            name.replace("_", " "),
-            ConfiguredFit(config, accelerators=False, peer=name),
-            settings.threads,
-            # Counting operations makes a compiled module leave its compiled code.
-            count_flops=name != "torch_compile",
-        )
+        _arm(name.replace("_", " "), ConfiguredFit(config, accelerators=False, peer=name))
         for name in dict.fromkeys(settings.baselines)
     ]
-    accelerated = Arm(ACCELERATED, ConfiguredFit(config, accelerators=True), settings.threads)
-    return [Arm(PLAIN, plain, settings.threads), accelerated, *peers]
+    return [_arm(PLAIN, plain), _arm(ACCELERATED, ConfiguredFit(config, accelerators=True)), *peers]
+
+
+def _arm(name: str, fit: ConfiguredFit) -> Arm:
+    settings = fit.config["compare"]
+    return Arm(
+        name,
+        fit,
+        # With caches the first run fills them, so it must be whole.
+        make_warmup=dataclasses.replace(fit, is_warmup=True) if settings["cold"] else None,
+        threads=settings["threads"],
+        # Counting operations makes a compiled module leave its compiled code.
+        count_flops=fit.peer != "torch_compile",
+    )
 
 
 def fingerprint(cfg: DictConfig) -> str:

@@ -98,7 +98,6 @@ def compare_runs(
     candidate: str,
     *,
     goal: Goal | None,
-    warmups: Mapping[str, Run] | None = None,
     price_per_hour: float | None = None,
     currency: str = "EUR",
     confidence: float = 0.95,
@@ -110,7 +109,6 @@ def compare_runs(
         baseline: Name of the arm to beat.
         candidate: Name of the other one.
         goal: See `derive_goal`.
-        warmups: By arm; operations are counted in them only, as counting slows a step down.
         price_per_hour: Of one device, >= 0.
         currency: Of the price.
         confidence: Of the intervals, in (0, 1).
@@ -142,7 +140,7 @@ def compare_runs(
         lines.append(table.quality(f"final {goal.metric}", lambda run: run.metrics.get(goal.metric), goal.mode))
     lines += [
         table.cost("parameters", "count", lambda run: run.parameters),
-        _operations(warmups or {}, baseline, candidate, len(old)),
+        table.operations(),
         table.cost("peak memory", "bytes", lambda run: run.peak_memory_bytes),
         table.cost("checkpoint", "bytes", lambda run: run.checkpoint_bytes),
     ]
@@ -216,21 +214,20 @@ class _Table:
         verdict = words.get(difference.verdict, difference.verdict)
         return Line(name, "metric", statistics.median(old), statistics.median(new), None, difference, verdict)
 
+    def operations(self) -> Line | None:
+        """Compare counts, which one run an arm has."""
+        counts = [[run.flops for run in runs if run.flops] for runs in (self._old, self._new)]
+        if not all(counts):
+            return None
+        old, new = (statistics.median(arm) for arm in counts)
+        verdict = "equal" if old == new else "less" if new < old else "more"
+        ratio = PairedRatio(old / new, old / new, old / new, p_value=1.0, pairs=len(self._old))
+        return Line("FLOP a step", "count", old, new, ratio, None, verdict)
+
     def _pairs(self, of: Callable[[Run], float | None]) -> tuple[list[float], list[float]]:
         values = [(of(a), of(b)) for a, b in zip(self._old, self._new, strict=True)]
         both = [(a, b) for a, b in values if a is not None and b is not None]
         return [a for a, _ in both], [b for _, b in both]
-
-
-def _operations(warmups: Mapping[str, Run], baseline: str, candidate: str, pairs: int) -> Line | None:
-    if baseline not in warmups or candidate not in warmups:
-        return None
-    old, new = warmups[baseline].flops, warmups[candidate].flops
-    if not old or not new:
-        return None
-    verdict = "equal" if old == new else "less" if new < old else "more"
-    ratio = PairedRatio(old / new, old / new, old / new, p_value=1.0, pairs=pairs)  # counted, not measured
-    return Line("FLOP a step", "count", old, new, ratio, None, verdict)
 
 
 def _without_infinities(value: Any) -> Any:

@@ -67,17 +67,20 @@ def run_pairs(
         ValueError: See `schedule`.
     """
     names = [arm.name for arm in arms]
-    steps = schedule(names, pairs=pairs, seed=seed)
     missing = pairs - len(ledger.complete_pairs(names)[names[0]])
-    if missing > 0:
-        steps = schedule(names, pairs=missing, first_pair=ledger.next_pair(), seed=seed)
+    first_pair = ledger.next_pair()
+    steps = schedule(names, pairs=max(1, missing), first_pair=first_pair, seed=seed)
     with contextlib.ExitStack() as stack:
         workers = {arm.name: stack.enter_context(ArmWorker(arm, log=log_path(ledger.folder, arm))) for arm in arms}
         environment = workers[names[0]].describe()
         for step in steps if missing > 0 else []:
             before_run(step)
             run = workers[step.arm].run(
-                pair=step.pair, seed=seed + max(0, step.pair), order=step.order, fingerprint=ledger.fingerprint
+                pair=step.pair,
+                seed=seed + max(0, step.pair),
+                order=step.order,
+                fingerprint=ledger.fingerprint,
+                count_flops=step.pair == first_pair,  # slows a few steps of one pair, the same in every arm
             )
             ledger.append(run)
             after_run(run)

@@ -43,7 +43,7 @@ class Run:
         phase_seconds: Medians of its phases, in steady state.
         samples_per_second: Samples through the training loop in steady state, loading included.
         parameters: Number of parameters after ``fit``.
-        flops: Floating point operations of a training step, mean over epochs; ``None`` but in warm-ups.
+        flops: Floating point operations of a training step late in the run; ``None`` if not counted.
         peak_memory_bytes: Peak resident memory of the arm's process, on CUDA peak allocated memory.
         checkpoint_bytes: Size of a full checkpoint after ``fit``.
         devices: Number of devices that were busy for ``fit_seconds``.
@@ -102,15 +102,15 @@ def measure_fit(
 ) -> Run:
     """Build one fit from ``seed``, run it under the clock and return what was measured.
 
-    The clock runs over ``trainer.fit`` only; writing a checkpoint to weigh it comes after it. Operations are counted
-    in warm-ups only (``pair < 0``).
+    The clock runs over ``trainer.fit`` only; writing a checkpoint to weigh it comes after it. Counting operations
+    costs a few slow steps.
     """
     gc.collect()
     if "torch._dynamo" in sys.modules:  # else compiled code of earlier runs piles up until torch gives up compiling
         torch.compiler.reset()
     seed_everything(seed, workers=True, verbose=False)
     trainer, module, data = make(seed, folder)
-    clock = StepClock(count_flops=count_flops and pair < 0)
+    clock = StepClock(count_flops=count_flops)
     clock.attach(trainer)
     device = trainer.strategy.root_device
     _forget_peak(device)

@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 PHASES = ("forward", "backward", "optimizer", "callbacks", "other")
 
+_COUNTED_EPOCHS = 4  # enough to see every phase of an accelerator that alternates
+
 _Mark = tuple[str, float | torch.cuda.Event]
 
 
@@ -27,8 +29,8 @@ class StepClock:
     "optimizer".
 
     Args:
-        count_flops: Whether to count the floating point operations of the second step of every epoch (of the first,
-            where an epoch has one). A counted step is left out of ``steps``.
+        count_flops: Whether to count the floating point operations of one step in each of the last four epochs (their
+            second step, if they have one). A counted step is slow and left out of ``steps``.
 
     Attributes:
         steps: Seconds by phase, one dictionary a step.
@@ -98,10 +100,11 @@ class StepClock:
         self._counted = False
         self._step_ended = time.perf_counter()
 
-    def begin_counting(self, module: LightningModule, batch_index: int) -> None:
+    def begin_counting(self, trainer: Trainer, batch_index: int) -> None:
         """Count this step's operations if it is the one of its epoch."""
-        batches = module.trainer.num_training_batches
-        if self.count_flops and batch_index == min(1, batches - 1):
+        epochs = trainer.max_epochs or -1
+        is_late = epochs < 0 or trainer.current_epoch >= epochs - _COUNTED_EPOCHS
+        if self.count_flops and is_late and batch_index == min(1, trainer.num_training_batches - 1):
             self._counted = True
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
@@ -190,7 +193,7 @@ class _Closing(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._clock.mark("callbacks")
-        self._clock.begin_counting(pl_module, batch_idx)
+        self._clock.begin_counting(trainer, batch_idx)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._clock.mark("callbacks")

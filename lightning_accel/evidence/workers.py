@@ -28,6 +28,7 @@ class Arm:
     Attributes:
         name: Shown in tables.
         make: Builds trainer, module and data; must be picklable (a function of a module, or a partial of one).
+        make_warmup: Builds the discarded run, which may be shorter; ``None`` is ``make``.
         threads: Of torch in this arm's process; ``None`` leaves torch's own choice.
         count_flops: Whether to count operations; a compiled module would have to leave its compiled code for that.
         environment: Variables to set in the arm's process before torch is imported.
@@ -35,6 +36,7 @@ class Arm:
 
     name: str
     make: MakeFit
+    make_warmup: MakeFit | None = None
     threads: int | None = None
     count_flops: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -93,14 +95,17 @@ class ArmWorker:
         """Of the process."""
         return self._process.pid or 0
 
-    def run(self, *, pair: int, seed: int, order: int, fingerprint: str = "") -> Run:
-        """Run one fit and return what was measured.
+    def run(self, *, pair: int, seed: int, order: int, fingerprint: str = "", count_flops: bool = False) -> Run:
+        """Run one fit (a warm-up for ``pair < 0``) and return what was measured.
 
         Raises:
             WorkerError: If the fit raised, or the process died.
         """
         try:
-            self._connection.send({"pair": pair, "seed": seed, "order": order, "fingerprint": fingerprint})
+            count = count_flops and self.arm.count_flops
+            self._connection.send(
+                {"pair": pair, "seed": seed, "order": order, "fingerprint": fingerprint, "count_flops": count}
+            )
         except OSError:
             raise self._death() from None
         kind, payload = self._receive()
@@ -169,7 +174,8 @@ def _serve(arm: Arm, requests: Connection, lifeline: Connection, log: str) -> No
                 continue
             folder = Path(tempfile.mkdtemp(prefix="lightning-accel-"))
             try:
-                run = measure_fit(arm.make, arm=arm.name, folder=folder, count_flops=arm.count_flops, **request)
+                make = arm.make_warmup if request["pair"] < 0 and arm.make_warmup is not None else arm.make
+                run = measure_fit(make, arm=arm.name, folder=folder, **request)
                 requests.send(("run", run.to_dict()))
             except Exception as error:
                 failure = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}

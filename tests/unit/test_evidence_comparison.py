@@ -91,15 +91,15 @@ def test_sizes_are_compared_and_equal_ones_are_called_equal():
     assert _line(comparison, "checkpoint").verdict == "equal"
 
 
-def test_operations_come_from_the_warm_ups():
+def test_operations_come_from_the_pair_that_counted_them():
     runs = two_arms([10] * 6, [5] * 6)
-    warmups = {"plain": run("plain", -1, flops=600.0), "accelerated": run("accelerated", -1, flops=400.0)}
-    line = _line(_compare(runs, warmups=warmups), "FLOP a step")
+    assert "FLOP a step" not in {line.name for line in _compare(runs).lines}
+    runs["plain"][2] = run("plain", 2, flops=600.0)
+    assert "FLOP a step" not in {line.name for line in _compare(runs).lines}
+    runs["accelerated"][2] = run("accelerated", 2, fit_seconds=5.0, flops=400.0)
+    line = _line(_compare(runs), "FLOP a step")
     assert (line.baseline, line.candidate, line.verdict) == (600.0, 400.0, "less")
     assert line.ratio.median == 1.5
-    assert "FLOP a step" not in {li.name for li in _compare(runs).lines}
-    del warmups["plain"]
-    assert "FLOP a step" not in {li.name for li in _compare(runs, warmups=warmups).lines}
 
 
 def test_what_was_not_measured_makes_no_line():

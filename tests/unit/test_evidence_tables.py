@@ -79,7 +79,7 @@ def test_comparison_for_the_terminal_fits_eighty_columns():
     assert max(map(len, text.splitlines())) <= 80
     assert "accelerated against plain, 6 pairs" in text
     line = next(li for li in text.splitlines() if "fit, wall clock" in li)
-    assert line.split() == ["fit,", "wall", "clock", "12.5", "s", "6.25", "s", "2.00", "[2.00,", "2.00]", "faster"]
+    assert line.split() == ["fit,", "wall", "clock", "12.5", "s", "6.00", "s", "2.07", "[2.00,", "2.18]", "faster"]
 
 
 def test_comparison_in_markdown():
