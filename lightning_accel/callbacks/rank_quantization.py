@@ -131,7 +131,8 @@ class RankQuantization(pl.Callback):
         refuse_sharded(trainer.strategy, "RankQuantization")
         correct_order(trainer)
         hook.defer()
-        self._outcome, self._switch_epoch, self._observed = None, None, None
+        if self._outcome != "low rank" or not low_rank_layers(pl_module):  # else a second fit of what was replaced
+            self._outcome, self._switch_epoch = None, None
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -140,10 +141,8 @@ class RankQuantization(pl.Callback):
         if held:
             with isolate_rng():
                 exchange_layers_in_fit(trainer, pl_module, functools.partial(load_factors, held))
-        if low_rank_layers(pl_module):
             self._outcome = "low rank"
-            _log.info("the model is low rank already, nothing is measured.")
-        elif self._outcome is None:
+        if self._outcome is None:
             check_something_to_factor(pl_module, self.search.include, self.search.exclude)
 
     @override

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from contract_models import classification_data, convolutional, embedding_only, image_data, mlp
+from contract_models import classification_data, convolutional, embedding_only, everything, image_data, mlp
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import Strategy
 from torch import nn
@@ -38,6 +38,7 @@ class Accelerator:
         conf: Names in ``conf/callbacks`` it is composed of through Hydra (row 5), in any order.
         overrides: Hydra overrides that make the composed callbacks decide without a clock.
         strategy: Of the Trainer, for accelerators that are strategies.
+        other_strategy: The same for a Trainer of ``pytorch_lightning``.
         neutral_strategy: The same for the neutral setting.
         neutral_tolerance: Relative tolerance of row 2; 0.0 is bit for bit.
         resume_tolerance: Relative tolerance of row 1; 0.0 is bit for bit.
@@ -60,6 +61,7 @@ class Accelerator:
     conf: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     strategy: Callable[[], Strategy | str] = field(default=lambda: "auto")
+    other_strategy: Callable[[], object] = field(default=lambda: "auto")
     neutral_strategy: Callable[[], Strategy | str] = field(default=lambda: "auto")
     neutral_tolerance: float = 0.0
     resume_tolerance: float = 0.0
@@ -148,3 +150,10 @@ ACCELERATORS = (
 def by_name(name: str) -> Accelerator:
     """Return the entry ``name`` of the table."""
     return next(entry for entry in ACCELERATORS if entry.name == name)
+
+
+def network_of(name: str) -> Callable[[], nn.Module]:
+    """Return what makes a network: ``"everything"``, ``"hopeless ENTRY"`` or ``"ENTRY"``."""
+    if name == "everything":
+        return everything
+    return by_name(name.removeprefix("hopeless ")).hopeless_network if " " in name else by_name(name).network

@@ -6,21 +6,24 @@ import importlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import pytorch_lightning
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_accel.low_rank import LowRankLinear
+
 Optimization = Literal["automatic", "manual", "two optimizers"]
 FEATURES, CLASSES, BATCH, SAMPLES = 24, 3, 8, 48
 
 
-class ContractModule(LightningModule):
+class ContractBody:
     """Train a classifier; the network is looked up by the accelerator's name, so that a checkpoint rebuilds it.
 
     Args:
-        network: Name of the table entry whose ``network`` is built.
+        network: Name of the table entry whose ``network`` is built, or one of `accelerators.network_of`.
         optimization: Automatic, manual with one optimizer, or manual with two (odd and even parameters).
         optimizer: Class of ``torch.optim``.
         schedule: Halve the learning rate every three steps.
@@ -37,7 +40,7 @@ class ContractModule(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         torch.manual_seed(0)
-        self.network = importlib.import_module("accelerators").by_name(network).network()
+        self.network = importlib.import_module("accelerators").network_of(network)()
         self.automatic_optimization = optimization == "automatic"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,8 +50,12 @@ class ContractModule(LightningModule):
         x, y = batch
         output = self(x)
         loss = cross_entropy(output, y)
-        self.log(f"{name}/loss", loss)
+        self._record(f"{name}/loss", loss)
         return loss
+
+    @torch.compiler.disable  # torch 2.13 can not trace how `log` looks at the signature of a compiled step
+    def _record(self, name: str, value: Tensor) -> None:
+        self.log(name, value)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         if self.automatic_optimization:
@@ -79,6 +86,14 @@ class ContractModule(LightningModule):
             return optimizer
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class ContractModule(ContractBody, LightningModule):
+    """The module of ``lightning.pytorch``."""
+
+
+class OtherContractModule(ContractBody, pytorch_lightning.LightningModule):
+    """The same of the distribution ``pytorch_lightning``."""
 
 
 class ResumableLoader(DataLoader):
@@ -154,6 +169,28 @@ def convolutional() -> nn.Module:
             nn.Linear(16, CLASSES),
         )
     )
+
+
+def everything() -> nn.Module:
+    """Something for every accelerator to act on at once: dense and low-rank layers, convolution, recurrence."""
+    torch.manual_seed(0)
+    return _Everything()
+
+
+class _Everything(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(4, 16, batch_first=True)
+        self.convolution = nn.Conv1d(16, 16, 3, padding=1)
+        self.factored = LowRankLinear(16, 32, 4)
+        self.dense = nn.Linear(32, 32)
+        self.head = nn.Linear(32, CLASSES)
+        give_decaying_spectra(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.recurrent(x.unflatten(1, (-1, 4)))
+        x = self.convolution(x.transpose(1, 2)).relu().mean(dim=2)
+        return self.head(self.dense(self.factored(x).relu()).relu())
 
 
 def embedding_only() -> nn.Module:
