@@ -9,6 +9,7 @@
 
 import contextlib
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -314,5 +315,6 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
         last = getattr(trainer.checkpoint_callback, "last_model_path", "") or best_checkpoint(trainer)
-        kept = f"Kept {last}: go on with ckpt_path={last}" if last else "No checkpoint was kept."
+        short = os.path.relpath(last) if last else ""
+        kept = f"Kept {short}: go on with ckpt_path={short}" if last else "No checkpoint was kept."
         raise Interrupted(f"Interrupted. {kept}") from error

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
+from lightning_accel.cli.compose import UsageError
 from lightning_accel.cli.plan import Scene
 from lightning_accel.evidence.plots import MissingPackageError, plot_rank_plan
 from lightning_accel.low_rank import LayerPlan, RankPlan, default_cache_dir, make_plan
@@ -15,7 +16,11 @@ from lightning_accel.measure import undisturbed
 
 
 def sketch(scene: Scene) -> None:
-    """Print the rank table and write ``rank_plan.json`` (for ``plan=`` of the callback) and ``rank_plan.png``."""
+    """Print the rank table and write ``rank_plan.json`` (for ``plan=`` of the callback) and ``rank_plan.png``.
+
+    Raises:
+        UsageError: If a setting is out of range or no layer can be factored.
+    """
     known = inspect.signature(make_plan).parameters
     settings = {name: value for name, value in scene.settings.items() if name in known and value is not None}
     if not {"ratio", "energy", "speedup"} & settings.keys():
@@ -27,8 +32,11 @@ def sketch(scene: Scene) -> None:
         with context():
             scene.inputs.replay(module)
 
-    with undisturbed(scene.module):
-        ranks = make_plan(scene.module, run_batch, **settings)
+    try:
+        with undisturbed(scene.module):
+            ranks = make_plan(scene.module, run_batch, **settings)
+    except ValueError as error:
+        raise UsageError(f"`callbacks.rank_quantization`: {error}") from error
     scene.console.print(rank_table(ranks))
     for layer in ranks.layers:
         if layer.ranks is None:

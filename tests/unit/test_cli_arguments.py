@@ -1,0 +1,149 @@
+"""What the words on the command line become, and what is shown of them."""
+
+import errno
+import json
+import os
+
+import pytest
+from omegaconf import OmegaConf
+
+from lightning_accel.cli import COMMANDS, OWN_COMMAND_VARIABLE, hydra_overrides, main
+from lightning_accel.cli.compose import UsageError, compose, instantiate, targets
+from lightning_accel.cli.errors import did_you_mean, explain
+from lightning_accel.cli.launch import split_flags
+from lightning_accel.cli.results import cleaned, cleaned_override
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_help_names_every_command_with_an_example(words, capsys):
+    main(words)
+    out = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert f"lightning-accel {command.example}" in out
+        assert command.example.startswith(name)
+
+
+def test_misspelt_command_is_corrected(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["trian"])
+    assert stop.value.code == 2
+    assert "Did you mean `lightning-accel train`?" in capsys.readouterr().err
+
+
+def test_version_is_that_of_the_package(capsys):
+    import lightning_accel
+
+    main(["--version"])
+    assert capsys.readouterr().out.strip() == f"lightning-accel {lightning_accel.__version__}"
+
+
+def test_own_words_become_overrides(monkeypatch):
+    monkeypatch.delenv(OWN_COMMAND_VARIABLE, raising=False)
+    assert hydra_overrides("compare", ["--aa", "seed=2"]) == ["compare.aa=true", "seed=2"]
+    assert hydra_overrides("bench", ["low_rank", "quick=true"]) == ["suite=low_rank", "quick=true"]
+    assert hydra_overrides("bench", ["quick=true"]) == ["quick=true"]
+    assert hydra_overrides("train", ["-h"]) == ["--help"]
+    assert OWN_COMMAND_VARIABLE not in os.environ
+
+
+def test_a_command_behind_dashes_is_kept_word_for_word(monkeypatch):
+    monkeypatch.setenv(OWN_COMMAND_VARIABLE, "")
+    command = ["python", "-c", "print('${x}', [1])", "--", "a=b"]
+    assert hydra_overrides("run", ["callbacks=[x]", "--", *command]) == ["callbacks=[x]"]
+    assert json.loads(os.environ[OWN_COMMAND_VARIABLE]) == command
+
+
+def test_flags_may_stand_anywhere():
+    flags, plain = split_flags(["seed=1", "--config-dir", "conf", "-m", "model=mlp", "--cfg", "job"])
+    assert flags == ["--config-dir", "conf", "-m", "--cfg", "job"]
+    assert plain == ["seed=1", "model=mlp"]
+
+
+def test_secrets_and_machine_folders_are_not_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shown = cleaned(
+        {
+            "logger": {"api_key": "abc", "tracking_uri": "https://me:abc@host/x", "max_tokens": 3},
+            "paths": [f"{tmp_path}/data", f"{tmp_path}/home/cache", "/elsewhere"],
+            "token": None,
+        }
+    )
+    assert shown == {
+        "logger": {"api_key": "***", "tracking_uri": "https://***@host/x", "max_tokens": 3},
+        "paths": ["./data", "./home/cache", "/elsewhere"],
+        "token": None,
+    }
+    monkeypatch.chdir("/")
+    assert cleaned(f"{tmp_path}/home/cache") == "~/cache"
+    assert cleaned_override("logger.wandb.api_key=abc") == "logger.wandb.api_key=***"
+    assert cleaned_override("~callbacks.x") == "~callbacks.x"
+
+
+def test_close_names_come_first_and_long_lists_are_cut():
+    assert did_you_mean("ratoi", ["ratio", "energy"]) == "Did you mean `ratio`? There are: energy, ratio."
+    assert did_you_mean("ratoi", ["ratio", *(f"other_{i}" for i in range(20))]) == "Did you mean `ratio`?"
+    assert did_you_mean("x", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UsageError("so not"), 2, "so not"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.ckpt"), 1, "Free some space"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "choose a folder you may write"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 1, "No such file: x"),
+        (RuntimeError("the net is torn"), 1, "RuntimeError: the net is torn"),
+    ],
+)
+def test_every_failure_has_a_message_and_a_code(error, code, words):
+    message, actual = explain(error)
+    assert actual == code
+    assert words in message
+
+
+def test_a_value_that_is_needed_is_asked_for():
+    cfg = OmegaConf.create({"ckpt": "???"})
+    with pytest.raises(Exception, match="ckpt") as caught:
+        _ = cfg.ckpt
+    message, code = explain(caught.value)
+    assert (message, code) == ("`ckpt` is needed and has no default: add ckpt=VALUE.", 2)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"_target_": "nowhere.Thing"}, r"`part._target_` names nowhere.Thing, which can not be imported"),
+        ({"_target_": "torch.nn.Linear", "in_features": 2, "out_featurs": 2}, r"Did you mean `out_features`"),
+        ({"_target_": "lightning.pytorch.callbacks.Timer", "interval": "never"}, r"`part` \(.*Timer\): .*never"),
+        ({"_target_": "torch.nn.Linear", "in_features": "two", "out_features": 2}, r"must be int, got 'two'"),
+        ({"_target_": "lightning.pytorch.loggers.MLFlowLogger"}, r"needs something that is not installed: .*mlflow"),
+    ],
+)
+def test_what_can_not_be_built_is_a_usage_error(node, message):
+    with pytest.raises(UsageError, match=message):
+        instantiate(OmegaConf.create(node), name="part")
+
+
+def test_a_nested_mistake_is_named_where_it_stands():
+    node = OmegaConf.create(
+        {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.nn.Flatten", "start": 1}]}
+    )
+    with pytest.raises(UsageError, match=r"takes no `start`"):
+        instantiate(node, name="model")
+
+
+def test_failures_that_are_no_mistake_come_out_as_they_are(tmp_path):
+    node = OmegaConf.create({"_target_": "os.listdir", "path": str(tmp_path / "none")})
+    with pytest.raises(FileNotFoundError):
+        instantiate(node, name="part")
+
+
+def test_targets_are_found_at_any_depth():
+    node = OmegaConf.create({"_target_": "a.B", "x": [{"y": {"_target_": "c.D"}}], "z": "???"})
+    assert list(targets(node)) == ["a.B", "c.D"]
+
+
+def test_compose_works_inside_a_program():
+    cfg = compose("train", ["seed=7", "callbacks=[rank_quantization]"])
+    assert cfg.seed == 7
+    assert list(cfg.callbacks) == ["rank_quantization"]
