@@ -67,7 +67,7 @@ def export(cfg: DictConfig) -> None:
         _load_plain(fresh, out)
         off = max(off, _difference_of(fresh, model, inputs))
     elif cfg.format == "torch_export":
-        torch.export.save(torch.export.export(_Forward(model), inputs), out)
+        torch.export.save(torch.export.export(_Forward(model), inputs, dynamic_shapes=_any_batch(inputs)), out)
         off = max(off, _difference_of(torch.export.load(out).module(), model, inputs))
     else:
         _write_onnx(model, inputs, out)
@@ -143,13 +143,19 @@ def _difference_of(written: Any, model: nn.Module, inputs: tuple[Any, ...]) -> f
         return largest_difference(model(*inputs), written(*inputs))
 
 
+def _any_batch(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Leave the first size of every tensor open, where the model allows it."""
+    auto = torch.export.Dim.AUTO
+    return (pytree.tree_map(lambda x: {0: auto} if isinstance(x, Tensor) and x.dim() else None, inputs),)
+
+
 def _write_onnx(model: nn.Module, inputs: tuple[Any, ...], out: Path) -> None:
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
         raise UsageError("format=onnx needs onnx: pip install 'lightning-accel[onnx]'.") from None
-    torch.onnx.export(_Forward(model), inputs, out, dynamo=True, verbose=False)
+    torch.onnx.export(_Forward(model), inputs, out, dynamo=True, dynamic_shapes=_any_batch(inputs), verbose=False)
 
 
 def _verify(off: float, model: nn.Module, out: Path) -> None:
