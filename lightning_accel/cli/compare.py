@@ -25,6 +25,8 @@ from lightning_accel.evidence.tables import comparison_table
 from lightning_accel.evidence.workers import Arm, WorkerError
 from lightning_accel.measure import environment
 
+_SAME = "Both arms are the same: whatever differs is chance."
+
 
 def compare(cfg: DictConfig) -> float:
     """Run the pairs, write rows, picture and page, print the table, and return how many times faster a fit is.
@@ -42,9 +44,9 @@ def compare(cfg: DictConfig) -> float:
     save_configuration(cfg, folder)
     console = Console(highlight=False)
     where: dict[str, str | int] = environment()
-    note = "Both arms are the same: whatever differs is chance." if cfg.compare.aa else ""
+    note = _SAME if cfg.compare.aa else ""
     try:
-        with RunProgress(console, [a.name for a in chosen], cfg.compare.pairs, ledger) as progress, _usage():
+        with RunProgress(console, [a.name for a in chosen], cfg.compare.pairs, ledger) as progress, usage_errors():
             where = run_pairs(
                 chosen,
                 ledger,
@@ -109,7 +111,7 @@ def _ledger(cfg: DictConfig, folder: Path) -> RunLedger:
 
 
 @contextlib.contextmanager
-def _usage() -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """What a worker refuses as a mistake of the user is one here, too."""
     try:
         yield
@@ -174,8 +176,8 @@ def _report(
                 f"{100 * money.saved_per_hour:.2f} {money.currency}.",
                 markup=False,
             )
-    if note:
-        console.print(note, markup=False)
+    if cfg.compare.aa:
+        console.print(_SAME, markup=False)
     for path in written:
         console.print(os.path.relpath(path), markup=False, style="dim", soft_wrap=True)
     return comparisons[0] if comparisons else None

@@ -63,14 +63,15 @@ class RunProgress:
     def after_run(self, run: Run) -> None:
         """Count it and estimate the rest."""
         self._left[run.arm] -= 1
-        self._seconds[run.arm].append(run.fit_seconds)
+        if not run.is_warmup:  # shorter than the others
+            self._seconds[run.arm].append(run.fit_seconds)
         self._bar.update(self._task, advance=1, left=self.estimate())
         if not self._console.is_terminal:
             line = f"{self._what}: {run.fit_seconds:.2f} s. {self.estimate()}".rstrip()
             self._console.print(line, markup=False, soft_wrap=True)
 
     def estimate(self) -> str:
-        """Return the time that is left in words; nothing before every arm has run once."""
+        """Return the time that is left in words; nothing before the first pair is complete."""
         if not all(self._seconds.values()):
             return ""
         seconds = sum(left * self._mean(arm) for arm, left in self._left.items())
