@@ -6,7 +6,12 @@ Importing this package imports neither torch nor Lightning; public names load on
 from importlib import import_module
 from importlib.metadata import version
 
+from lightning_accel.strategies.registration import register_by_name
+
 _HOMES = {
+    "AsyncSGDStrategy": "lightning_accel.strategies",
+    "L1InfProjection": "lightning_accel.callbacks",
+    "MultilevelProjection": "lightning_accel.callbacks",
     "RankQuantization": "lightning_accel.callbacks",
     "SequentialFreezing": "lightning_accel.callbacks",
     "enable_low_rank_loading": "lightning_accel.callbacks",
@@ -15,6 +20,8 @@ _HOMES = {
 
 __version__ = version("lightning-accel")
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604  # names of the table are strings
+
+register_by_name()  # `strategy="async_sgd"`
 
 
 def __getattr__(name: str) -> object:

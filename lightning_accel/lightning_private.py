@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,87 @@ def callbacks_of_new_trainer() -> list[Any]:
             return list(trainer.callbacks)
         frame = frame.f_back
     return []
+
+
+def launcher_module(distribution: str) -> Any:
+    """Return the module with ``_MultiProcessingLauncher`` and what it is made of.
+
+    Both stock launchers end the whole job when one process dies, and there is no public base class for another one.
+    ``distribution`` is ``lightning.pytorch`` or ``pytorch_lightning``.
+    """
+    return import_module(f"{distribution}.strategies.launchers.multiprocessing")
+
+
+def attach_launcher(strategy: Any, launcher: Any) -> None:
+    """Give a strategy its launcher; the public property has no setter, and every strategy of Lightning does this."""
+    strategy._launcher = launcher
+
+
+def sync_batch_norm_requested(strategy: Any) -> bool:
+    """Whether ``Trainer(sync_batchnorm=True)`` was asked for; the connector tells strategies by this attribute only."""
+    return strategy._layer_sync is not None
+
+
+def count_steps_of_others(trainer: Any, steps: int) -> None:
+    """Add optimizer steps that other processes made to the Trainer's ``global_step``, which is read-only."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:
+        loop.automatic_optimization.optim_progress.optimizer.step.total.increment_by(steps)
+    else:
+        loop.manual_optimization.optim_step_progress.total.increment_by(steps)
+
+
+def checkpoint_periods(trainer: Any) -> list[int]:
+    """Return the ``every_n_train_steps`` of checkpoint callbacks: they fire on exact multiples of ``global_step``."""
+    periods = (getattr(callback, "_every_n_train_steps", 0) for callback in trainer.callbacks)
+    return [period for period in periods if period]
+
+
+def expect_uncertain_end(trainer: Any, workers: int) -> None:
+    """Make the fit loop learn where an epoch ends from its data instead of counting up to its length.
+
+    With several workers nobody knows beforehand how many batches fall to whom. The loop's fetcher looks one batch
+    ahead when it knows no length, and validation at the end of an epoch is tied to the last batch for loaders without
+    one; but the length itself must stay known for learning-rate schedules. There is no public switch for either.
+    """
+    fit_loop = trainer.fit_loop
+    setup_data = fit_loop.setup_data
+
+    def setup_data_of_worker() -> None:
+        setup_data()
+        fetcher = fit_loop._data_fetcher
+        if fetcher is None or getattr(fetcher, "_end_is_uncertain", False):
+            return
+        reset = fetcher.reset
+
+        def reset_without_length() -> None:
+            reset()
+            fetcher.length, fetcher.done = None, False
+
+        fetcher.reset = reset_without_length
+        fetcher._end_is_uncertain = True
+        every = trainer.val_check_batch
+        if every is None or every == float("inf"):
+            return
+        whole_epoch = trainer.check_val_every_n_epoch is not None and every >= fit_loop.max_batches
+        trainer.val_check_batch = float("inf") if whole_epoch else max(1, round(every / workers))
+
+    fit_loop.setup_data = setup_data_of_worker
+    setup_data_of_worker()
+
+
+def restart_fetching(trainer: Any) -> None:
+    """Make the first epoch's iterator anew: it was made before the run was joined."""
+    iter(trainer.fit_loop._data_fetcher)
+
+
+def looks_ahead(trainer: Any) -> bool:
+    """Whether the fit loop itself draws the batches, so that the end of an epoch can be seen one batch ahead."""
+    return hasattr(trainer.fit_loop._data_fetcher, "prefetch_batches")
+
+
+def go_to_epoch(trainer: Any, epoch: int) -> None:
+    """Set ``current_epoch`` of a worker that was started again while the others went on; it is read-only."""
+    progress = trainer.fit_loop.epoch_progress
+    for tracker in (progress.current, progress.total):
+        tracker.ready = tracker.started = tracker.processed = tracker.completed = epoch

@@ -89,7 +89,7 @@ class Channel:
         while not closed:
             try:
                 closed = not self._fill()
-            except BlockingIOError:
+            except BlockingIOError:  # noqa: PERF203  # the socket is empty
                 break
         messages = self._complete()
         if closed and not messages:

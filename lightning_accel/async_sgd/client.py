@@ -141,7 +141,7 @@ class SharedMemoryStore:
         self.wait_for(self._sequence - 2)  # whoever is two ahead would write over a push not yet read
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         finite = is_finite([g for g in gradients if g is not None])
-        meta = {
+        meta: dict[str, Any] = {
             "base_version": self._base_version,
             "optimizer": optimizer,
             "present": present if finite else [],
@@ -220,6 +220,10 @@ class SharedMemoryStore:
     def idle(self, idle: bool) -> None:
         """See `ParameterStore.idle`."""
         self._channel.send(Message("idle", {"idle": idle}))
+
+    def stop(self) -> None:
+        """End the run for everybody: from now on only the coordinator's pushes count."""
+        self._ask(Message("stop"))
 
     def leave(self, *, stop: bool = False) -> None:
         """See `ParameterStore.leave`."""

@@ -120,6 +120,12 @@ class ParameterServer:
         self._outcomes[outcome] += 1
         return outcome
 
+    def refuse(self, push: Push) -> Outcome:
+        """Count a push that came after the end."""
+        self.leases.give_back(push.worker, push.leases)
+        self._outcomes["refused"] += 1
+        return "refused"
+
     def _apply(self, push: Push, from_coordinator: bool) -> Outcome:
         if self.incarnations.get(push.worker) != push.incarnation:
             return "refused"
@@ -154,9 +160,19 @@ class ParameterServer:
         self._times.append(time.monotonic())
         if self.settings.record_log:
             groups = [] if push.optimizer == OUTER else get_groups(self.optimizers[push.optimizer])
-            who = (push.worker, push.incarnation, push.sequence)
-            what = (push.base_version, self.version, push.optimizer, weight, list(push.leases), groups)
-            self.log.append(LogEntry(*who, *what))
+            self.log.append(
+                LogEntry(
+                    worker=push.worker,
+                    incarnation=push.incarnation,
+                    sequence=push.sequence,
+                    base_version=push.base_version,
+                    version=self.version,
+                    optimizer=push.optimizer,
+                    weight=weight,
+                    leases=list(push.leases),
+                    groups=groups,
+                )
+            )
         return "applied"
 
     def _step(self, push: Push, weight: float) -> None:

@@ -64,7 +64,7 @@ def starter(function: WorkerFunction, args: tuple[Any, ...], settings: Settings)
     return start
 
 
-def _work(
+def _work(  # noqa: PLR0917  # a process is started with a flat list of arguments
     function: WorkerFunction,
     args: tuple[Any, ...],
     worker: int,

@@ -182,6 +182,10 @@ class ParameterStore(Protocol):
         """Say that this worker does something else for a while (validates): nobody waits for its pushes."""
         ...
 
+    def stop(self) -> None:
+        """End the run for everybody: from now on only the coordinator's pushes count."""
+        ...
+
     def leave(self, *, stop: bool = False) -> None:
         """Go; with ``stop`` the run ends for everybody."""
         ...

@@ -318,8 +318,15 @@ class Supervisor:
             self._send(peer, Message("restore"))
         elif message.kind == "statistics" and self.server is not None:
             self._send(peer, Message("statistics", {"statistics": self.server.statistics()}))
+        elif message.kind == "stop":
+            self._stop()
+            self._send(peer, Message("stop"))
         elif message.kind == "leave":
             self._leave(peer, stop=values["stop"])
+
+    def _stop(self) -> None:
+        self._words[STOP] = 1
+        self._stopped_at = self._stopped_at or time.monotonic()
 
     def _commit(self, peer: _Peer, leases: list[tuple[int, int]]) -> None:
         assert self.server is not None
@@ -332,8 +339,7 @@ class Supervisor:
             self.server.dismiss(peer.worker)
         self._count_live()
         if stop:
-            self._words[STOP] = 1
-            self._stopped_at = time.monotonic()
+            self._stop()
         self._send(peer, Message("leave"))
 
     def _drain(self, peer: _Peer) -> None:
@@ -344,7 +350,9 @@ class Supervisor:
         changed = False
         while (found := peer.mailbox.committed(peer.sequence)) is not None:
             push = self._decode(peer, *found)
-            outcome = self.server.apply(push, from_coordinator=int(self._words[COORDINATOR]) == peer.worker)
+            coordinates = int(self._words[COORDINATOR]) == peer.worker
+            over = bool(self._words[STOP]) and not coordinates  # the result is what the coordinator ended with
+            outcome = self.server.refuse(push) if over else self.server.apply(push, from_coordinator=coordinates)
             changed |= outcome == "applied" or (outcome == "committed" and bool(push.buffers))
             done.append(peer.sequence)
             peer.sequence += 1
@@ -471,7 +479,7 @@ class Supervisor:
         free = bool(self._words[STOP]) or has_slack(mine, counting, max_staleness=self.settings.max_staleness)
         return Message(request.kind) if free else None
 
-    def _answer_kv(self, peer: _Peer, request: Message) -> Message | None:
+    def _answer_kv(self, peer: _Peer, request: Message) -> Message | None:  # noqa: ARG002  # as its siblings
         key, write = request.values["key"], request.values["write"]
         if write and (request.values["replace"] or key not in self._kv):
             self._kv[key] = request.payload

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_accel.async_sgd.leases import LeaseId
 from lightning_accel.async_sgd.server import NO_UPDATE, OUTER, get_groups
 from lightning_accel.async_sgd.settings import Settings
-from lightning_accel.async_sgd.store import Membership, Opening, ParameterStore
+from lightning_accel.async_sgd.store import Membership, Opening, ParameterStore, Snapshot
 
 Closure = Callable[[], Any]
 
@@ -129,6 +129,15 @@ class Worker:
         if self.settings.local_steps:
             self._base = [p.detach().clone() for p in self._tensors]
 
+    @torch.no_grad()
+    def load(self, snapshot: Snapshot) -> None:
+        """Put the parameters, and shared buffers, of a cut in place; the next step must follow a `pull`."""
+        for parameter, value in zip(self._tensors, snapshot.parameters, strict=True):
+            parameter.copy_(value)
+        if self.settings.buffers == "mean":
+            for buffer, value in zip(self.buffers.values(), snapshot.buffers, strict=True):
+                buffer.copy_(value)
+
     def flush(self) -> None:
         """Push what was accumulated, commit what is pending, and wait until all of it is applied."""
         if self.settings.local_steps and self._counts[OUTER]:
@@ -208,7 +217,8 @@ class Worker:
     def _push_way(self) -> None:
         self._counts[OUTER] = 0
         owned = {i for places in self._owned for i in places}
-        ways = [base - p.detach() if i in owned else None for i, (base, p) in enumerate(zip(self._base, self._tensors))]
+        pairs = enumerate(zip(self._base, self._tensors, strict=True))
+        ways = [base - p.detach() if i in owned else None for i, (base, p) in pairs]
         self.store.wait_for_slack()
         self.store.wait_for(self._send(ways, OUTER))
         self.own_steps = [steps + 1 for steps in self.own_steps]

@@ -1,0 +1,116 @@
+"""What only the coordinator does, and how another worker takes it over."""
+
+import pickle
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from lightning_accel.async_sgd import SharedMemoryStore, Snapshot
+
+_KEY = "coordinator"
+
+
+class Watchers:
+    """Callbacks and schedulers that watch validation: put aside in all workers but the coordinator.
+
+    Checkpointing, early stopping and plateau schedulers read metrics that only the coordinator has. Whoever takes
+    over puts its own copies to work, with the state that the coordinator published last.
+    """
+
+    def __init__(self, strategy: Any, trainer: Any, store: SharedMemoryStore) -> None:
+        callbacks = import_module(f"{strategy.distribution}.callbacks")
+        self._kinds = (callbacks.Checkpoint, callbacks.EarlyStopping)
+        self._strategy = strategy
+        self._trainer = trainer
+        self._store = store
+        self._aside: list[Any] = []
+        self._plateaus: list[Any] = []
+        self._limits: tuple[Any, Any] | None = None
+
+    def hold_back(self) -> None:
+        """Put the callbacks aside and do not validate."""
+        trainer = self._trainer
+        self._aside = [callback for callback in trainer.callbacks if isinstance(callback, self._kinds)]
+        for callback in self._aside:
+            trainer.callbacks.remove(callback)
+        self._limits = trainer.limit_val_batches, trainer.num_sanity_val_steps
+        trainer.limit_val_batches = trainer.num_sanity_val_steps = 0
+
+    def hold_back_plateaus(self) -> None:
+        """Put schedulers that wait for a metric aside."""
+        configs = self._strategy.lr_scheduler_configs
+        self._plateaus = [config for config in configs if config.reduce_on_plateau]
+        for config in self._plateaus:
+            configs.remove(config)
+
+    def take_over(self) -> None:
+        """Put everything that was held back to work; nothing to do if this worker has coordinated all along."""
+        if self._limits is None:
+            return
+        trainer, module = self._trainer, self._trainer.lightning_module
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
+        trainer.limit_val_batches, trainer.num_sanity_val_steps = self._limits
+        self._limits = None
+        trainer.callbacks.extend(self._aside)  # checkpoints go last, as Lightning orders them
+        for callback in self._aside:
+            callback.setup(trainer, module, stage="fit")
+        self._strategy.lr_scheduler_configs.extend(self._plateaus)
+        self.restore()
+
+    def publish(self) -> None:
+        """Let the others know the state of the watchers."""
+        watching = [callback for callback in self._trainer.callbacks if isinstance(callback, self._kinds)]
+        plateaus = [c.scheduler for c in self._strategy.lr_scheduler_configs if c.reduce_on_plateau]
+        state = {
+            "callbacks": {callback.state_key: callback.state_dict() for callback in watching},
+            "plateaus": [scheduler.state_dict() for scheduler in plateaus],
+        }
+        self._store.kv(_KEY, pickle.dumps(state), replace=True)
+
+    def restore(self) -> None:
+        """Take over the state that was published last, if any."""
+        published = self._store.kv(_KEY, wait=False)
+        if published is None:
+            return
+        state = pickle.loads(published)
+        for callback in self._trainer.callbacks:
+            if isinstance(callback, self._kinds) and callback.state_key in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][callback.state_key])
+        plateaus = [c.scheduler for c in self._strategy.lr_scheduler_configs if c.reduce_on_plateau]
+        for scheduler, found in zip(plateaus, state["plateaus"], strict=False):
+            scheduler.load_state_dict(found)
+
+
+def rewind_loops(checkpoint: dict[str, Any], cut: Snapshot, *, pending: int, batches: float) -> dict[str, Any]:
+    """Make the loops of a checkpoint count the batches of all workers, so that a plain Trainer resumes right.
+
+    Args:
+        checkpoint: As Lightning dumped it in the coordinator; its batch progress is changed in place.
+        cut: What the checkpoint holds.
+        pending: Batches of the coordinator whose gradients are not yet pushed (accumulation).
+        batches: Of an epoch.
+
+    Returns:
+        The unfinished epochs, for a resumed asynchronous run.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    epoch = checkpoint["epoch"]
+    known = {state["epoch"]: state for state in cut.epochs}
+    if known:
+        # an epoch that is no longer known is complete
+        done = len(known[epoch]["done"]) if epoch in known else min(batches, progress["current"]["processed"])
+        missing = int(done) + pending - progress["current"]["processed"]
+        for tracker in (progress["current"], progress["total"]):
+            for count in ("ready", "started", "processed", "completed"):
+                tracker[count] += missing
+    unfinished = [state for state in cut.epochs if len(state["done"]) < len(state["units"])]
+    return {"epochs": [state for state in unfinished if _is_plain(state["units"])]}
+
+
+def _is_plain(units: Any) -> bool:
+    """Whether units are numbers or lists of numbers, which a checkpoint may hold without trusting its author."""
+    if isinstance(units, Mapping):
+        return False
+    return all(type(u) is int or (isinstance(u, list) and all(type(i) is int for i in u)) for u in units)

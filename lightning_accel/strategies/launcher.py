@@ -1,0 +1,99 @@
+"""Start the workers of an asynchronous `fit` and serve them from the process that called it.
+
+Lightning's two launchers end the whole job as soon as one process dies. This one runs the parameter server in the
+parent process, which the stock launcher would leave idle, replaces dead workers, and takes the result from whoever
+coordinates in the end.
+"""
+
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_accel.async_sgd import SharedMemoryStore, run_workers
+from lightning_accel.lightning_private import launcher_module
+from lightning_accel.strategies.live import live_table
+
+log = logging.getLogger(__name__)
+
+
+class AsyncSGDLauncherBody:
+    """What this launcher does its own way; the rest is ``_MultiProcessingLauncher``'s."""
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Run ``fit`` in worker processes, anything else right here: evaluations are one process's work."""
+        if trainer is None or trainer.state.fn != "fit":
+            return function(*args, **kwargs)
+        strategy = self._strategy  # type: ignore[attr-defined]
+        parts = launcher_module(strategy.distribution)
+        parts._check_missing_main_guard()
+        states = parts._GlobalStateSnapshot.capture()
+        # sums in another number of threads have other last bits; several workers share what this process may use
+        threads = max(1, torch.get_num_threads() // strategy.num_processes)
+        with live_table(strategy) as on_tick:
+            output, ending = run_workers(
+                _fit_in_worker,
+                (trainer, function, args, kwargs, states, threads),
+                workers=strategy.num_processes,
+                settings=strategy.settings,
+                on_tick=on_tick,
+            )
+        strategy.statistics, strategy.ending = ending.statistics, ending
+        if output is None:
+            raise RuntimeError(
+                "the coordinator died when training was over, before it could hand over the result; the last "
+                "checkpoint is resumable with `fit(ckpt_path=...)`."
+            )
+        weights = output.weights_path
+        self._recover_results_in_main_process(output, trainer)  # type: ignore[attr-defined]
+        if weights is not None:
+            shutil.rmtree(Path(weights).parent, ignore_errors=True)  # made for this file alone
+        return output.trainer_results
+
+    def get_extra_results(self, trainer: Any) -> dict[str, Any]:
+        """Add what a second `fit` and the caller's callbacks need to know to what Lightning brings back."""
+        extra: dict[str, Any] = super().get_extra_results(trainer)  # type: ignore[misc]
+        extra["fit_loop"] = trainer.fit_loop.state_dict()
+        extra["callbacks"] = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}
+        return extra
+
+    def update_main_process_results(self, trainer: Any, extra: dict[str, Any]) -> None:
+        """Bring progress and the callbacks' state into the caller's Trainer."""
+        super().update_main_process_results(trainer, extra)  # type: ignore[misc]
+        trainer.fit_loop.load_state_dict(extra["fit_loop"])
+        for callback in trainer.callbacks:
+            if state := extra["callbacks"].get(callback.state_key):
+                callback.load_state_dict(state)
+
+    def kill(self, signum: Any) -> None:
+        """Nothing to do: workers end when this process does."""
+
+
+def _fit_in_worker(  # noqa: PLR0917  # a process is started with a flat list of arguments
+    store: SharedMemoryStore,
+    trainer: Any,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    states: Any,
+    threads: int,
+) -> Any:
+    strategy = trainer.strategy
+    parts = launcher_module(strategy.distribution)
+    strategy.enter(store, trainer)
+    states.restore()
+    if store.worker or store.incarnation:
+        # the first worker draws as a plain run does; every other one needs dropout masks of its own
+        seed = int(torch.randint(2**31, ())) + 1009 * store.incarnation + store.worker
+        torch.manual_seed(seed)
+        random.seed(seed)
+    args, kwargs = parts._disable_module_memory_sharing((args, kwargs))
+    torch.set_num_threads(threads)
+    os.environ["LOCAL_RANK"] = str(store.worker)
+    results = function(*args, **kwargs)
+    return strategy.launcher._collect_rank_zero_results(trainer, results)

@@ -1,0 +1,96 @@
+"""Training data by leases: a DataLoader that asks the parameter server which batch is next."""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from lightning_accel.async_sgd import Lease
+from lightning_accel.async_sgd.leases import LeaseId
+
+TakeBlock = Callable[[Callable[[], Sequence[Any]]], list[Lease]]
+
+
+class LeasedOrder:
+    """Stands where a DataLoader has its (batch) sampler and yields units as the server leases them.
+
+    The order of an epoch is what the user's own sampler gives the one worker that is asked for it.
+    """
+
+    def __init__(self, order: Iterable[Any], take: TakeBlock) -> None:
+        self.order = order
+        self.sampler = getattr(order, "sampler", order)  # Lightning calls its `set_epoch`
+        self.given: deque[LeaseId] = deque()  # leases of batches that are being loaded, oldest first
+        self._take = take
+
+    def __len__(self) -> int:
+        """Units of the whole epoch, all workers together."""
+        return len(self.order)  # type: ignore[arg-type]  # a sampler without a length raises as it always does
+
+    def __iter__(self) -> Iterator[Any]:
+        while block := self._take(lambda: list(self.order)):
+            for lease in block:
+                self.given.append(lease.id)
+                yield lease.unit
+
+
+def lease_batches(
+    loader: DataLoader, take: TakeBlock, started: Callable[[LeaseId], None], *, eager: bool
+) -> DataLoader:
+    """Return a copy of ``loader`` whose batches are leased; the user's own object stays as it is.
+
+    Args:
+        loader: Over a map-style dataset.
+        take: Leases the next block.
+        started: Told the lease of each batch as the batch is handed out, in order.
+        eager: Whether iterating makes the DataLoader's iterator at once, as a plain loader does, with its draw from
+            the global random state. Otherwise with the first batch, for loaders whose processes ask for indices early.
+
+    Raises:
+        ValueError: If the data cannot be leased.
+    """
+    refuse_unleasable(loader)
+    batched = loader.batch_sampler is not None
+    order = LeasedOrder(loader.batch_sampler if batched else loader.sampler, take)  # type: ignore[arg-type]
+    leased = copy.copy(loader)
+    # a DataLoader forbids setting this after construction, to keep its parts in step; ours stands for the same part
+    object.__setattr__(leased, "batch_sampler" if batched else "sampler", order)
+    object.__setattr__(leased, "_iterator", None)
+    object.__setattr__(leased, "__class__", _leased_class(type(loader), order, started, eager=eager))
+    return leased
+
+
+def refuse_unleasable(loader: DataLoader) -> None:
+    """Refuse data that cannot be shared out by index.
+
+    Raises:
+        ValueError: For an iterable dataset or a sampler that already splits the data between processes.
+    """
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            "an IterableDataset has no indices to share out among workers: every worker would see all of it; "
+            "use a map-style dataset, or `devices=1`."
+        )
+    if isinstance(getattr(loader.batch_sampler, "sampler", loader.sampler), DistributedSampler):
+        raise ValueError(
+            "a DistributedSampler gives each process a fixed part, which is lost if that process dies; "
+            "pass the plain sampler (or `shuffle=True`): the strategy shares the data out itself."
+        )
+
+
+def _leased_class(
+    base: type[DataLoader], order: LeasedOrder, started: Callable[[LeaseId], None], *, eager: bool
+) -> type[DataLoader]:
+    def iterate(self: DataLoader) -> Iterator[Any]:
+        order.given.clear()
+        return hand_out(base.__iter__(self) if eager else None, self)
+
+    def hand_out(made: Iterator[Any] | None, loader: DataLoader) -> Iterator[Any]:
+        batches = base.__iter__(loader) if made is None else made
+        for batch in batches:
+            started(order.given.popleft())
+            yield batch
+
+    return type(base.__name__, (base,), {"__iter__": iterate, "__module__": base.__module__})
