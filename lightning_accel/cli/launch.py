@@ -89,7 +89,7 @@ class _Job:
         # Lightning starts the other processes of a distributed run with `sys.argv`: they must see this command, and
         # inside a sweep this job of it.
         argv = [self.argv[0], self.name, *_job_overrides()]
-        with _set(sys, "argv", argv), _environment(_TRACEBACK_VARIABLE, self.tracebacks):
+        with _set(sys, "argv", argv), _environment(_TRACEBACK_VARIABLE, self.tracebacks), _ranks_forgotten():
             try:
                 return self._run(cfg)
             except Exception as error:
@@ -102,6 +102,20 @@ class _Job:
         # Lightning prints by itself although Hydra has set up logging: every line would come twice.
         logging.getLogger("lightning").handlers.clear()
         return function(cfg)
+
+
+@contextlib.contextmanager
+def _ranks_forgotten() -> Iterator[None]:
+    """Leave the process group that a distributed job made, and its variables: the next job of a sweep makes its own."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        distributed = getattr(sys.modules.get("torch"), "distributed", None)
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _job_overrides() -> list[str]:
