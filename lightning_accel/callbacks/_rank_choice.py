@@ -49,6 +49,12 @@ class RankSearch:
     exclude: tuple[str, ...]
     cache_dir: Path | None
 
+    def __post_init__(self) -> None:
+        # The core judges its own arguments, now and not at the first batch; a layer that is never called costs nothing.
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        settings |= {"include": ("*",), "exclude": (), "cache_dir": None}
+        make_plan(nn.Sequential(nn.Linear(2, 2)), lambda _: None, **settings)
+
     def plan(self, module: nn.Module, run_batch: Callable[[Any], object] | None) -> RankPlan:
         """Make the plan."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_accel.lightning_private import averaged_modules, callbacks_of, load_checkpoint_file
-from lightning_accel.low_rank import adapt_structure, low_rank_layers, merge, replace_parameters, swap
+from lightning_accel.low_rank import LOW_RANK_TYPES, adapt_structure, low_rank_layers, merge, replace_parameters, swap
 
 _log = logging.getLogger(__name__)
 
@@ -54,13 +54,11 @@ class StructureHook:
     Attributes:
         deferred: While true, incoming factors are kept in ``held`` and the module stays, or becomes, dense.
         held: Full parameter name to factor, waiting for `release`.
-        loaded: Whether any state dict came by since `defer`.
     """
 
     def __init__(self) -> None:
         self.deferred = False
         self.held: dict[str, Tensor] = {}
-        self.loaded = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StructureHook":
         """A copy (of a weight average, say) has no optimizer to wait for: it adapts at once."""
@@ -68,7 +66,6 @@ class StructureHook:
 
     def __call__(self, module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: object) -> None:
         """Adapt ``module``, or hold the factors back; called by torch before the module loads."""
-        self.loaded = True
         if not self.deferred:
             adapt_structure(module, state_dict, prefix)
             return
@@ -85,7 +82,7 @@ class StructureHook:
 
     def defer(self) -> None:
         """Hold factors back until `release`."""
-        self.deferred, self.loaded, self.held = True, False, {}
+        self.deferred, self.held = True, {}
 
     def release(self) -> dict[str, Tensor]:
         """Return what was held back; from now on the module adapts at once."""
@@ -203,8 +200,9 @@ def exchange_layers_in_fit(
     for average in averaged_modules(trainer):
         for name in names:
             old = average.get_submodule(name)
-            device = next(old.parameters()).device
-            swap(average, name, copy.deepcopy(pl_module.get_submodule(name)).to(device))
+            if not isinstance(old, LOW_RANK_TYPES):  # else its averaged factors came with the checkpoint
+                device = next(old.parameters()).device
+                swap(average, name, copy.deepcopy(pl_module.get_submodule(name)).to(device))
     for callback in callbacks_of(trainer):
         if isinstance(callback, FollowsStructure):
             callback.on_structure_change(trainer, pl_module, names)

@@ -23,6 +23,7 @@ from lightning_accel.callbacks._structure import (
     structure_hook,
 )
 from lightning_accel.callbacks._trial import StepTrial
+from lightning_accel.lightning_private import averaged_modules
 from lightning_accel.low_rank import RankPlan, default_cache_dir, low_rank_layers
 from lightning_accel.low_rank.plan import Method, Weighting
 from lightning_accel.low_rank.spectrum import looks_untrained
@@ -131,6 +132,8 @@ class RankQuantization(pl.Callback):
         refuse_sharded(trainer.strategy, "RankQuantization")
         correct_order(trainer)
         hook.defer()
+        for average in averaged_modules(trainer):  # copied before this hook was there
+            structure_hook(average)
         if self._outcome != "low rank" or not low_rank_layers(pl_module):  # else a second fit of what was replaced
             self._outcome, self._switch_epoch = None, None
 
@@ -151,6 +154,8 @@ class RankQuantization(pl.Callback):
     ) -> None:
         """Decide and switch, once, when the time has come."""
         if self._outcome is not None:
+            return
+        if batch_idx % trainer.accumulate_grad_batches:  # gradients of the dense weights are under way
             return
         if self._switch_epoch is None:
             self._switch_epoch = self._first_epoch(trainer, pl_module)

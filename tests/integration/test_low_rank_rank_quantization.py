@@ -1,0 +1,397 @@
+"""What the callback decides, what it leaves alone, and what it says."""
+
+import copy
+import logging
+import pickle
+import warnings
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from low_rank_models import Classifier, train
+from torch import nn
+
+from lightning_accel.callbacks import RankQuantization, _rank_choice
+from lightning_accel.callbacks._structure import refuse_sharded
+from lightning_accel.low_rank import LowRankLinear, RankPlan, eligible_layers, low_rank_layers, make_plan
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
+
+
+def fake_clock(monkeypatch, seconds_of):
+    """Let `time_interleaved` run every candidate once and return what ``seconds_of(name)`` says."""
+
+    def fake(candidates, *, rounds, **_):
+        for step in candidates.values():
+            step()
+        return {name: [seconds_of(name)] * rounds for name in candidates}
+
+    monkeypatch.setattr(_rank_choice, "time_interleaved", fake)
+
+
+def fixed(**settings):
+    defaults = {"ratio": 2.0, "method": "fixed", "when": "setup", "max_overhead": 100.0, "exclude": ["net.6"]}
+    return RankQuantization(**defaults | settings)
+
+
+def equal_states(one, other):
+    assert list(one) == list(other)
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_stays_low_rank_where_the_whole_step_is_faster(tmp_path, monkeypatch, caplog):
+    fake_clock(monkeypatch, lambda name: 8.0 if name == "dense" else 4.0)
+    module, callback = Classifier(), fixed()
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        trainer = train(module, [callback], tmp_path)
+    assert set(low_rank_layers(module)) == {"net.0", "net.4"}
+    assert "2 layers are low rank now: a whole step takes 4000.00 ms instead of 8000.00 ms, x2.00" in caplog.text
+    assert "12 remaining steps save 48.00 s" in caplog.text
+    assert [layer.name for layer in callback.plan.layers if layer.ranks] == ["net.0", "net.4"]
+    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.parameters()}
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "RMSprop"])
+def test_trying_leaves_no_trace(optimizer, tmp_path, monkeypatch, caplog):
+    settings = {"lr": 0.01}
+    plain = Classifier(optimizer=optimizer, settings=settings)
+    plain_trainer = train(plain, [], tmp_path)
+    fake_clock(monkeypatch, lambda name: 1.0 if name == "dense" else 2.0)
+    module = Classifier(optimizer=optimizer, settings=settings)
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        trainer = train(module, [fixed()], tmp_path)
+    assert "the model stays dense: low rank does not pay" in caplog.text
+    assert equal_states(plain.state_dict(), module.state_dict())
+    assert (plain.steps, plain.seen) == (module.steps, module.seen)
+    for one, other in zip(plain.parameters(), module.parameters(), strict=True):
+        for key, value in plain_trainer.optimizers[0].state[one].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(trainer.optimizers[0].state[other][key]))
+
+
+def test_layers_that_do_not_pay_are_reverted(tmp_path, monkeypatch):
+    # as a whole slower; without the group 0 ("net.0") twice as fast as dense
+    times = {"dense": 2.0, "all": 2.5, "without 0": 1.0, "without 1": 3.0}
+    calls = []
+
+    def seconds(name):
+        calls.append(name)
+        if name == "low rank":
+            return 1.0 if "without 0" in calls else 2.5
+        if name == "all" and calls.count("all") > 1:
+            return 1.0
+        return times[name]
+
+    fake_clock(monkeypatch, seconds)
+    module, callback = Classifier(), fixed()
+    train(module, [callback], tmp_path)
+    assert set(low_rank_layers(module)) == {"net.4"}
+    (reverted,) = [layer for layer in callback.plan.layers if layer.name == "net.0"]
+    assert "costs time in the whole step" in reverted.reason
+
+
+def test_stays_dense_where_set_up_is_not_paid_back(tmp_path, monkeypatch, caplog):
+    fake_clock(monkeypatch, lambda name: 2e-7 if name == "dense" else 1e-7)
+    module = Classifier()
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, [fixed()], tmp_path)
+    assert not low_rank_layers(module)
+    assert "more than 12 remaining steps can be expected to give back" in caplog.text or "pay back" in caplog.text
+
+
+def test_short_run_is_not_even_tried(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(_rank_choice, "time_interleaved", lambda *_, **__: pytest.fail("nothing is to be timed"))
+    module = Classifier()
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, [RankQuantization(when="setup")], tmp_path)
+    assert not low_rank_layers(module)
+    assert "the model stays dense: 12 steps remain" in caplog.text
+
+
+def test_keep_overrides_the_loss(tmp_path, monkeypatch):
+    fake_clock(monkeypatch, lambda name: 1.0 if name == "dense" else 2.0)
+    module = Classifier()
+    train(module, [fixed(on_loss="keep")], tmp_path)
+    assert set(low_rank_layers(module)) == {"net.0", "net.4"}
+
+
+def test_measured_knapsack_runs_in_a_fit(tmp_path):
+    module = Classifier(width=64)
+    callback = RankQuantization(energy=0.9, when="setup", on_loss="keep", cache_dir=tmp_path / "cache")
+    train(module, [callback], tmp_path)
+    assert callback.plan.method == "knapsack"
+    assert all(layer.dense_ms is not None for layer in callback.plan.considered if layer.candidates)
+    assert list((tmp_path / "cache").glob("*.json"))
+    chosen = {layer.name: layer.ranks for layer in callback.plan.layers if layer.ranks is not None}
+    assert {name: layer.ranks for name, layer in low_rank_layers(module).items()} == chosen
+
+
+def test_saved_plan_repeats_the_run(tmp_path):
+    first, callback = Classifier(), fixed(on_loss="keep")
+    train(first, [callback], tmp_path)
+    callback.plan.save(tmp_path / "plan.json")
+    again, repeat = Classifier(), RankQuantization(plan=str(tmp_path / "plan.json"))
+    train(again, [repeat], tmp_path)
+    assert equal_states(first.state_dict(), again.state_dict())
+    assert repeat.plan == callback.plan
+
+
+def test_plan_of_another_model_leaves_the_module_as_it_was(tmp_path):
+    other = make_plan(Classifier(width=48), None, ratio=2.0, method="fixed")
+    module = Classifier()
+    with pytest.raises(ValueError, match="the plan was made for"):
+        train(module, [RankQuantization(plan=other)], tmp_path)
+    assert not low_rank_layers(module)
+
+
+def test_untrained_weights_warn_at_setup(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(Classifier(trained=False), [fixed(on_loss="keep")], tmp_path)
+    assert any("weights that look untrained" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize(("trained", "low_rank_after"), [(True, 1), (False, 2)])
+def test_auto_warms_up_untrained_weights_only(trained, low_rank_after, tmp_path):
+    module = Classifier(trained=trained)
+    train(module, [fixed(when="auto", on_loss="keep")], tmp_path, epochs=1)
+    assert bool(low_rank_layers(module)) == (low_rank_after == 1)
+    module = Classifier(trained=trained)
+    train(module, [fixed(when="auto", on_loss="keep")], tmp_path, epochs=2)
+    assert low_rank_layers(module)
+
+
+def test_switch_that_never_comes_is_said(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="lightning_accel"):
+        train(Classifier(), [fixed(when=5)], tmp_path, epochs=1)
+    assert "training ended before epoch 5" in caplog.text
+
+
+def test_switch_projects_moments(tmp_path):
+    class Seen(RankQuantization):
+        states = None
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            before = self.structure_state()
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            if before == "pending" and self.structure_state() == "low rank":
+                optimizer = trainer.optimizers[0]
+                self.states = [sorted(optimizer.state[p]) for p in pl_module.net[0].parameters()]
+
+    callback = Seen(ratio=2.0, method="fixed", when=1, on_loss="keep")
+    train(Classifier(optimizer="AdamW", settings={"lr": 0.01}), [callback], tmp_path, epochs=2)
+    assert callback.states == [["exp_avg", "exp_avg_sq", "step"]] * 3
+
+
+def test_manual_optimization_is_judged_by_layers(tmp_path, caplog):
+    module = Classifier(manual=True)
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, [fixed(on_loss="keep")], tmp_path)
+    assert low_rank_layers(module)
+    assert "judged by single layers" in caplog.text
+    assert "manual optimization" in caplog.text
+
+
+def test_module_that_can_not_be_copied_is_judged_by_layers(tmp_path, caplog):
+    module = Classifier()
+    module.not_to_be_copied = (number for number in range(3))
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, [fixed(on_loss="keep")], tmp_path)
+    assert low_rank_layers(module)
+    assert "a copy of the module can not make its training step" in caplog.text
+    assert module.steps == 12
+
+
+def test_orphans_stay_dense(tmp_path, caplog):
+    class Partly(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net[4:].parameters(), lr=0.1)
+
+    module = Partly()
+    with caplog.at_level(logging.WARNING, logger="lightning_accel"):
+        train(module, [fixed(on_loss="keep")], tmp_path)
+    assert set(low_rank_layers(module)) == {"net.4"}
+    assert "no optimizer holds the weights of ['net.0']" in caplog.text
+
+
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+def test_layers_made_late_are_found(hook, tmp_path):
+    class Late(Classifier):
+        def make(self):
+            if len(self.net) == 7:
+                self.net.insert(6, nn.Linear(32, 32))
+
+        def setup(self, stage):
+            if hook == "setup":
+                self.make()
+
+        def configure_model(self):
+            if hook == "configure_model":
+                self.make()
+
+    module = Late()
+    train(module, [fixed(on_loss="keep", exclude=["net.7"])], tmp_path)
+    assert set(low_rank_layers(module)) == {"net.0", "net.4", "net.6"}
+
+
+def test_groups_chosen_by_name_resume_exactly(tmp_path):
+    class ByName(Classifier):
+        def configure_optimizers(self):
+            decayed = [p for name, p in self.named_parameters() if name.endswith("weight")]
+            others = [p for name, p in self.named_parameters() if not name.endswith("weight")]
+            groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+            return torch.optim.AdamW(groups, lr=0.01)
+
+    every = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    module = ByName()
+    trainer = train(module, [fixed(on_loss="keep"), every], tmp_path, enable_checkpointing=True)
+    assert isinstance(module.net[0], LowRankLinear)
+    decayed = {id(p) for p in trainer.optimizers[0].param_groups[0]["params"]}
+    assert {id(module.net[0].factor_in), id(module.net[0].factor_out)} <= decayed
+
+    resumed = ByName()
+    resumed_trainer = train(resumed, [fixed(on_loss="keep")], tmp_path, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert equal_states(module.state_dict(), resumed.state_dict())
+    one, other = trainer.optimizers[0].state_dict(), resumed_trainer.optimizers[0].state_dict()
+    assert one["param_groups"] == other["param_groups"]
+    assert all(torch.equal(one["state"][i]["exp_avg"], other["state"][i]["exp_avg"]) for i in one["state"])
+
+
+def test_optimizer_built_before_the_trainer_keeps_every_parameter(tmp_path):
+    class Prepared(Classifier):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            self.prepared = [torch.optim.SGD(self.parameters(), lr=0.1)]
+
+        def configure_optimizers(self):
+            return self.prepared[0]
+
+    module = Prepared()
+    last = ModelCheckpoint(dirpath=tmp_path, filename="last")
+    train(module, [fixed(on_loss="keep"), last], tmp_path, enable_checkpointing=True)
+    again = Prepared()
+    trainer = train(again, [fixed(on_loss="keep")], tmp_path, epochs=3, ckpt_path=tmp_path / "last.ckpt")
+    assert low_rank_layers(again)
+    for fitted in (module, again):
+        held = {id(p) for group in fitted.prepared[0].param_groups for p in group["params"]}
+        assert held == {id(p) for p in fitted.parameters()}
+    assert trainer.current_epoch == 3
+
+
+@pytest.mark.parametrize("order", ["before", "behind"])
+@pytest.mark.parametrize("when", ["setup", 1])
+def test_weight_average_follows_and_resumes_exactly(order, when, tmp_path):
+    def callbacks():
+        pair = [EMAWeightAveraging(decay=0.5), fixed(when=when, on_loss="keep")]
+        return pair if order == "before" else pair[::-1]
+
+    every = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    whole = Classifier(noisy=False)
+    train(whole, [*callbacks(), every], tmp_path, epochs=3, enable_checkpointing=True)
+    assert low_rank_layers(whole)
+    for epoch in (0, 1):
+        resumed = Classifier(noisy=False)
+        train(resumed, callbacks(), tmp_path, epochs=3, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert equal_states(whole.state_dict(), resumed.state_dict())
+
+
+def test_activation_weighting_uses_the_real_inputs(tmp_path):
+    module, callback = Classifier(), fixed(weighting="activation", on_loss="keep")
+    train(module, [callback], tmp_path)
+    assert callback.plan.weighting == "activation"
+    assert low_rank_layers(module)
+    again = Classifier()
+    train(again, [RankQuantization(plan=callback.plan)], tmp_path)
+    assert set(low_rank_layers(again)) == set(low_rank_layers(module))
+
+
+def test_nan_weights_are_an_error_and_change_nothing(tmp_path):
+    module = Classifier()
+    with torch.no_grad():
+        module.net[4].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN|nan|finite"):
+        train(module, [fixed(on_loss="keep")], tmp_path)
+    assert not low_rank_layers(module)
+
+
+def test_hand_made_layers_are_kept_and_the_rest_considered(tmp_path):
+    module = Classifier()
+    module.net[4] = LowRankLinear(32, 32, 4)
+    made = module.net[4]
+    train(module, [fixed(on_loss="keep")], tmp_path)
+    assert module.net[4] is made
+    assert set(low_rank_layers(module)) == {"net.0", "net.4"}
+
+
+def test_callback_is_copyable_and_picklable(tmp_path):
+    callback = fixed(on_loss="keep")
+    train(Classifier(), [callback], tmp_path)
+    for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert twin.plan == callback.plan
+        module = Classifier()
+        train(module, [twin], tmp_path)
+        assert low_rank_layers(module)
+
+
+def test_fitted_module_is_copyable_and_picklable(tmp_path):
+    module = Classifier()
+    train(module, [fixed(on_loss="keep")], tmp_path)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        twin.load_state_dict(module.state_dict())
+        twin.load_state_dict(Classifier().state_dict())
+        assert not low_rank_layers(twin)
+        assert low_rank_layers(module)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_sharding_strategies_are_refused(strategy):
+    with pytest.raises(MisconfigurationException, match=r"strategy='ddp' or one device"):
+        refuse_sharded(strategy(), "RankQuantization")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"when": -1}, "`when` must be"),
+        ({"when": True}, "`when` must be"),
+        ({"when": "later"}, "`when` must be"),
+        ({"on_loss": "cry"}, "`on_loss` must be"),
+        ({"max_overhead": -0.1}, "`max_overhead` must be >= 0"),
+        ({"ratio": 2.0, "energy": 0.9}, "exactly one of"),
+        ({"ratio": 0.5}, "`ratio` must be > 1"),
+        ({"energy": 1.5}, "`energy` must be in"),
+        ({"method": "guess"}, "`method` must be"),
+        ({"method": "paper", "energy": 0.9}, "needs `ratio`"),
+        ({"min_energy": 2.0}, "`min_energy` must be in"),
+        ({"weighting": "heavy"}, "`weighting` must be"),
+    ],
+)
+def test_constructor_says_what_is_wrong(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RankQuantization(**settings)
+
+
+def test_plan_file_without_a_plan_is_refused(tmp_path):
+    (tmp_path / "no.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="no rank plan"):
+        RankQuantization(plan=tmp_path / "no.json")
+
+
+def test_defaults_are_those_of_the_configuration_file():
+    from hydra import compose, initialize_config_module
+    from hydra.utils import instantiate
+
+    with initialize_config_module("lightning_accel.conf", version_base="1.3"):
+        config = compose(overrides=["+callbacks=[rank_quantization]"])
+    composed, plain = instantiate(config.callbacks.rank_quantization), RankQuantization()
+    assert composed.search == plain.search
+    assert vars(composed) == vars(plain)
+
+
+def test_every_planned_layer_is_eligible():
+    module = Classifier()
+    plan = make_plan(module, None, ratio=2.0, method="fixed")
+    assert isinstance(plan, RankPlan)
+    assert {layer.name for layer in plan.considered} == set(eligible_layers(module)[0])
