@@ -38,6 +38,7 @@ def project_exact(
     nonfinite: str = "raise",
     state: ExactState | None = None,
     dead: Sequence[Tensor | None] = (),
+    name: str = "x",
 ) -> Cut:
     r"""Project tensors together onto one l1,inf ball, exactly.
 
@@ -53,6 +54,7 @@ def project_exact(
         nonfinite: ``"raise"`` or ``"skip"``.
         state: Start and updated end of a sequence of similar projections.
         dead: For each tensor a boolean ``(groups,)`` of groups to clear whatever their norm, or ``None``.
+        name: For errors.
 
     Raises:
         ValueError: If there is NaN or infinity and ``nonfinite`` is ``"raise"``; nothing was written then.
@@ -62,17 +64,16 @@ def project_exact(
         *Deviations*: all groups share a pass; dead groups are dropped; the result is feasible without slack.
     """
     blocks = [Blocks.of(x, dims, out) for x, dims, out in parts]
-    masks = [*dead, *[None] * (len(parts) - len(dead))]
     norms = [group_norms(b.source) for b in blocks]
     sizes = [len(n[0]) for n in norms]
     largest, totals = (torch.cat([n[i] for n in norms]) for i in (0, 1))
-    clear = _joined_mask(masks, sizes, largest)
+    clear = joined_mask(dead, sizes, largest)
     if clear is not None:
         clear &= torch.isfinite(largest)
         largest, totals = largest.masked_fill(clear, 0.0), totals.masked_fill(clear, 0.0)
     norm, l1 = largest.sum(), totals.sum()
     if nonfinite == "raise":
-        require_finite(torch.stack((norm, l1)))
+        require_finite(torch.stack((norm, l1)), name)
     finite = bool(torch.isfinite(norm + l1))
     theta = torch.zeros((), dtype=torch.float64, device=norm.device)
     if not finite or bool(norm <= radius):
@@ -206,8 +207,9 @@ def crossing_levels(sources: Sequence[Tensor], totals: Tensor, theta: Tensor) ->
     return levels
 
 
-def _joined_mask(masks: Sequence[Tensor | None], sizes: Sequence[int], like: Tensor) -> Tensor | None:
-    if all(m is None for m in masks):
+def joined_mask(masks: Sequence[Tensor | None], sizes: Sequence[int], like: Tensor) -> Tensor | None:
+    """Join masks of groups; ``None`` where there is none."""
+    if all(m is None for m in masks):  # true of none at all as well
         return None
     empty = [torch.zeros(n, dtype=torch.bool, device=like.device) for n in sizes]
     return torch.cat([e if m is None else m.clone() for e, m in zip(empty, masks, strict=True)])

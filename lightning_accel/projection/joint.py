@@ -1,6 +1,7 @@
-"""One budget over the groups of one tensor or of many."""
+"""One budget over the groups of one tensor or of many, found for many budgets at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ class Cut(NamedTuple):
 
     Attributes:
         norm: float64 scalar, the norm before.
-        tau: float64 scalar, what was taken off the norm of each group (0 where nothing was done).
+        tau: float64 scalar, what was taken off the norm of each group (the exact method: off its l1 norm); 0 where
+            nothing was done.
         bounds: float64 ``(groups,)`` for each tensor; infinite where a group was left alone.
     """
 
@@ -25,47 +27,52 @@ class Cut(NamedTuple):
     bounds: list[Tensor]
 
 
-def cut_jointly(
-    pyramids: Sequence[Pyramid],
-    radius: Tensor,
-    *,
-    outer: Norm = "l1",
-    nonfinite: str = "raise",
-    dead: Sequence[Tensor | None] = (),
-) -> Cut:
-    """Project the tensors of ``pyramids`` together onto one ball of the outermost norm, and write the results.
+@dataclass
+class Team:
+    """Tensors that share one budget.
 
-    Args:
+    Attributes:
         pyramids: One a tensor, all of one device.
-        radius: float64 ``(1,)``, >= 0.
-        outer: The outermost norm.
-        nonfinite: ``"raise"`` or ``"skip"``.
-        dead: For each tensor a boolean ``(groups,)`` of groups to clear whatever their norm, or ``None``.
+        radius: Gives the radius, float64 ``(1,)``, for the norms of all groups, float64 ``(groups,)``.
+        dead: For each tensor a boolean ``(groups,)`` of groups to clear whatever their norm, or ``None``; none by
+            default.
+        name: For errors.
+    """
+
+    pyramids: Sequence[Pyramid]
+    radius: Callable[[Tensor], Tensor]
+    dead: Sequence[Tensor | None] = ()
+    name: str = "x"
+
+
+def cut(teams: Sequence[Team], *, outer: Norm = "l1", nonfinite: str = "raise") -> list[Cut]:
+    """Project each team's tensors together onto one ball of the outermost norm, and write the results.
+
+    Thresholds of teams with equally many groups are found together, for a handful of small operations a team costs
+    more than its passes over memory.
 
     Raises:
         ValueError: If there is NaN or infinity and ``nonfinite`` is ``"raise"``; nothing was written then.
     """
-    tops = [p.tops() for p in pyramids]
-    masks = [*dead, *[None] * (len(tops) - len(dead))]
-    tops = [t if m is None else t.masked_fill(m & torch.isfinite(t), 0.0) for t, m in zip(tops, masks, strict=True)]
-    together = torch.cat(tops) if len(tops) > 1 else tops[0]
-    found = _outer_bounds(together.unsqueeze(0), radius, outer, len(together) + max(p.roundings for p in pyramids))
-    if nonfinite == "raise":
-        require_finite(found.norm)
-    bounds = list(found.bounds[0].split([len(t) for t in tops]))
-    finite = torch.isfinite(found.norm)
-    bounds = [b if m is None else b.masked_fill(m & finite, 0.0) for b, m in zip(bounds, masks, strict=True)]
-    alone = together.device.type == "cpu" and all(m is None for m in masks) and bool(torch.isinf(found.bounds[0, 0]))
-    for part, bound in zip(pyramids, bounds, strict=True):
-        if alone:
-            part.leave()
-        else:
-            part.cut(bound)
-    return Cut(found.norm[0], found.tau[0], bounds)
+    tops = [_living_tops(team) for team in teams]
+    together = [torch.cat(t) if len(t) > 1 else t[0] for t in tops]
+    alike: dict[tuple[int, int, torch.device], list[int]] = {}
+    for i, (norms, team) in enumerate(zip(together, teams, strict=True)):
+        roundings = max(p.roundings for p in team.pyramids)
+        alike.setdefault((len(norms), roundings, norms.device), []).append(i)
+    found: dict[int, Thresholds] = {}
+    for (groups, roundings, _), members in alike.items():
+        rows = torch.stack([together[i] for i in members])
+        radii = torch.cat([teams[i].radius(together[i]) for i in members])
+        thresholds = outer_bounds(rows, radii, outer, groups + roundings)
+        if nonfinite == "raise":
+            require_finite(thresholds.norm, ", ".join(teams[i].name for i in members))
+        found |= {i: Thresholds(*(part[row] for part in thresholds)) for row, i in enumerate(members)}
+    return [_write(team, tops[i], found[i]) for i, team in enumerate(teams)]
 
 
-def _outer_bounds(norms: Tensor, radius: Tensor, outer: Norm, terms: int) -> Thresholds:
-    """Project the vector of norms ``(1, n)`` onto the ball of the outermost norm."""
+def outer_bounds(norms: Tensor, radius: Tensor, outer: Norm, terms: int) -> Thresholds:
+    """Project vectors of norms ``(batch, n)`` onto balls of the outermost norm."""
     if outer == "l1":
         return l1_thresholds(norms, radius, terms=terms)
     norm = fibre_norms(norms, outer, (1,))[:, 0]
@@ -73,3 +80,26 @@ def _outer_bounds(norms: Tensor, radius: Tensor, outer: Norm, terms: int) -> Thr
     target = inner_radius(radius, terms).unsqueeze(1)
     bounds = torch.minimum(project_fibres(norms, target, outer, (1,)), norms)
     return Thresholds(bounds.masked_fill(unchanged.unsqueeze(1), torch.inf), torch.zeros_like(norm), norm)
+
+
+def _living_tops(team: Team) -> list[Tensor]:
+    tops = [p.tops() for p in team.pyramids]
+    if not team.dead:
+        return tops
+    return [t if m is None else t.masked_fill(m & torch.isfinite(t), 0.0) for t, m in zip(tops, team.dead, strict=True)]
+
+
+def _write(team: Team, tops: Sequence[Tensor], found: Thresholds) -> Cut:
+    bounds = list(found.bounds.split([len(t) for t in tops]))
+    masked = [m for m in team.dead if m is not None]
+    if masked:
+        finite = torch.isfinite(found.norm)
+        bounds = [b if m is None else b.masked_fill(m & finite, 0.0) for b, m in zip(bounds, team.dead, strict=True)]
+    # on GPU, looking would wait for the device; there infinite bounds do the same
+    unchanged = not masked and found.bounds.device.type == "cpu" and bool(torch.isinf(found.bounds[0]))
+    for part, bound in zip(team.pyramids, bounds, strict=True):
+        if unchanged:
+            part.leave()
+        else:
+            part.cut(bound)
+    return Cut(found.norm, found.tau, bounds)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.projection.exact import ExactState, project_exact
-from lightning_accel.projection.joint import cut_jointly
+from lightning_accel.projection.joint import Team, cut
 from lightning_accel.projection.layout import empty_like_dense, normalize_dims
 from lightning_accel.projection.pyramid import check_levels, pyramid
 from lightning_accel.projection.rounding import check_input, check_nonfinite, check_out, check_radius
@@ -67,7 +67,8 @@ def project_multilevel(
     result = empty_like_dense(x) if out is None else out
     if x.numel() == 0:
         return result
-    cut_jointly([pyramid(x, levels, result)], _scalar(limit, x), outer=levels[0][0], nonfinite=nonfinite)
+    team = Team([pyramid(x, levels, result)], lambda _: _scalar(limit, x))
+    cut([team], outer=levels[0][0], nonfinite=nonfinite)
     return result
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.exact import crossing_levels
+from lightning_accel.projection.exact import crossing_levels, joined_mask
 from lightning_accel.projection.kernels import group_norms
 from lightning_accel.projection.layout import Blocks, normalize_dims
 from lightning_accel.projection.pyramid import check_levels, pyramid
@@ -72,8 +72,19 @@ def bilevel_radius(norms: Tensor, sparsity: float) -> Tensor:
     return (norms - gap_middle(norms, sparsity)).clamp_min_(0.0).sum()
 
 
-def exact_radius(tensors: Sequence[Tensor], group_dims: Sequence[tuple[int, ...]], sparsity: float) -> Tensor:
+def exact_radius(
+    tensors: Sequence[Tensor],
+    group_dims: Sequence[tuple[int, ...]],
+    sparsity: float,
+    dead: Sequence[Tensor | None] = (),
+) -> Tensor:
     """Return the radius, float64 ``(1,)``, for the exact projection of tensors together.
+
+    Args:
+        tensors: All of one device.
+        group_dims: Of each.
+        sparsity: Fraction of the groups of all together.
+        dead: As in `project_exact`; such groups count as cleared.
 
     Raises:
         ValueError: If a tensor holds NaN or infinity.
@@ -82,6 +93,9 @@ def exact_radius(tensors: Sequence[Tensor], group_dims: Sequence[tuple[int, ...]
     norms = [group_norms(s) for s in sources]
     largest, totals = (torch.cat([n[i] for n in norms]) for i in (0, 1))
     require_finite(totals.sum())
+    clear = joined_mask(dead, [s.shape[1] for s in sources], totals)
+    if clear is not None:
+        largest, totals = largest.masked_fill(clear, 0.0), totals.masked_fill(clear, 0.0)
     theta = gap_middle(totals, sparsity)
     if not bool(theta > 0.0):
         return largest.sum().reshape(1)

@@ -1,0 +1,274 @@
+"""Projecting the parameters of a model again and again while it trains."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_accel.projection.exact import ExactState, project_exact
+from lightning_accel.projection.joint import Cut, Team, cut
+from lightning_accel.projection.multilevel import Method, Nonfinite
+from lightning_accel.projection.pyramid import Norm, Pyramid, check_levels, fibre_norms, pyramid
+from lightning_accel.projection.ramp import Ramp
+from lightning_accel.projection.rounding import check_nonfinite, check_radius, require_finite
+from lightning_accel.projection.sharded import GatheredPyramid, ShardedMaxPyramid, gather, scatter
+from lightning_accel.projection.sparsity import bilevel_radius, check_sparsity, exact_radius
+from lightning_accel.projection.targets import Target
+
+Scope = Literal["parameter", "global"]
+_ALL = "all parameters"
+
+
+@dataclass(frozen=True)
+class Ball:
+    """What to project onto, and how hard; exactly one of the three sizes.
+
+    Attributes:
+        radius: See `project_multilevel`; of every parameter, or of all together.
+        radius_fraction: Radius over the norm that the parameters had at first, in [0, 1].
+        target_sparsity: Fraction of groups to clear, in [0, 1].
+        norms: Levels from the outermost in, see `project_multilevel`.
+        dims: Their dimensions; by default groups outside and the rest inside, for two levels.
+        method: ``"exact"`` for the nearest point, with norms ``("l1", "linf")``.
+        scope: ``"parameter"``: one radius (or sparsity) a parameter; ``"global"``: one budget over all.
+        nonfinite: ``"raise"`` or ``"skip"``.
+
+    Raises:
+        ValueError: If a value is out of range, or values exclude each other.
+    """
+
+    radius: float | None = None
+    radius_fraction: float | None = None
+    target_sparsity: float | None = None
+    norms: tuple[Norm, ...] = ("l1", "linf")
+    dims: tuple[tuple[int, ...], ...] | None = None
+    method: Method = "bilevel"
+    scope: Scope = "parameter"
+    nonfinite: Nonfinite = "raise"
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "radius": self.radius,
+            "radius_fraction": self.radius_fraction,
+            "target_sparsity": self.target_sparsity,
+        }
+        chosen = [name for name, value in sizes.items() if value is not None]
+        if len(chosen) != 1:
+            raise ValueError(f"give exactly one of `radius`, `radius_fraction` and `target_sparsity`, got {chosen}.")
+        if self.radius is not None:
+            check_radius(self.radius)
+        if self.radius_fraction is not None and not 0.0 <= self.radius_fraction <= 1.0:
+            raise ValueError(f"`radius_fraction` must be in [0, 1], got {self.radius_fraction}.")
+        if self.target_sparsity is not None:
+            check_sparsity(self.target_sparsity, "target_sparsity")
+        if self.dims is None and len(self.norms) != 2:
+            raise ValueError(f"`dims` must be given for {len(self.norms)} levels; only two have a default.")
+        check_levels(self.norms, self.dims or ((0,), (1,)), sum(map(len, self.dims)) if self.dims is not None else 2)
+        if self.norms[0] != "l1" and (self.target_sparsity is not None or self.scope == "global"):
+            raise ValueError(f"`target_sparsity` and a global `scope` need 'l1' outermost, got {self.norms[0]!r}.")
+        if self.method not in get_args(Method):
+            raise ValueError(f"`method` must be 'bilevel' or 'exact', got {self.method!r}.")
+        if self.method == "exact" and (self.norms != ("l1", "linf") or self.dims is not None):
+            raise ValueError("`method` 'exact' solves the l1,inf ball only; leave `norms` and `dims` alone.")
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"`scope` must be 'parameter' or 'global', got {self.scope!r}.")
+        check_nonfinite(self.nonfinite)
+
+
+@dataclass
+class Memory:
+    """What a projector knows of one parameter; all of it is in the projector's state.
+
+    Attributes:
+        first_norm: Norm before the first projection, where the size of the ball depends on it.
+        dead: Boolean ``(groups,)``: cleared, and kept so if groups are frozen.
+        kept: Boolean in the shape of the parameter: entries that a mask lets live.
+        mu: Where the exact method ended.
+    """
+
+    first_norm: float | None = None
+    dead: Tensor | None = None
+    kept: Tensor | None = None
+    mu: Tensor | None = None
+
+
+@dataclass
+class Projector:
+    """Projects targets in place, step after step.
+
+    Attributes:
+        targets: What to project; replaced when the model's layers change.
+        ball: What to project onto.
+        ramp: How much of it after how many steps.
+        freeze_zero_groups: Keep groups cleared that a projection has cleared: neither momentum nor gradients bring
+            them back.
+        memories: By the targets' names.
+        last: The last `Cut` by target name (of a global budget: by ``"all parameters"``); for logs.
+        unchecked: Norms on a GPU that `check_finite` has not looked at yet.
+    """
+
+    targets: list[Target]
+    ball: Ball
+    ramp: Ramp = field(default_factory=Ramp)
+    freeze_zero_groups: bool = False
+    memories: dict[str, Memory] = field(default_factory=dict)
+    last: dict[str, Cut] = field(default_factory=dict)
+    unchecked: list[Tensor] = field(default_factory=list)
+
+    @torch.no_grad()
+    def remember_first_norms(self) -> None:
+        """Take the norms that `radius_fraction` and a ramp of the radius start from; again is harmless."""
+        if self.ball.target_sparsity is not None or (self.ball.radius is not None and self.ramp.end_step is None):
+            return
+        for target in self.targets:
+            memory = self.memory(target)
+            if memory.first_norm is None:
+                tops = self._pyramid(target.view(), target).tops()
+                memory.first_norm = float(fibre_norms(tops, self.ball.norms[0], (0,)))
+
+    @torch.no_grad()
+    def project(self, step: int, targets: Sequence[Target] | None = None) -> None:
+        """Project ``targets`` (by default all; with a global budget always all) as is due after ``step`` steps.
+
+        Raises:
+            ValueError: If a parameter holds NaN or infinity and ``nonfinite`` is ``"raise"``; no parameter was changed
+                then, unless the method is exact, which goes from budget to budget. On GPU `check_finite` raises
+                instead, so that steps need not wait.
+        """
+        part = self.ramp.at(step)
+        chosen = self.targets if targets is None or self.ball.scope == "global" else list(targets)
+        if part == 0.0 or not chosen:
+            return
+        teams = [chosen] if self.ball.scope == "global" else [[target] for target in chosen]
+        names = [team[0].name if len(team) == 1 else _ALL for team in teams]
+        waits = all(t.view().device.type == "cpu" for t in chosen)
+        nonfinite = self.ball.nonfinite if waits else "skip"
+        if self.ball.method == "exact":
+            cuts = [self._cut_exactly(team, name, part, nonfinite) for team, name in zip(teams, names, strict=True)]
+        else:
+            cuts = cut(
+                [self._team(team, name, part) for team, name in zip(teams, names, strict=True)],
+                outer=self.ball.norms[0],
+                nonfinite=nonfinite,
+            )
+        self.last |= zip(names, cuts, strict=True)
+        if not waits and self.ball.nonfinite == "raise":
+            self.unchecked += [c.norm for c in cuts]
+        if self.freeze_zero_groups:
+            for team, found in zip(teams, cuts, strict=True):
+                for target, bounds in zip(team, found.bounds, strict=True):
+                    memory = self.memory(target)
+                    memory.dead = bounds == 0.0 if memory.dead is None else memory.dead | (bounds == 0.0)
+
+    @torch.no_grad()
+    def hold(self, targets: Sequence[Target] | None = None) -> None:
+        """Clear what a mask or a frozen group keeps cleared, after an optimizer step without a projection."""
+        for target in self.targets if targets is None else targets:
+            memory = self.memory(target)
+            if memory.kept is not None:
+                parameter = target.parameter
+                if parameter is not None:
+                    parameter.masked_fill_(~memory.kept.to(parameter.device), 0.0)
+            elif memory.dead is not None:
+                infinite = torch.full(memory.dead.shape, torch.inf, dtype=torch.float64, device=memory.dead.device)
+                self._pyramid(target.view(), target).cut(infinite.masked_fill_(memory.dead, 0.0))
+
+    @torch.no_grad()
+    def mask(self) -> None:
+        """Remember which entries are not zero now; from here on `hold` clears all others."""
+        for target in self.targets:
+            if target.parameter is not None:
+                self.memory(target).kept = target.parameter.detach() != 0
+
+    @torch.no_grad()
+    def thin_out(self, targets: Sequence[Target]) -> None:
+        """Project an average of the targets to as many zero groups as the targets were last given.
+
+        The average of feasible tensors is feasible, but its groups are zero only where they always were. ``targets``
+        are those of a copy of the model, or the targets themselves after the average was written over them.
+        """
+        for target in targets:
+            found = self.last.get(target.name) or self.last.get(_ALL)
+            if found is None or self.ball.norms[0] != "l1":
+                continue
+            if target.name in self.last:
+                bounds = found.bounds[0]
+            else:
+                bounds = found.bounds[[t.name for t in self.targets].index(target.name)]
+            sparsity = float((bounds == 0.0).double().mean())
+            ball = replace(self.ball, radius=None, radius_fraction=None, target_sparsity=sparsity, scope="parameter")
+            Projector([target], ball).project(1)
+
+    def check_finite(self) -> None:
+        """Look at the norms that were found on a GPU since the last call.
+
+        Raises:
+            ValueError: If one of them was NaN or infinite; the parameter was left as it was.
+        """
+        norms, self.unchecked = self.unchecked, []
+        if norms:
+            require_finite(torch.stack(norms), "a projected parameter")
+
+    def memory(self, target: Target) -> Memory:
+        """Return what is known of ``target``."""
+        return self.memories.setdefault(target.name, Memory())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next projections depend on, on CPU."""
+        return {name: {k: _saved(v) for k, v in vars(memory).items()} for name, memory in self.memories.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where `state_dict` was called."""
+        devices = {t.name: t.view().device for t in self.targets}
+        self.memories = {name: Memory(**_loaded(saved, devices.get(name))) for name, saved in state.items()}
+
+    def _pyramid(self, x: Tensor, target: Target) -> Pyramid:
+        dims = self.ball.dims or (target.group_dims, target.rest_dims)
+        levels = check_levels(self.ball.norms, dims, x.ndim)
+        if isinstance(x, DTensor):
+            if len(levels) == 2 and levels[1][0] == "linf":
+                return ShardedMaxPyramid(x, levels[0][1])
+            return GatheredPyramid(x, lambda whole: pyramid(whole, levels, whole))
+        return pyramid(x, levels, x)
+
+    def _team(self, targets: Sequence[Target], name: str, part: float) -> Team:
+        dead = [self.memory(t).dead for t in targets] if self.freeze_zero_groups else []
+        pyramids = [self._pyramid(t.view(), t) for t in targets]
+        return Team(pyramids, lambda norms: self._radius(targets, part, norms), dead, name)
+
+    def _radius(self, targets: Sequence[Target], part: float, norms: Tensor) -> Tensor:
+        if self.ball.target_sparsity is not None:
+            return bilevel_radius(norms, self.ball.target_sparsity * part).reshape(1)
+        first = math.fsum(self.memory(t).first_norm or 0.0 for t in targets)
+        goal = self.ball.radius if self.ball.radius is not None else first * (self.ball.radius_fraction or 0.0)
+        size = goal if part == 1.0 else first + (goal - first) * part
+        return torch.full((1,), size, dtype=torch.float64, device=norms.device)
+
+    def _cut_exactly(self, targets: Sequence[Target], name: str, part: float, nonfinite: str) -> Cut:
+        whole = [gather(t.view()) for t in targets]
+        dims = [t.group_dims for t in targets]
+        dead = [self.memory(t).dead for t in targets] if self.freeze_zero_groups else []
+        if self.ball.target_sparsity is None:
+            radius = self._radius(targets, part, whole[0])
+        else:
+            radius = exact_radius(whole, dims, self.ball.target_sparsity * part, dead)
+        starts = [self.memory(t).mu for t in targets]
+        state = ExactState(torch.cat([s for s in starts if s is not None]) if None not in starts else None)
+        parts = [(x, d, x) for x, d in zip(whole, dims, strict=True)]
+        found = project_exact(parts, radius, nonfinite=nonfinite, state=state, dead=dead, name=name)
+        for x, target, bounds in zip(whole, targets, found.bounds, strict=True):
+            scatter(x, target.view())
+            self.memory(target).mu = None if state.mu is None else bounds
+        return found
+
+
+def _saved(value: Any) -> Any:
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
+
+
+def _loaded(saved: dict[str, Any], device: torch.device | None) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) and device is not None else v for k, v in saved.items()}

@@ -1,0 +1,117 @@
+"""Parameters that are sharded over processes (FSDP2, tensor parallelism): only group norms travel."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from lightning_accel.projection.pyramid import Pyramid
+from lightning_accel.projection.rounding import round_toward_zero
+
+
+class ShardedMaxPyramid:
+    """Groups measured by their largest magnitude, over the shards of a tensor.
+
+    A maximum does not depend on the order it is taken in, so the result equals that of the whole tensor bit for bit.
+    In place only.
+
+    Args:
+        x: Sharded or replicated along each dimension of its mesh.
+        group_dims: Dimensions that number the groups.
+
+    Raises:
+        ValueError: If a placement is neither a `Shard` nor a `Replicate`.
+
+    Complexity: One collective over ``groups`` numbers a sharded mesh dimension.
+    """
+
+    roundings = 0
+
+    def __init__(self, x: DTensor, group_dims: tuple[int, ...]) -> None:
+        check_placements(x.placements)
+        self.x, self.group_dims = x, group_dims
+        self.rest = tuple(d for d in range(x.ndim) if d not in group_dims)
+
+    def tops(self) -> Tensor:
+        """Return the largest magnitudes of whole groups, on every process."""
+        local = self.x.to_local().detach()
+        shape = [1 if d in self.rest else n for d, n in enumerate(local.shape)]
+        if local.numel():
+            local = local.abs().amax(self.rest, keepdim=True) if self.rest else local.abs()
+        else:  # a process may hold no part of a small tensor
+            local = local.new_zeros(shape)
+        placements = [Partial("max") if isinstance(p, Shard) and p.dim in self.rest else p for p in self.x.placements]
+        whole = torch.Size(1 if d in self.rest else n for d, n in enumerate(self.x.shape))
+        stride = torch.empty(whole, device="meta").stride()
+        norms = DTensor.from_local(local, self.x.device_mesh, placements, shape=whole, stride=stride)
+        return norms.full_tensor().flatten().double()
+
+    def cut(self, bounds: Tensor) -> None:
+        """Clamp the local shard."""
+        shape = [1 if d in self.rest else n for d, n in enumerate(self.x.shape)]
+        bound = round_toward_zero(bounds, self.x.dtype).view(shape)
+        mesh = self.x.device_mesh
+        placements = [Replicate() if isinstance(p, Shard) and p.dim in self.rest else p for p in self.x.placements]
+        whole = DTensor.from_local(bound, mesh, [Replicate()] * mesh.ndim)
+        mine = whole.redistribute(mesh, placements).to_local()
+        local = self.x.to_local()
+        torch.clamp(local, -mine, mine, out=local)
+
+    def leave(self) -> None:
+        """Do nothing: the projection is in place."""
+
+
+class GatheredPyramid:
+    """Any other norms of a sharded tensor: every process works on the whole of it and keeps its part. In place only.
+
+    Args:
+        x: As in `ShardedMaxPyramid`.
+        build: Makes the pyramid of the whole tensor that writes to it.
+    """
+
+    def __init__(self, x: DTensor, build: Callable[[Tensor], Pyramid]) -> None:
+        check_placements(x.placements)
+        self.x, self.whole = x, x.full_tensor().detach()
+        self.pyramid = build(self.whole)
+        self.roundings = self.pyramid.roundings
+
+    def tops(self) -> Tensor:
+        """Return the norms below the outermost level."""
+        return self.pyramid.tops()
+
+    def cut(self, bounds: Tensor) -> None:
+        """Cut the whole tensor and keep this process's part."""
+        self.pyramid.cut(bounds)
+        scatter(self.whole, self.x)
+
+    def leave(self) -> None:
+        """Do nothing: the projection is in place."""
+
+
+def gather(x: Tensor) -> Tensor:
+    """Return the whole tensor on every process; ``x`` itself if it is not sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def scatter(whole: Tensor, x: Tensor) -> None:
+    """Write this process's part of ``whole`` to the sharded ``x``; nothing to do where `gather` returned ``x``."""
+    if isinstance(x, DTensor):
+        mesh = x.device_mesh
+        replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim)
+        x.to_local().copy_(replicated.redistribute(mesh, x.placements).to_local())
+
+
+def check_placements(placements: Sequence[Placement]) -> None:
+    """Refuse what cannot be projected shard by shard.
+
+    Raises:
+        ValueError: If a placement is neither a `Shard` nor a `Replicate`.
+    """
+    strange = [p for p in placements if type(p) not in (Shard, Replicate)]
+    if strange:
+        raise ValueError(
+            f"a sharded tensor must be placed by Shard and Replicate, got {strange[0]}; take one kind of parallelism a "
+            "dimension, or project before sharding."
+        )

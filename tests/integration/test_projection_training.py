@@ -1,0 +1,419 @@
+"""Projection callbacks in real fits."""
+
+import copy
+import itertools
+import logging
+import math
+import pickle
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_accel.callbacks import L1InfProjection, MultilevelProjection
+
+FEATURES, HIDDEN = 12, 16
+
+
+class Net(LightningModule):
+    """A small classifier with every way to optimize."""
+
+    def __init__(self, optimization="automatic", batch_norm=False, bad_step=None):
+        super().__init__()
+        torch.manual_seed(0)
+        norm = [nn.BatchNorm1d(HIDDEN)] if batch_norm else []
+        self.first = nn.Linear(FEATURES, HIDDEN)
+        self.body = nn.Sequential(*norm, nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 3))
+        self.optimization, self.bad_step, self.optimizer_steps = optimization, bad_step, 0
+        self.automatic_optimization = optimization == "automatic"
+
+    def forward(self, x):
+        return self.body(self.first(x))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = nn.functional.cross_entropy(self(x), y)
+        if batch_idx == self.bad_step:
+            loss = loss * math.inf
+        if self.automatic_optimization:
+            return loss
+        first, second = self.optimizers()
+        for optimizer in (first, second) if batch_idx % 2 else (first,):
+            optimizer.zero_grad()
+            self.manual_backward(loss, retain_graph=True)
+            optimizer.step()
+            loss = nn.functional.cross_entropy(self(x), y)
+        return None
+
+    def validation_step(self, batch, batch_idx):
+        self.seen_in_validation = weights(self)
+        x, y = batch
+        self.log("val/loss", nn.functional.cross_entropy(self(x), y))
+
+    def configure_optimizers(self):
+        if self.optimization == "automatic":
+            return torch.optim.Adam(self.parameters(), lr=1e-2)
+        return torch.optim.Adam(self.first.parameters(), lr=1e-2), torch.optim.SGD(self.body.parameters(), lr=1e-1)
+
+
+class SaveEachEpoch(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.path)
+
+
+def data(samples=48):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, FEATURES, generator=generator)
+    return DataLoader(TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()), batch_size=8)
+
+
+def fit(net, *callbacks, epochs=2, ckpt_path=None, validate=False, **settings):
+    settings = {
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+    } | settings
+    trainer = Trainer(
+        limit_val_batches=1.0 if validate else 0,
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    trainer.fit(net, data(), data(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def weights(net):
+    return {n: p.detach().clone() for n, p in net.named_parameters() if n.endswith("weight") and p.ndim > 1}
+
+
+def l1inf(weight, dim=0):
+    return math.fsum(weight.double().abs().amax(1 - dim).tolist())
+
+
+def zero_rows(weight, dim=0):
+    return int((weight == 0).all(1 - dim).sum())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: L1InfProjection(2.0), lambda: L1InfProjection(2.0, method="exact"), lambda: MultilevelProjection(2.0)],
+)
+def test_every_weight_is_feasible_after_training(make):
+    net = Net()
+    fit(net, make())
+    for name, weight in weights(net).items():
+        assert l1inf(weight) <= 2.0, name
+
+
+def test_projections_equal_global_step_under_accumulation():
+    callback = L1InfProjection(2.0)
+    trainer = fit(Net(), callback, accumulate_grad_batches=3)
+    assert callback.projections == trainer.global_step == 4
+
+
+def test_projections_equal_global_step_with_two_optimizers_by_hand():
+    callback = L1InfProjection(2.0)
+    net = Net("manual")
+    trainer = fit(net, callback)
+    assert callback.projections == trainer.global_step == 18
+    assert all(l1inf(w) <= 2.0 for w in weights(net).values())
+
+
+def test_a_step_that_amp_skips_is_followed_by_no_projection():
+    steps = []
+    net = Net(bad_step=1)
+    callback = L1InfProjection(2.0)
+    net.on_train_start = lambda: net.trainer.optimizers[0].register_step_post_hook(lambda *_: steps.append(1))
+    amp = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    trainer = fit(net, callback, plugins=[amp])
+    # two batches overflow; Lightning counts their steps, the optimizer does not take them
+    assert callback.projections == len(steps) == trainer.global_step - 2 == 10
+    assert all(l1inf(w) <= 2.0 for w in weights(net).values())
+
+
+@pytest.mark.parametrize("method", ["bilevel", "exact"])
+@pytest.mark.parametrize("scope", ["parameter", "global"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_target_sparsity_is_met_within_one_group(method, scope, sparsity):
+    net = Net()
+    fit(net, L1InfProjection(target_sparsity=sparsity, method=method, scope=scope))
+    found = weights(net)
+    if scope == "global":
+        total = sum(len(w) for w in found.values())
+        assert abs(sum(map(zero_rows, found.values())) - sparsity * total) <= 1
+    else:
+        for name, weight in found.items():
+            assert abs(zero_rows(weight) - sparsity * len(weight)) <= 1, name
+
+
+def test_columns_and_names_choose_what_is_projected():
+    net, plain = Net(), Net()
+    fit(plain)
+    fit(net, L1InfProjection(target_sparsity=0.5, parameters="first.*", groups="columns"))
+    found = weights(net)
+    assert zero_rows(found["first.weight"], dim=1) == FEATURES // 2
+    assert zero_rows(found["body.1.weight"], dim=0) == 0
+    assert [zero_rows(w) for w in weights(plain).values()] == [0, 0, 0]
+
+
+def test_infinite_radius_equals_plain_training_bit_for_bit():
+    plain, net = Net(), Net()
+    fit(plain)
+    fit(net, L1InfProjection(math.inf))
+    for (name, expected), actual in zip(plain.named_parameters(), net.parameters(), strict=True):
+        assert torch.equal(expected, actual), name
+
+
+def test_radius_fraction_is_of_the_norm_at_the_start():
+    net = Net()
+    before = {n: l1inf(w) for n, w in weights(net).items()}
+    fit(net, L1InfProjection(radius_fraction=0.3))
+    for name, weight in weights(net).items():
+        assert l1inf(weight) == pytest.approx(0.3 * before[name], rel=1e-3)
+
+
+def test_ramp_rises_to_the_full_projection():
+    norms = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            norms.append(l1inf(pl_module.first.weight.detach()))
+
+    net = Net()
+    start = l1inf(net.first.weight.detach())
+    fit(net, L1InfProjection(1.0, schedule="linear", start_step=2, end_step=10), Watch())
+    assert len(norms) == 12
+    for step in range(3, 11):
+        assert norms[step - 1] <= start + (1.0 - start) * (step - 2) / 8 + 1e-9
+    assert norms[1] > norms[5] > norms[9]
+    assert norms[-1] <= 1.0
+
+
+@pytest.mark.parametrize("when", [{"every_n_steps": 4}, {"every_n_epochs": 1}, {"at_end": True}])
+def test_other_times_leave_feasible_weights_at_the_end(when):
+    net, callback = Net(), L1InfProjection(1.0, **when)
+    fit(net, callback)
+    assert all(l1inf(w) <= 1.0 for w in weights(net).values())
+    assert callback.projections == (3 if "every_n_steps" in when else 0)
+
+
+def test_frozen_zero_groups_stay_zero_between_projections():
+    counts = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            counts.append(zero_rows(pl_module.first.weight.detach()))
+
+    fit(Net(), L1InfProjection(1.0, every_n_steps=4, freeze_zero_groups=True), Watch(), epochs=3)
+    assert counts[3] > 0
+    assert all(later >= earlier for earlier, later in itertools.pairwise(counts[3:]))
+    counts.clear()
+    fit(Net(), L1InfProjection(1.0, every_n_steps=4), Watch(), epochs=3)
+    assert counts[4] < counts[3]
+
+
+@pytest.mark.parametrize("rewind", ["none", "init", "checkpoint"])
+def test_project_then_retrain_keeps_zeros_and_rewinds_survivors(rewind, tmp_path):
+    net = Net()
+    initial = weights(net)
+    at_start = {}
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 1 and batch_idx == 0:
+                at_start.update(weights(pl_module))
+
+    source = rewind
+    if rewind == "checkpoint":
+        other = Net()
+        trainer = fit(other, epochs=1)
+        source = str(tmp_path / "rewind.ckpt")
+        trainer.save_checkpoint(source)
+        initial = weights(other)
+    callback = L1InfProjection(
+        target_sparsity=0.5, mode="project_then_retrain", retrain_epoch=1, rewind=source, parameters="first.*"
+    )
+    fit(net, callback, Watch(), epochs=3)
+    masked = at_start["first.weight"]
+    assert zero_rows(masked) == HIDDEN // 2
+    assert torch.equal((net.first.weight == 0).all(1), (masked == 0).all(1))
+    assert not torch.equal(net.first.weight, masked)
+    if rewind != "none":
+        assert torch.equal(masked, initial["first.weight"] * (masked != 0))
+        assert torch.equal(at_start["body.1.weight"], initial["body.1.weight"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"radius_fraction": 0.3, "method": "exact"},
+        {"target_sparsity": 0.5, "every_n_steps": 2, "freeze_zero_groups": True},
+        {"radius": 1.0, "schedule": "cubic", "end_step": 15, "scope": "global"},
+        {"target_sparsity": 0.5, "mode": "project_then_retrain", "retrain_epoch": 1, "rewind": "init"},
+    ],
+)
+@pytest.mark.parametrize("at", [1, 2])
+def test_resumed_run_equals_uninterrupted_run(settings, at, tmp_path):
+    whole = Net()
+    fit(whole, L1InfProjection(**settings), epochs=4)
+    fit(Net(), L1InfProjection(**settings), SaveEachEpoch(tmp_path / "last.ckpt"), epochs=at)
+    resumed = Net()
+    fit(resumed, L1InfProjection(**settings), epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    for (name, expected), actual in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, actual), name
+
+
+def test_checkpoint_in_the_middle_of_an_epoch_is_feasible(tmp_path):
+    fit(Net(), L1InfProjection(1.0), ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1))
+    files = sorted(tmp_path.glob("*.ckpt"))
+    assert len(files) == 3
+    for file in files:
+        state = torch.load(file, weights_only=True)["state_dict"]
+        assert l1inf(state["first.weight"]) <= 1.0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_weights_are_thinned_out_before_validation_and_at_the_end(first, tmp_path):
+    net = Net()
+    mine = L1InfProjection(target_sparsity=0.5)
+    averaging = EMAWeightAveraging(decay=0.9)
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    fit(net, *((mine, averaging) if first else (averaging, mine)), checkpoint, epochs=3, validate=True)
+    for found in (net.seen_in_validation, weights(net)):
+        for name, weight in found.items():
+            assert zero_rows(weight) >= len(weight) // 2, name
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert zero_rows(saved["state_dict"]["first.weight"]) == HIDDEN // 2
+    raw = saved["lightning_accel_average_before_projection"]["first.weight"]
+    assert not torch.equal(raw, saved["state_dict"]["first.weight"])
+
+
+def test_averages_resume_as_they_were_before_projection(tmp_path):
+    def callbacks():
+        return L1InfProjection(target_sparsity=0.5), EMAWeightAveraging(decay=0.9)
+
+    whole, resumed = Net(), Net()
+    fit(whole, *callbacks(), epochs=3, validate=True)
+    fit(Net(), *callbacks(), SaveEachEpoch(tmp_path / "last.ckpt"), epochs=2, validate=True)
+    fit(resumed, *callbacks(), epochs=3, validate=True, ckpt_path=tmp_path / "last.ckpt")
+    for (name, expected), actual in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, actual), name
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_stochastic_weight_averages_are_thinned_out(batch_norm):
+    net = Net(batch_norm=batch_norm)
+    fit(net, L1InfProjection(target_sparsity=0.5), StochasticWeightAveraging(1e-2, swa_epoch_start=1), epochs=4)
+    for name, weight in weights(net).items():
+        assert zero_rows(weight) >= len(weight) // 2, name
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_nan_in_a_weight_raises_or_is_left_alone(nonfinite):
+    net = Net()
+    with torch.no_grad():
+        net.first.weight[0, 0] = math.nan
+    callback = L1InfProjection(1.0, parameters="first.*", nonfinite=nonfinite)
+    if nonfinite == "raise":
+        with pytest.raises(ValueError, match=r"`first\.weight` holds NaN"):
+            fit(net, callback)
+    else:
+        fit(net, callback)
+        assert zero_rows(net.first.weight.detach()) == 0
+
+
+def test_what_the_user_has_frozen_stays_frozen():
+    net = Net()
+    net.first.weight.requires_grad_(False)
+    before = net.first.weight.clone()
+    fit(net, L1InfProjection(0.5))
+    assert torch.equal(net.first.weight, before)
+    assert l1inf(net.body[1].weight.detach()) <= 0.5
+
+
+@pytest.mark.parametrize("kind", [L1InfProjection, MultilevelProjection])
+def test_nothing_to_project_is_an_error_that_says_what_was_looked_for(kind):
+    with pytest.raises(MisconfigurationException, match=r"found no parameter to project .* named \('decoder\.\*',\)"):
+        fit(Net(), kind(1.0, parameters="decoder.*"))
+
+
+def test_strategies_that_take_parameters_apart_are_refused():
+    callback = L1InfProjection(1.0)
+
+    class Stub:
+        strategy = FSDPStrategy()
+
+    with pytest.raises(MisconfigurationException, match="which FSDPStrategy takes apart"):
+        callback.setup(Stub(), Net(), "fit")
+
+
+def test_values_are_logged_for_each_parameter():
+    trainer = fit(Net(), L1InfProjection(target_sparsity=0.5), logger=False)
+    logged = trainer.callback_metrics
+    assert logged["l1inf_projection/first.weight/zero_groups"] == 0.5
+    assert logged["l1inf_projection/first.weight/zero_entries"] >= 0.5
+    assert logged["l1inf_projection/first.weight/norm"] > 0
+    assert "l1inf_projection/first.weight/tau" in logged
+    assert 0.4 < logged["l1inf_projection/zero_groups"] < 0.6
+
+
+def test_hooks_are_gone_after_fit_and_after_an_error():
+    net, callback = Net(), L1InfProjection(1.0)
+    trainer = fit(net, callback)
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+    class Fail(Callback):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError("stop here")
+
+    trainer = Trainer(
+        max_epochs=1,
+        callbacks=[callback, Fail()],
+        logger=False,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(RuntimeError, match="stop here"):
+        trainer.fit(net, data(), data())
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_callbacks_survive_copies_before_and_after_a_fit(duplicate):
+    callback = duplicate(L1InfProjection(1.0))
+    fit(Net(), callback)
+    again, net = duplicate(callback), Net()
+    fit(net, again)
+    assert again.projections == 12
+    assert l1inf(net.first.weight.detach()) <= 1.0
+
+
+def test_two_callbacks_of_one_kind_project_different_parameters():
+    net = Net()
+    fit(
+        net,
+        L1InfProjection(target_sparsity=0.5, parameters="first.*", groups="columns"),
+        L1InfProjection(target_sparsity=0.25, parameters="body.1.*"),
+    )
+    assert zero_rows(net.first.weight.detach(), dim=1) == FEATURES // 2
+    assert zero_rows(net.body[1].weight.detach()) == HIDDEN // 4
+
+
+def test_names_of_what_is_projected_go_to_the_log(caplog):
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        fit(Net(), L1InfProjection(1.0, parameters="first.*"))
+    assert "L1InfProjection projects first.weight." in caplog.text
