@@ -108,7 +108,7 @@ def plot_bench(rows: Sequence[Any], path: Path) -> None:
     """
     if not rows:
         raise ValueError("`rows` must not be empty.")
-    figure, axes = _figure(8.0, 1.2 + 0.42 * len(rows))
+    figure, axes = _figure(8.0, 1.0 + 0.5 * len(rows))
     for place, row in enumerate(reversed(rows)):
         ratio = row.ratio
         good = row.reached if row.reached is not None else ratio.verdict != "slower"
@@ -118,8 +118,9 @@ def plot_bench(rows: Sequence[Any], path: Path) -> None:
         if row.target is not None:
             axes.plot([row.target], [place], "|", color="#404040", markersize=16)
     axes.axvline(1.0, color="#808080", linestyle="--", linewidth=1.0)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_yticks(range(len(rows)))
-    axes.set_yticklabels([f"{row.case}: {row.variant} / {row.baseline}" for row in reversed(rows)], fontsize=8)
+    axes.set_yticklabels([f"{row.case}\n{row.variant} / {row.baseline}" for row in reversed(rows)], fontsize=8)
     axes.set_xlabel("ratio (dot: median, bar: interval, tick: target)")
     _save(figure, path)
 

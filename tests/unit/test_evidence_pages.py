@@ -194,6 +194,6 @@ def test_bench_is_drawn_one_line_a_row(tmp_path):
     ratio = PairedRatio(2.0, 1.8, 2.2, 0.01, 8)
     rows = [BenchRow("s", "case", "new", "old", ratio, target=target) for target in (None, 1.5, 3.0)]
     plot_bench(rows, tmp_path / "p.png")
-    assert _size(tmp_path / "p.png") == (1200, round((1.2 + 0.42 * 3) * 150))
+    assert _size(tmp_path / "p.png") == (1200, round((1.0 + 0.5 * 3) * 150))
     with pytest.raises(ValueError, match="`rows` must not be empty"):
         plot_bench([], tmp_path / "p.png")
