@@ -18,12 +18,16 @@ from torch.nn import functional
 
 from lightning_accel.cli.bench._low_rank_peers import mac_guarded, theoretical, weight_parameters
 from lightning_accel.evidence.rows import BenchRow
-from lightning_accel.low_rank import decompose, freeze, make_plan, verify_plan
+from lightning_accel.low_rank import decompose, freeze, low_rank_layers, make_plan, verify_plan
 from lightning_accel.low_rank.gate import apply_decision
 from lightning_accel.low_rank.plan import RankPlan
 from lightning_accel.measure import compare_paired, environment, time_interleaved
-from lightning_accel.zoo import CNN, MLP, ResNet18, ViT
+from lightning_accel.zoo.cnn import CNN
+from lightning_accel.zoo.mlp import MLP
+from lightning_accel.zoo.resnet import ResNet18
+from lightning_accel.zoo.vit import ViT
 
+_MIN_ENERGY = 0.3
 _RATIO = 2.0  # of the peers that take a compression ratio
 _SEQUENTIAL = (" / group 0 rests", " / group 1 rests")
 
@@ -91,7 +95,8 @@ def _training(case: Case, *, quick: bool, device: str) -> Iterator[BenchRow]:
         if name.startswith(sequential):
             for group, suffix in enumerate(_SEQUENTIAL):
                 frozen = copy.deepcopy(candidate)
-                freeze(frozen, group)
+                if low_rank_layers(frozen):  # a plan may keep everything dense
+                    freeze(frozen, group)
                 steps[name + suffix] = _step(frozen, x)
     seconds = _timed(steps, quick=quick, device=device)
     for name in models:
@@ -233,7 +238,7 @@ def _planned(
     method: str = "knapsack",
     phase: str = "train",
 ) -> tuple[nn.Module, RankPlan]:
-    """Return a factorized copy and its plan; without a floor, as random weights keep little energy."""
+    """Return a factorized copy and its plan; the floor is low, as random weights keep little energy."""
     changed = copy.deepcopy(model)
     plan = make_plan(
         changed,
@@ -243,7 +248,7 @@ def _planned(
         speedup=speedup,
         method=method,  # type: ignore[arg-type]
         phase=phase,  # type: ignore[arg-type]
-        min_energy=0.0,
+        min_energy=_MIN_ENERGY,
     )
     decompose(changed, plan)
     return changed, plan
