@@ -4,7 +4,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lightning_accel.zoo.arguments import check_integers
+from lightning_accel.zoo.arguments import check_integers, check_numbers
 from lightning_accel.zoo.classification import accuracies, check_images, classification_step
 from lightning_accel.zoo.optimization import OptimizerName, ScheduleName, check_optimization, configure
 
@@ -18,6 +18,7 @@ class CNN(LightningModule):
         image_size: Pixels a side, even.
         width: Channels of the first convolution; the second has twice as many.
         hidden: Units of the hidden layer.
+        dropout: Probability of zeroing an input of the two last layers, in [0, 1).
         lr: Learning rate after warm-up.
         optimizer: ``"sgd"`` has Nesterov momentum 0.9.
         weight_decay: Of every parameter.
@@ -36,6 +37,7 @@ class CNN(LightningModule):
         image_size: int = 8,
         width: int = 16,
         hidden: int = 256,
+        dropout: float = 0.0,
         lr: float = 1e-3,
         optimizer: OptimizerName = "adam",
         weight_decay: float = 0.0,
@@ -47,6 +49,7 @@ class CNN(LightningModule):
         check_integers(2, num_classes=num_classes, image_size=image_size)
         if image_size % 2:
             raise ValueError(f"`image_size` must be even for the 2x2 pooling, got {image_size}.")
+        check_numbers(0.0, 1.0, dropout=dropout)
         check_optimization(
             lr=lr, optimizer=optimizer, weight_decay=weight_decay, schedule=schedule, warmup_steps=warmup_steps
         )
@@ -62,7 +65,11 @@ class CNN(LightningModule):
             nn.Flatten(),
         )
         self.head = nn.Sequential(
-            nn.Linear(2 * width * (image_size // 2) ** 2, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
+            nn.Dropout(dropout),
+            nn.Linear(2 * width * (image_size // 2) ** 2, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_classes),
         )
         self.accuracy = accuracies(num_classes)
 

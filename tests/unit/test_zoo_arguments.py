@@ -28,6 +28,7 @@ WRONG = [
     ("MLP", {"depth": "4"}, r"`depth` must be an integer >= 1, got '4'"),
     ("MLP", {"dropout": 1.0}, r"`dropout` must be a finite number >= 0.0 and < 1.0, got 1.0"),
     ("CNN", {"image_size": 9}, r"`image_size` must be even for the 2x2 pooling, got 9"),
+    ("CNN", {"dropout": -0.1}, r"`dropout` must be a finite number >= 0.0 and < 1.0, got -0.1"),
     ("CNN", {"hidden": 0}, r"`hidden` must be an integer >= 1, got 0"),
     ("ResNet18", {"image_size": 4}, r"`image_size` must be an integer >= 8, got 4"),
     ("ResNet18", {"width": True}, r"`width` must be an integer >= 1, got True"),
