@@ -40,6 +40,7 @@ def _rows(folder):
     return json.loads((folder / "rows.json").read_text())
 
 
+@pytest.mark.slow
 def test_compare_measures_reports_and_resumes(tmp_path, capsys):
     folder = tmp_path / "out"
     ratio = compare(_config(folder, "compare.pairs=1", "compare.price_per_hour=2"))
@@ -76,6 +77,7 @@ def test_compare_measures_reports_and_resumes(tmp_path, capsys):
     assert sorted((r["arm"], r["pair"]) for r in more[len(rows) + 2 :]) == [("accelerated", 1), ("plain", 1)]
 
 
+@pytest.mark.slow
 def test_plain_arm_against_itself_and_missing_packages(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     compare(_config(tmp_path / "out", "compare.aa=true", "compare.pairs=1", "callbacks={}"))
