@@ -35,6 +35,10 @@ class SweepRun:
 class SweepReport(Callback):
     """Hydra callback: when a sweep has ended, print its runs and write ``sweep.csv`` and ``trade_off.png``."""
 
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Make the folder that a sweeper may keep its own records in."""
+        Path(config.paths.root_dir).mkdir(parents=True, exist_ok=True)
+
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Report on the folder of the sweep; a sweep without results stays silent."""
         folder = Path(config.hydra.sweep.dir)
