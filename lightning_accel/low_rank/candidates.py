@@ -45,7 +45,8 @@ def plateau_candidates(shape: tuple[int, ...], ratio: float | None = None) -> li
 
     They reach from the rank of ratio 8 (twice ``ratio``, if that is deeper) up to where the factors would have as many
     entries as the dense weight. Near the theoretical rank of ``ratio`` the neighbouring multiples of 32 (or of the
-    granularity, if finer) join, below and above.
+    granularity, if finer) join, below and above. Convolutions larger than 1x1 get both forms: Tucker-2 with two ranks,
+    and two factors with one rank.
 
     Args:
         shape: (out, in, *kernel) of the dense weight.
@@ -59,15 +60,19 @@ def plateau_candidates(shape: tuple[int, ...], ratio: float | None = None) -> li
         step = min(granularity, 32)
         around = min(theoretical_ranks(shape, ratio)) // step * step
         small |= {around, around + step}
-    return _smaller_than_dense(shape, (_scaled(shape, rank, granularity) for rank in sorted(small) if rank >= 1))
+    candidates = [_scaled(shape, rank, granularity) for rank in sorted(small) if rank >= 1]
+    out, fan_in, *kernel = shape
+    if math.prod(kernel) != 1:  # the same plateaus for the two-factor form
+        candidates += plateau_candidates((out, fan_in * math.prod(kernel)), ratio)
+    return _smaller_than_dense(shape, candidates)
 
 
 def snapped_ranks(
     shape: tuple[int, ...], ratio: float, candidates: Iterable[tuple[int, ...]]
 ) -> tuple[int, ...] | None:
-    """Return the largest candidate that compresses at least by ``ratio``; None if none does."""
-    limit = math.prod(shape) / ratio
-    fitting = [ranks for ranks in candidates if factor_parameters(shape, ranks) <= limit]
+    """Return the largest candidate of the theoretical form that compresses at least by ``ratio``; None if none does."""
+    limit, form = math.prod(shape) / ratio, len(theoretical_ranks(shape, ratio))
+    fitting = [ranks for ranks in candidates if len(ranks) == form and factor_parameters(shape, ranks) <= limit]
     return max(fitting, key=lambda ranks: factor_parameters(shape, ranks), default=None)
 
 

@@ -18,15 +18,16 @@ def empty_like(dense: DenseLayer, ranks: Sequence[int]) -> LowRankLayer:
 
     Args:
         dense: Layer to imitate. Its bias, if any, is *shared*: the new layer holds the same Parameter.
-        ranks: ``(rank,)`` for a linear layer or a 1x1 convolution, ``(r1, r2)`` for other convolutions.
+        ranks: ``(rank,)`` for any layer, or ``(r1, r2)`` for a convolution larger than 1x1 in Tucker-2 form.
 
     Raises:
         ValueError: If the number of ranks does not fit the layer.
     """
     weight = dense.weight
-    expected = 2 if isinstance(dense, nn.Conv1d | nn.Conv2d) and math.prod(dense.kernel_size) != 1 else 1
-    if len(ranks) != expected:
-        raise ValueError(f"`ranks` must have {expected} entries for {dense}, got {tuple(ranks)}.")
+    allowed = (1, 2) if math.prod(weight.shape[2:]) != 1 else (1,)
+    if len(ranks) not in allowed:
+        numbers = " or ".join(map(str, allowed))
+        raise ValueError(f"`ranks` must have {numbers} entries for {dense}, got {tuple(ranks)}.")
     layer: LowRankLayer
     if isinstance(dense, nn.Linear):
         layer = LowRankLinear(
@@ -45,7 +46,7 @@ def empty_like(dense: DenseLayer, ranks: Sequence[int]) -> LowRankLayer:
         sizes = (dense.in_channels, dense.out_channels, dense.kernel_size)
         layer = (
             TuckerConv(*sizes, (ranks[0], ranks[1]), **settings)  # type: ignore[arg-type]
-            if expected == 2
+            if len(ranks) == 2
             else LowRankConv(*sizes, ranks[0], **settings)  # type: ignore[arg-type]
         )
     layer.bias = dense._parameters["bias"]
@@ -57,9 +58,9 @@ def empty_like(dense: DenseLayer, ranks: Sequence[int]) -> LowRankLayer:
 def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor | None = None) -> LowRankLayer:
     r"""Return the factored layer that is nearest to ``dense``.
 
-    Linear layers and 1x1 convolutions solve ``min ||(W - U V) C^(1/2)||_F`` over matrices of the given rank by an SVD,
-    the square roots of the singular values on both sides. Other convolutions are projected on the leading left
-    singular vectors of the two channel unfoldings (truncated HOSVD, Tucker-2), the three factors scaled to one norm.
+    One rank: ``min ||(W - U V) C^(1/2)||_F`` over matrices of that rank, W unfolded to (out, in * kernel), by an SVD, the
+    square roots of the singular values on both sides. Two ranks: projection on the leading left singular vectors of
+    the two channel unfoldings (truncated HOSVD, Tucker-2), the three factors scaled to one norm.
 
     Args:
         dense: Layer with finite weights. It is not changed; its bias is shared.
@@ -75,7 +76,7 @@ def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor 
 
     Complexity: one SVD of the unfolded weight per channel mode, in float32 or float64, on the weight's device.
     """
-    full = full_ranks(dense)
+    full = full_ranks(dense, len(ranks))
     if len(ranks) == len(full):
         ranks = tuple(min(pair) for pair in zip(ranks, full, strict=True))
     layer = empty_like(dense, ranks)
@@ -90,7 +91,8 @@ def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor 
             core = torch.einsum("ob,oi...,ia->ba...", left, weight, right)
             factors = {"factor_out": left, "core": core, "factor_in": right.T}
         if whiten is not None:
-            factors["factor_in"] = factors["factor_in"] @ unwhiten
+            inputs = factors["factor_in"].view(ranks[0], weight.shape[1], -1)
+            factors["factor_in"] = torch.einsum("rik,ij->rjk", inputs, unwhiten)
         if len(ranks) == 2:
             factors = _balanced(factors)
         for name, factor in factors.items():
@@ -130,11 +132,18 @@ def to_dense(layer: LowRankLayer) -> DenseLayer:
     return dense.train(layer.training)
 
 
-def full_ranks(dense: DenseLayer) -> tuple[int, ...]:
-    """Return the ranks that keep everything: ``(rank,)`` or ``(r1, r2)``."""
+def full_ranks(dense: DenseLayer, count: int | None = None) -> tuple[int, ...]:
+    """Return the ranks that keep everything.
+
+    Args:
+        dense: Layer.
+        count: 1 for ``(rank,)``, 2 for ``(r1, r2)``; by default 2 for convolutions larger than 1x1, else 1.
+    """
     out, fan_in, *kernel = dense.weight.shape
     positions = math.prod(kernel)
-    return (min(out, fan_in),) if positions == 1 else (min(fan_in, out * positions), min(out, fan_in * positions))
+    if positions == 1 or count == 1:
+        return (min(out, fan_in * positions),)
+    return (min(fan_in, out * positions), min(out, fan_in * positions))
 
 
 class EnergyProfile:
@@ -151,22 +160,26 @@ class EnergyProfile:
     """
 
     def __init__(self, dense: DenseLayer, second_moment: Tensor | None = None) -> None:
+        self._kept: dict[int, Tensor] = {}
         with torch.no_grad():
             weight, _, _ = _whitened(dense, second_moment)
-            if len(full_ranks(dense)) == 1:
-                energies = torch.linalg.svdvals(weight.flatten(1)).double().square()
-            else:
+            energies = torch.linalg.svdvals(weight.flatten(1)).double().square()
+            self._kept[1] = _share(energies.cumsum(0))
+            if len(full_ranks(dense)) == 2:
                 left, right = _leading(weight, 0, weight.shape[0]), _leading(weight, 1, weight.shape[1])
                 core = torch.einsum("ob,oi...,ia->ba...", left, weight, right)
-                energies = core.double().square().flatten(2).sum(2).T.cumsum(1)
-            cumulated = energies.cumsum(0)
-            total = cumulated.flatten()[-1]
-            self._kept = (cumulated / total if total > 0.0 else torch.ones_like(cumulated)).cpu()
+                self._kept[2] = _share(core.double().square().flatten(2).sum(2).T.cumsum(1).cumsum(0))
 
     def __call__(self, ranks: Sequence[int]) -> float:
         """Return the energy kept at ``ranks``, in [0, 1]; a layer of zeros keeps everything."""
-        index = tuple(min(rank, size) - 1 for rank, size in zip(ranks, self._kept.shape, strict=True))
-        return min(1.0, float(self._kept[index]))
+        kept = self._kept[len(ranks)]
+        index = tuple(min(rank, size) - 1 for rank, size in zip(ranks, kept.shape, strict=True))
+        return min(1.0, float(kept[index]))
+
+
+def _share(cumulated: Tensor) -> Tensor:
+    total = cumulated.flatten()[-1]
+    return (cumulated / total if total > 0.0 else torch.ones_like(cumulated)).cpu()
 
 
 def _precise(tensor: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ class _FactoredConv(nn.Module):
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """``(rank,)`` of a 1x1, ``(r1, r2)`` of a Tucker-2 layer: input and output channels of the core."""
+        """``(rank,)``, or ``(r1, r2)`` of a Tucker-2 layer: input and output channels of the core."""
         factor_in, core = self._parameters["factor_in"], self._parameters.get("core")
         assert factor_in is not None
         return (factor_in.shape[0],) if core is None else (core.shape[1], core.shape[0])
@@ -152,7 +152,7 @@ class _FactoredConv(nn.Module):
         left, right = factors["factor_out"].flatten(1), factors["factor_in"].flatten(1)
         if "core" in factors:
             return torch.einsum("ob,ba...,ai->oi...", left, factors["core"], right)
-        return (left @ right).view(*left.shape[:1], *right.shape[1:], *factors["factor_in"].shape[2:])
+        return (left @ right).view(left.shape[0], *factors["factor_in"].shape[1:])
 
     def extra_repr(self) -> str:
         """Show sizes, ranks and the dense layer's settings."""
@@ -163,26 +163,26 @@ class _FactoredConv(nn.Module):
 
 
 class LowRankConv(_FactoredConv):
-    """Apply a 1x1 convolution (1-D or 2-D) as two thinner ones, the rank in between.
+    """Apply a convolution (1-D or 2-D) as one to ``rank`` channels and a 1x1 convolution.
 
-    Parameters: ``factor_in`` (rank, in, 1[, 1]), which carries stride and padding, ``factor_out`` (out, rank, 1[, 1]),
-    ``bias``.
+    Parameters: ``factor_in`` (rank, in, k[, k]), which carries stride, padding and dilation, ``factor_out``
+    (out, rank, 1[, 1]), ``bias``.
 
     Args:
         in_channels: Channels of the input, >= 1.
         out_channels: Channels of the output, >= 1.
-        kernel_size: All ones; its length is the number of spatial dimensions, 1 or 2.
+        kernel_size: Of the first convolution, 1 or 2 entries.
         rank: Channels in between, >= 1.
         stride: Of the dense layer, one entry a dimension.
         padding: Of the dense layer: one entry a dimension, ``"same"`` or ``"valid"``.
-        dilation: Of the dense layer (without effect on 1x1).
+        dilation: Of the dense layer.
         padding_mode: As in `torch.nn.Conv2d`.
         bias: Whether a bias is added.
         device: Of the parameters.
         dtype: Of the parameters.
 
     Raises:
-        ValueError: If a size or the rank is below 1, the kernel is not 1x1 or has other than 1 or 2 dimensions.
+        ValueError: If a size or the rank is below 1, or the kernel has other than 1 or 2 dimensions.
     """
 
     factor_names = ("factor_in", "factor_out")
@@ -212,13 +212,11 @@ class LowRankConv(_FactoredConv):
             padding_mode=padding_mode,
         )
         _check_sizes(rank=rank)
-        if math.prod(self.kernel_size) != 1:
-            raise ValueError(f"`kernel_size` must be 1 everywhere, got {self.kernel_size}; use `TuckerConv`.")
-        ones = self.kernel_size
-        self.factor_in = nn.Parameter(torch.empty(rank, in_channels, *ones, device=device, dtype=dtype))
+        ones = (1,) * len(self.kernel_size)
+        self.factor_in = nn.Parameter(torch.empty(rank, in_channels, *self.kernel_size, device=device, dtype=dtype))
         self.factor_out = nn.Parameter(torch.empty(out_channels, rank, *ones, device=device, dtype=dtype))
         _add_bias(self, out_channels if bias else None, device, dtype)
-        _reset(self, fan_in=in_channels)
+        _reset(self, fan_in=in_channels * math.prod(self.kernel_size))
 
     @property
     def rank(self) -> int:
@@ -227,7 +225,7 @@ class LowRankConv(_FactoredConv):
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Factor groups that take turns in freezing; the one whose weight gradient costs more stands first."""
-        if self.in_channels > self.out_channels:
+        if self.in_channels * math.prod(self.kernel_size) > self.out_channels:
             return (("factor_in",), ("factor_out",))
         return (("factor_out",), ("factor_in",))
 

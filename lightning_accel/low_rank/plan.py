@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ class Candidate:
     """One way to run a layer.
 
     Attributes:
-        ranks: ``(rank,)`` or ``(r1, r2)``.
+        ranks: ``(rank,)`` (two factors) or ``(r1, r2)`` (Tucker-2, three factors).
         energy: Retained energy, in [0, 1].
         parameters: Of the factors, without bias.
         ms: Median milliseconds of one training step (forward, backward, update) of this layer over all its calls in a
@@ -65,10 +66,7 @@ class LayerPlan:
     @property
     def dense_parameters(self) -> int:
         """Entries of the dense weight, without bias."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def parameters(self) -> int:
@@ -173,11 +171,9 @@ class RankPlan:
 def factor_parameters(shape: tuple[int, ...], ranks: tuple[int, ...]) -> int:
     """Return the entries of the factors that replace a weight of ``shape``."""
     out, fan_in, *kernel = shape
+    positions = math.prod(kernel)
     if len(ranks) == 1:
-        return ranks[0] * (out + fan_in)
-    positions = 1
-    for size in kernel:
-        positions *= size
+        return ranks[0] * (out + fan_in * positions)
     return ranks[0] * fan_in + ranks[0] * ranks[1] * positions + ranks[1] * out
 
 

@@ -24,6 +24,7 @@ Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, Sequence[flo
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 _ROUNDS, _MIN_ROUNDS, _SECONDS = 15, 5, 3.0
+_MANY = 32  # candidates; beyond, the budget rules alone
 
 
 def candidate_name(ranks: Sequence[int] | None) -> str:
@@ -63,10 +64,10 @@ def time_layer(
         timer_or_clock = timer or functools.partial(
             measure.time_interleaved,
             rounds=_ROUNDS,
-            warmup=2 if len(names) <= 16 else 1,
+            warmup=2 if len(names) <= _MANY else 1,
             device=device,
             budget_seconds=_SECONDS,
-            min_rounds=_MIN_ROUNDS if len(names) <= 16 else 1,
+            min_rounds=_MIN_ROUNDS if len(names) <= _MANY else 1,
         )
         with _random_state_kept(device):
             steps = _steps(dense, candidates, call, phase, make_optimizer)

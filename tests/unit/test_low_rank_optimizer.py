@@ -72,11 +72,12 @@ def test_first_moments_are_projected_by_the_factors():
     torch.testing.assert_close(optimizer.state[low.factor_in]["momentum_buffer"], low.factor_out.detach().T @ moment)
 
 
-def test_projected_momentum_is_the_one_the_factors_would_have_gathered():
+@pytest.mark.parametrize("form", [1, 2])
+def test_projected_momentum_is_the_one_the_factors_would_have_gathered(form):
     """With factors at rest, projecting the summed gradients equals summing the factors' gradients."""
     torch.manual_seed(0)
     dense = nn.Conv2d(6, 5, 3).double()
-    low = factorize(dense, full_ranks(dense))
+    low = factorize(dense, full_ranks(dense, form))
     sgd, direct = torch.optim.SGD([dense.weight], lr=0.0, momentum=0.9), torch.optim.SGD(low.parameters(), 0.0, 0.9)
     for _ in range(3):
         x = torch.randn(2, 6, 5, 5, dtype=torch.float64)

@@ -57,6 +57,19 @@ def test_other_ranks_are_taken_over_and_equal_ones_keep_their_parameters():
     assert torch.equal(model(X), source(X))
 
 
+def test_both_forms_of_a_convolution_are_told_apart():
+    source, model = net(), decomposed(2.0)
+    source[0] = factorize(source[0], (3,))
+    assert adapt_structure(model, source.state_dict()) == ["0", "2", "4"]
+    model.load_state_dict(source.state_dict(), strict=True)
+    assert isinstance(model[0], LowRankConv)
+    assert torch.equal(model(X), source(X))
+    model = net()
+    assert adapt_structure(model, source.state_dict()) == ["0"]
+    model.load_state_dict(source.state_dict(), strict=True)
+    assert torch.equal(model(X), source(X))
+
+
 def test_factored_model_becomes_dense_for_a_dense_checkpoint():
     source, model = net(), decomposed(2.0)
     assert adapt_structure(model, source.state_dict()) == ["0", "2", "4"]
