@@ -7,7 +7,7 @@ from typing import Any
 import hydra
 from hydra import errors as hydra_errors
 from hydra.utils import instantiate as hydra_instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 CONFIG_PATH = "pkg://lightning_accel.conf"
 # 1.4 deprecates `version_base` and asks which targets code may be built from; 1.3 knows no such question.
@@ -50,7 +50,11 @@ def instantiate(node: DictConfig, *, name: str, **given: object) -> Any:
     """
     _refuse_words(node, name)
     # The user composed these targets and no others, so these and no others are trusted.
-    allowed = {} if _HYDRA_1_3 else {"_execution_whitelist_": sorted(set(targets(node)))}
+    allowed = (
+        {}
+        if _HYDRA_1_3
+        else {"_execution_whitelist_": sorted(set(targets(OmegaConf.to_container(node, resolve=True))))}
+    )
     try:
         return hydra_instantiate(node, _convert_="all", **allowed, **given)
     except hydra_errors.InstantiationException as error:
@@ -59,16 +63,14 @@ def instantiate(node: DictConfig, *, name: str, **given: object) -> Any:
         raise refused(error, node, name=name) from error.__cause__
 
 
-def targets(node: object) -> Iterator[str]:
-    """Yield every ``_target_`` in a configuration, at any depth."""
-    if isinstance(node, DictConfig):
-        if isinstance(node.get("_target_"), str):
-            yield node["_target_"]
-        for key in node:
-            if not OmegaConf.is_missing(node, key):
-                yield from targets(node[key])
-    elif isinstance(node, ListConfig):
-        for item in node:
+def targets(plain: object) -> Iterator[str]:
+    """Yield every ``_target_`` in plain dicts and lists, at any depth."""
+    if isinstance(plain, dict):
+        if isinstance(plain.get("_target_"), str):
+            yield plain["_target_"]
+        plain = list(plain.values())
+    if isinstance(plain, list):
+        for item in plain:
             yield from targets(item)
 
 

@@ -1,0 +1,41 @@
+"""Every configuration file composes, and everything it names exists."""
+
+import pkgutil
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lightning_accel.cli import COMMANDS
+from lightning_accel.cli.compose import compose, targets
+
+CONF = Path(__file__).parents[2] / "conf"
+OPTIONS = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*/*.yaml"))
+LISTS = ("callbacks", "monitoring", "logger")
+
+
+def plain(name, *overrides):
+    return OmegaConf.to_container(compose(name, overrides), resolve=False)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_composes(name):
+    missing = [key for key, value in plain(name).items() if value == "???"]
+    assert missing == (["ckpt"] if name == "export" else [])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::sqlalchemy.exc.MovedIn20Warning")
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_every_option_composes_and_names_things_that_exist(option, monkeypatch):
+    monkeypatch.setenv("SQLALCHEMY_SILENCE_UBER_WARNING", "1")
+    group, name = option.parent, option.name
+    found = list(targets(plain("train", f"{group}=[{name}]" if str(group) in LISTS else f"{group}={name}")))
+    assert found
+    for target in found:
+        assert callable(pkgutil.resolve_name(target)), target
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_every_file_says_what_it_is_for(path):
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    assert lines[0].startswith("# "), path
