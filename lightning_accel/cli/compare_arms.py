@@ -21,7 +21,8 @@ from lightning_accel.evidence.workers import Arm
 from lightning_accel.measure import environment
 
 PLAIN, ACCELERATED, PLAIN_AGAIN = "plain", "accelerated", "plain again"
-_PEERS = ("freeze_bottom_half", "torch_compile")
+# What a user writes, and what tables call it.
+_PEERS = {"freeze_bottom_half": "half frozen", "torch_compile": "compiled"}
 _WARMUP_EPOCHS = 2
 # What may differ between rows that belong together.
 _FREE = ("paths", "compare", "hydra", "optimized_metric", "optimized_mode", "monitoring", "logger")
@@ -107,7 +108,7 @@ def arms(cfg: DictConfig) -> list[Arm]:
     if unknown:
         raise UsageError(f"`compare.baselines` must be among {', '.join(_PEERS)}, got {unknown[0]}.")
     peers = [
-        _arm(name.replace("_", " "), ConfiguredFit(config, accelerators=False, peer=name))
+        _arm(_PEERS[name], ConfiguredFit(config, accelerators=False, peer=name))
         for name in dict.fromkeys(settings.baselines)
     ]
     return [_arm(PLAIN, plain), _arm(ACCELERATED, ConfiguredFit(config, accelerators=True)), *peers]

@@ -169,11 +169,11 @@ def headline(baseline: str, candidate: str, line: Line) -> str:
     """Say in one sentence what the deciding line means."""
     ratio = line.ratio
     assert ratio is not None
-    interval = f"{ratio.confidence:.0%} interval {ratio.low:.2f} to {ratio.high:.2f}, {ratio.pairs} pairs"
+    interval = f"{ratio.confidence:.0%} interval {ratio.low:.2f} to {ratio.high:.2f}, {write_pairs(ratio.pairs)}"
     subject = candidate[:1].upper() + candidate[1:]
     if line.verdict == "undecided":
         return (
-            f"Undecided: {ratio.pairs} pairs are too few for {ratio.confidence:.0%} confidence, take at least 6. "
+            f"Undecided: {write_pairs(ratio.pairs)} {'is' if ratio.pairs == 1 else 'are'} too few for {ratio.confidence:.0%} confidence, take at least 6. "
             f"Seen so far: {candidate} takes {1 / ratio.median:.2f} times as long as {baseline}."
         )
     if line.verdict == "no speed-up":
@@ -181,6 +181,11 @@ def headline(baseline: str, candidate: str, line: Line) -> str:
     if line.verdict == "faster":
         return f"{subject} is {ratio.median:.2f} times as fast as {baseline} ({interval})."
     return f"{subject} is slower than {baseline}: {ratio.median:.2f} times as fast ({interval})."
+
+
+def write_pairs(count: int) -> str:
+    """Return ``"1 pair"``, ``"2 pairs"`` and so on."""
+    return f"{count} pair{'' if count == 1 else 's'}"
 
 
 class _Table:

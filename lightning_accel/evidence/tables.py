@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lightning_accel.evidence.comparison import Comparison, speed_verdict
+from lightning_accel.evidence.comparison import Comparison, speed_verdict, write_pairs
 from lightning_accel.evidence.formats import write_effect, write_ratio, write_value
 from lightning_accel.evidence.rows import BenchRow
 
@@ -21,7 +21,7 @@ BAD = ("slower", "more", "worse", "missed")
 def comparison_table(comparison: Comparison) -> Table:
     """Return the table of a comparison for the terminal."""
     table = Table(
-        title=f"{comparison.candidate} against {comparison.baseline}, {comparison.pairs} pairs",
+        title=f"{comparison.candidate} against {comparison.baseline}, {write_pairs(comparison.pairs)}",
         caption="medians; ratio over 1: better; 95 % interval of the paired ratio",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

@@ -46,7 +46,7 @@ def test_compare_measures_reports_and_resumes(tmp_path, capsys):
     ratio = compare(_config(folder, "compare.pairs=1", "compare.price_per_hour=2"))
     assert ratio > 0
     shown = capsys.readouterr().out
-    assert "Undecided: 1 pairs are too few" in shown
+    assert "Undecided: 1 pair is too few" in shown
     assert "pair 1 of 1" in shown
     for name in ("runs.jsonl", "rows.json", "rows.csv", "accuracy_against_time.png", "report.html", "config.yaml"):
         assert (folder / name).stat().st_size > 0
@@ -217,11 +217,11 @@ def test_default_configuration_compares_the_first_two_accelerators():
 def test_arms_differ_in_callbacks_and_strategy_only(tmp_path):
     config = _config(tmp_path, "trainer.strategy=ddp", "compare.baselines=[freeze_bottom_half]")
     made = {arm.name: arm.make for arm in arms(config)}
-    assert list(made) == ["plain", "accelerated", "freeze bottom half"]
+    assert list(made) == ["plain", "accelerated", "half frozen"]
     trainer, model, data = made["plain"](3, tmp_path)
     assert type(trainer.strategy).__name__ == "SingleDeviceStrategy"
     assert not any(isinstance(c, FreezeBottomHalf) for c in trainer.callbacks)
-    peer_trainer, peer_model, _ = made["freeze bottom half"](3, tmp_path)
+    peer_trainer, peer_model, _ = made["half frozen"](3, tmp_path)
     assert any(isinstance(c, FreezeBottomHalf) for c in peer_trainer.callbacks)
     for one, other in zip(model.parameters(), peer_model.parameters(), strict=True):
         assert (one == other).all()

@@ -39,6 +39,7 @@ def test_too_few_pairs_are_undecided_whatever_they_say():
     comparison = _compare(two_arms([10] * 5, [1] * 5))
     assert comparison.fit.verdict == "undecided"
     assert "5 pairs are too few for 95% confidence, take at least 6" in comparison.headline
+    assert "Undecided: 1 pair is too few" in _compare(two_arms([10], [1])).headline
     assert "takes 0.10 times as long" in comparison.headline
 
 
