@@ -58,8 +58,8 @@ def empty_like(dense: DenseLayer, ranks: Sequence[int]) -> LowRankLayer:
 def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor | None = None) -> LowRankLayer:
     r"""Return the factored layer that is nearest to ``dense``.
 
-    One rank: ``min ||(W - U V) C^(1/2)||_F`` over matrices of that rank, W unfolded to (out, in * kernel), by an SVD, the
-    square roots of the singular values on both sides. Two ranks: projection on the leading left singular vectors of
+    One rank: ``min ||(W - U V) C^(1/2)||_F`` over matrices of that rank, W unfolded to (out, in * kernel), by an SVD,
+    the square roots of the singular values on both sides. Two ranks: projection on the leading left singular vectors of
     the two channel unfoldings (truncated HOSVD, Tucker-2), the three factors scaled to one norm.
 
     Args:

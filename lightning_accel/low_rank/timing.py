@@ -23,7 +23,7 @@ Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, Sequence[flo
 """Gets callables by candidate name (``"dense"``, ``"64"``, ``"32x48"``), returns the seconds of each call."""
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
-_ROUNDS, _MIN_ROUNDS, _SECONDS = 15, 5, 3.0
+_ROUNDS, _MIN_ROUNDS, _SECONDS = 15, 5, 2.5
 _MANY = 32  # candidates; beyond, the budget rules alone
 
 

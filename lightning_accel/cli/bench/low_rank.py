@@ -29,6 +29,7 @@ from lightning_accel.zoo.vit import ViT
 
 _MIN_ENERGY = 0.3
 _RATIO = 2.0  # of the peers that take a compression ratio
+_WEIGHTS = (2.0, 1.0)  # of the phases in which group 0 (the costlier one) and group 1 rest
 _SEQUENTIAL = (" / group 0 rests", " / group 1 rests")
 
 
@@ -102,7 +103,10 @@ def _training(case: Case, *, quick: bool, device: str) -> Iterator[BenchRow]:
     for name in models:
         if name.startswith(sequential):
             phases = [seconds.pop(name + suffix) for suffix in _SEQUENTIAL]
-            seconds[f"{name}, sequential freezing"] = [sum(pair) / 2.0 for pair in zip(*phases, strict=True)]
+            seconds[f"{name}, sequential freezing"] = [
+                sum(w * t for w, t in zip(_WEIGHTS, pair, strict=True)) / sum(_WEIGHTS)
+                for pair in zip(*phases, strict=True)
+            ]
     plans = {
         f"largest drop in time, a = {_RATIO:g}": paper_plan,
         f"knapsack, a = {_RATIO:g}": equal_plan,
@@ -118,6 +122,8 @@ def _training(case: Case, *, quick: bool, device: str) -> Iterator[BenchRow]:
             continue
         plan = plans.get(name.removesuffix(", sequential freezing"))
         kept = f"; energy {plan.energy:.2f}, parameters {_share(plan):.2f}" if plan is not None else ""
+        if name.endswith("sequential freezing"):
+            kept += f"; phases {_WEIGHTS[0]:g}:{_WEIGHTS[1]:g}"
         if name == "operation count":
             kept = f"; energy {energy:.2f}, parameters {weight_parameters(guarded) / weight_parameters(model):.2f}"
         yield BenchRow(
