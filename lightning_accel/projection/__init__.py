@@ -5,6 +5,7 @@ In the order of use::
     radius = radius_for_sparsity(weight, 0.9, group_dims=(0,))    # clears 90 % of the rows
     project_l1inf(weight, radius, group_dims=(0,), out=weight)    # in place; method="exact" for the nearest point
     ball = L1InfBall(radius)                                      # the same as a differentiable layer
+    smaller = shrink(model, example_inputs).model                 # without the zero groups
 
 See README.md in this folder for the mathematics, what each method costs and how to use it in training.
 """
@@ -18,16 +19,19 @@ from lightning_accel.projection.multilevel import (
     project_l12,
     project_multilevel,
 )
+from lightning_accel.projection.shrink import Shrunk, shrink
 from lightning_accel.projection.sparsity import radius_for_sparsity
 
 __all__ = [
     "ExactState",
     "L1InfBall",
     "MultilevelBall",
+    "Shrunk",
     "project_l1",
     "project_l1inf",
     "project_l11",
     "project_l12",
     "project_multilevel",
     "radius_for_sparsity",
+    "shrink",
 ]

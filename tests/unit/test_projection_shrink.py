@@ -1,0 +1,270 @@
+"""A shrunk model is smaller and computes the same, in the cases that make pruning by hand go wrong."""
+
+import builtins
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_accel import zoo
+from lightning_accel.projection import shrink
+from lightning_accel.projection.channels import SelectedFeatures
+
+
+def clear(layer, channels, *, bias=False):
+    with torch.no_grad():
+        layer.weight[channels] = 0.0
+        if bias and layer.bias is not None:
+            layer.bias[channels] = 0.0
+
+
+def clear_fraction(model, fraction, keep):
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and name not in keep:
+            rows = len(layer.weight)
+            clear(layer, torch.randperm(rows, generator=generator)[: int(rows * fraction)])
+
+
+def assert_same(result, model, x, tolerance=1e-5):
+    model.eval()
+    result.model.eval()
+    with torch.no_grad():
+        for probe in (x, torch.randn(x.shape, generator=torch.Generator().manual_seed(9))):
+            expected, actual = model(probe), result.model(probe)
+            for was, now in zip(*((o if isinstance(o, tuple) else (o,)) for o in (expected, actual)), strict=True):
+                assert float((was - now).abs().max()) <= tolerance * max(1.0, float(was.abs().max()))
+    assert result.largest_difference <= tolerance
+
+
+ZOO = {
+    "MLP": (lambda: zoo.MLP(width=64, depth=3), (4, 1, 8, 8), ("head",)),
+    "ResNet18": (lambda: zoo.ResNet18(width=8, channels=1, image_size=8), (2, 1, 8, 8), ("fc",)),
+    "ViT": (
+        lambda: zoo.ViT(channels=1, image_size=8, dim=24, depth=2, heads=3, patch_size=4),
+        (2, 1, 8, 8),
+        ("head",),
+    ),
+    "autoencoder": (lambda: zoo.SupervisedAutoencoder(in_features=50), (4, 50), ("encoder.2", "decoder.2")),
+}
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.9])
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo_models_shrink_and_compute_the_same(name, fraction):
+    torch.manual_seed(0)
+    make, shape, keep = ZOO[name]
+    model, x = make(), torch.randn(shape)
+    clear_fraction(model, fraction, keep)
+    result = shrink(model, x)
+    assert result.parameters_before == sum(p.numel() for p in model.parameters())
+    assert result.parameters_after == sum(p.numel() for p in result.model.parameters())
+    share = {"ViT": 1 - 0.5 * fraction}.get(name, (1 - fraction) + 0.05)
+    assert result.parameters_after <= share * result.parameters_before * 1.4
+    assert_same(result, model, x)
+
+
+def test_dead_row_with_a_bias_leaves_its_activation_in_the_next_bias():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 3, bias=False))
+    clear(model[0], [1, 4])
+    result = shrink(model, torch.randn(5, 4))
+    assert result.model[0].out_features == result.model[2].in_features == 4
+    assert result.model[2].bias is not None
+    assert result.kept["0"].tolist() == [0, 2, 3, 5]
+    assert_same(result, model, torch.randn(5, 4))
+
+
+def test_columns_that_nobody_reads_free_the_rows_before():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[2].weight[:, [0, 5]] = 0.0
+    result = shrink(model, torch.randn(5, 4))
+    assert result.kept["0"].tolist() == [1, 2, 3, 4]
+    assert_same(result, model, torch.randn(5, 4))
+
+
+def test_norm_and_flatten_after_a_dead_channel():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 9, 4)
+    )
+    for _ in range(3):
+        model(torch.randn(8, 2, 8, 8))  # moves the running statistics
+    with torch.no_grad():
+        model[1].bias.uniform_(-1.0, 1.0)
+    clear(model[0], [0, 3])
+    x = torch.randn(2, 2, 8, 8)
+    result = shrink(model, x)
+    assert result.model[0].out_channels == result.model[1].num_features == 4
+    assert result.model[5].in_features == 4 * 9
+    assert_same(result, model, x)
+
+
+@pytest.mark.parametrize(("padding", "channels"), [(0, 4), (1, 6)])
+def test_constant_goes_into_a_convolution_only_if_no_border_sees_zero_instead(padding, channels):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Sigmoid(), nn.Conv2d(6, 3, 3, padding=padding))
+    clear(model[0], [0, 3])
+    x = torch.randn(2, 2, 8, 8)
+    result = shrink(model, x)
+    assert result.model[0].out_channels == channels
+    assert ("0" in result.left) == (padding == 1)
+    if padding:
+        assert "border of a convolution" in result.left["0"]
+    assert_same(result, model, x)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.outer = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head(x + self.outer(self.inner(x).relu()))
+
+
+def test_residual_channel_goes_only_if_all_that_write_it_are_dead():
+    torch.manual_seed(0)
+    model = Residual()
+    clear(model.stem, [0, 1, 2])
+    clear(model.outer, [1, 2, 3])
+    clear(model.inner, [4, 5])
+    x = torch.randn(5, 5)
+    result = shrink(model, x)
+    assert result.kept["stem"].tolist() == result.kept["outer"].tolist() == [0, 3, 4, 5, 6, 7]
+    assert result.model.inner.out_features == 6
+    assert_same(result, model, x)
+
+
+@pytest.mark.parametrize("groups", [6, 2])
+def test_depthwise_convolutions_follow_and_grouped_ones_stay(groups):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=groups), nn.ReLU(), nn.Conv2d(6, 3, 1)
+    )
+    clear(model[0], [1, 2], bias=True)
+    x = torch.randn(2, 2, 8, 8)
+    result = shrink(model, x)
+    if groups == 6:
+        assert result.model[2].groups == result.model[0].out_channels == 4
+    else:
+        assert result.model[0].out_channels == 6
+        assert "grouped convolution" in result.left["0"]
+    assert_same(result, model, x)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.decode.weight = self.encode.weight
+
+    def forward(self, x):
+        return self.decode(self.encode(x).relu())
+
+
+def test_tied_weights_stay_tied():
+    torch.manual_seed(0)
+    model = Tied()
+    clear(model.encode, [0, 1])
+    result = shrink(model, torch.randn(4, 6))
+    assert result.model.encode.weight is result.model.decode.weight
+    assert "tied" in result.left["encode"]
+    assert_same(result, model, torch.randn(4, 6))
+
+
+def test_layer_that_is_all_dead_keeps_one_channel():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3))
+    clear(model[0], list(range(6)))
+    result = shrink(model, torch.randn(5, 4))
+    assert result.model[0].out_features == 1
+    assert_same(result, model, torch.randn(5, 4))
+
+
+def test_outputs_and_normalized_channels_stay():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    clear(model[0], [0])
+    clear(model[2], [1])
+    result = shrink(model, torch.randn(5, 4))
+    assert "LayerNorm" in result.left["0"]
+    assert "output" in result.left["2"]
+    assert result.parameters_after == result.parameters_before
+    assert_same(result, model, torch.randn(5, 4))
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x) + x)
+
+
+def test_what_is_constant_by_chance_in_the_example_is_not_taken_for_constant():
+    torch.manual_seed(0)
+    model = Sum()
+    clear(model.layer, [0, 1])
+    result = shrink(model, torch.zeros(4, 6))
+    assert result.model.layer.out_features == 6
+    assert_same(result, model, torch.randn(4, 6))
+
+
+def test_input_features_without_weights_are_no_longer_read():
+    torch.manual_seed(0)
+    model = zoo.SupervisedAutoencoder(in_features=30)
+    with torch.no_grad():
+        model.encoder[0].weight[:, 5:25] = 0.0
+    x = torch.randn(4, 30)
+    result = shrink(model, x)
+    assert result.features.tolist() == [*range(5), *range(25, 30)]
+    assert isinstance(result.model.encoder[0], SelectedFeatures)
+    assert result.model.encoder[0].layer.in_features == 10
+    assert_same(result, model, x)
+
+
+def test_original_is_untouched_and_flags_are_kept():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(), nn.Linear(6, 3))
+    model[2].weight.requires_grad_(False)
+    model[1].eval()
+    clear(model[0], [0, 1])
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    result = shrink(model, torch.randn(5, 4))
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    assert result.model[0].out_features == 4
+    assert result.model.training
+    assert not result.model[1].training
+    assert not result.model[2].weight.requires_grad
+    assert result.model[0].weight.requires_grad
+
+
+def test_model_without_zeros_stays_as_it_is():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    result = shrink(model, torch.randn(5, 4))
+    assert result.parameters_after == result.parameters_before
+    assert result.left == {}
+    assert result.features is None
+
+
+def test_invalid_tolerance_and_a_missing_library_are_errors(monkeypatch):
+    model, x = nn.Linear(2, 2), torch.randn(1, 2)
+    with pytest.raises(ValueError, match="`tolerance` must be > 0"):
+        shrink(model, x, tolerance=0.0)
+    real = builtins.__import__
+
+    def without_pruning(name, *args, **kwargs):
+        if name == "torch_pruning":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_pruning)
+    with pytest.raises(ImportError, match=r"pip install 'lightning-accel\[shrink\]'"):
+        shrink(model, x)
