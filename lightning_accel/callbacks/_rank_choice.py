@@ -127,7 +127,7 @@ class RankChooser:
         if not self.keep:
             quick = self._compare(trial, self.search.unmeasured_ranks(trial.module))
             planning = self.search.planning_seconds(trial.module, quick.dense)
-            allowed = max(self.max_overhead * self.remaining * quick.dense, 0.5 * self.remaining * quick.saved)
+            allowed = self.remaining * max(self.max_overhead * quick.dense, 0.5 * quick.saved if quick.faster else 0.0)
             if self._agree(time.perf_counter() - started) + planning > allowed:
                 return self.dense(
                     f"with unmeasured ranks {quick}; measuring ranks would take about {planning:.1f} s, "
@@ -138,12 +138,14 @@ class RankChooser:
         if not choice.ranks:
             return Choice(plan, "no layer gains by low rank, by its own time")
         verified = self._compare(trial, choice.ranks)
-        if not self.keep and verified.ratio.verdict != "faster":
+        if not self.keep and not verified.faster:
             decision = verify_plan(plan, functools.partial(self._time_variants, trial, choice.ranks))
             plan = apply_decision(plan, decision)
             if not decision.pays or not Choice(plan, "").ranks:
                 return Choice(plan, f"low rank does not pay: {verified}; {decision.reason}")
             verified = self._compare(trial, Choice(plan, "").ranks)
+            if not verified.faster:
+                return Choice(plan.dense(set(choice.ranks), str(verified)), f"low rank does not pay: {verified}")
         setup = self._agree(time.perf_counter() - started)
         return self._paid_back(Choice(plan, str(verified)), setup, self.remaining * verified.saved)
 
@@ -220,8 +222,13 @@ class Comparison:
 
     @property
     def saved(self) -> float:
-        """Seconds a step, where it is certain that there are any."""
-        return self.dense - self.low_rank if self.ratio.verdict == "faster" else 0.0
+        """Seconds a step, by the medians."""
+        return self.dense - self.low_rank
+
+    @property
+    def faster(self) -> bool:
+        """Whether low rank is faster beyond the noise."""
+        return self.ratio.verdict == "faster"
 
     def __str__(self) -> str:
         """Return the numbers for a log line."""

@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 _HOOK = "_low_rank_structure_hook"
 _FACTORS = ("factor_in", "core", "factor_out")
+_SWITCHING = {"SingleDeviceStrategy", "DDPStrategy"}
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 Module = TypeVar("Module", bound="pl.LightningModule")
@@ -220,6 +221,28 @@ def rewrap_ddp(trainer: "pl.Trainer") -> None:
         strategy.model = strategy.lightning_module
         gc.collect()  # the old reducer leaves the gradients only when it is gone
         strategy.configure_ddp()  # type: ignore[attr-defined]  # strategies that wrap by DDP have it
+
+
+def can_switch_in_fit(strategy: object) -> bool:
+    """Say whether optimizers and wrappers of ``strategy`` follow `exchange_layers_in_fit`."""
+    return bool(_SWITCHING & {kind.__name__ for kind in type(strategy).__mro__})
+
+
+def refuse_unprepared(trainer: "pl.Trainer", module: nn.Module, accelerator: str) -> None:
+    """Refuse a launcher that brings weights back into a module of the calling process that can not take them.
+
+    Lightning loads them with ``strict=False``: factors would be dropped silently.
+
+    Raises:
+        MisconfigurationException: If the module has no `StructureHook` yet.
+    """
+    launchers = {kind.__name__ for kind in type(trainer.strategy.launcher).__mro__}
+    if "_MultiProcessingLauncher" in launchers and _HOOK not in module.__dict__:
+        raise MisconfigurationException(
+            f"{accelerator} changes layers in a process that {type(trainer.strategy).__name__} starts, and the module "
+            "you hold could not take the result back. Call `lightning_accel.enable_low_rank_loading(module)` before "
+            "`fit`, or use strategy='ddp'."
+        )
 
 
 def refuse_sharded(strategy: object, accelerator: str) -> None:

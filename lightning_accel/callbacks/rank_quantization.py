@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
@@ -17,14 +18,16 @@ from lightning_accel.callbacks._inputs import RecordedInputs
 from lightning_accel.callbacks._order import correct_order
 from lightning_accel.callbacks._rank_choice import Choice, RankChooser, RankSearch, remaining_batches
 from lightning_accel.callbacks._structure import (
+    can_switch_in_fit,
     exchange_layers_in_fit,
     load_factors,
     refuse_sharded,
+    refuse_unprepared,
     structure_hook,
 )
 from lightning_accel.callbacks._trial import StepTrial
 from lightning_accel.lightning_private import averaged_modules
-from lightning_accel.low_rank import RankPlan, default_cache_dir, low_rank_layers
+from lightning_accel.low_rank import RankPlan, decompose, default_cache_dir, low_rank_layers
 from lightning_accel.low_rank.plan import Method, Weighting
 from lightning_accel.low_rank.spectrum import looks_untrained
 
@@ -67,7 +70,8 @@ class RankQuantization(pl.Callback):
 
     Raises:
         ValueError: If a value is out of range or more than one target is given.
-        MisconfigurationException: When ``fit`` starts: sharding strategy, or no layer that can be factored.
+        MisconfigurationException: When ``fit`` starts: no layer that can be factored, a sharding strategy, or one that
+            can not switch layers and gets no plan.
 
     References:
         Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824. *Deviations*: ranks of all layers are chosen together for the
@@ -126,14 +130,19 @@ class RankQuantization(pl.Callback):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Let the module follow checkpoints' layers; refuse strategies that can not."""
-        hook = structure_hook(pl_module)
         if stage != "fit":
+            structure_hook(pl_module)
             return
         refuse_sharded(trainer.strategy, "RankQuantization")
+        refuse_unprepared(trainer, pl_module, "RankQuantization")
+        hook = structure_hook(pl_module)
         correct_order(trainer)
         hook.defer()
         for average in averaged_modules(trainer):  # copied before this hook was there
             structure_hook(average)
+        if not can_switch_in_fit(trainer.strategy):
+            self._decompose_early(trainer, pl_module)
+            return
         if self._outcome != "low rank" or not low_rank_layers(pl_module):  # else a second fit of what was replaced
             self._outcome, self._switch_epoch = None, None
 
@@ -205,6 +214,23 @@ class RankQuantization(pl.Callback):
         """Restore `state_dict`: a resumed run decides nothing anew."""
         self._outcome, self._switch_epoch = state_dict["outcome"], state_dict["switch_epoch"]
         self.plan = None if state_dict["plan"] is None else RankPlan.from_json(state_dict["plan"])
+
+    def _decompose_early(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Decompose before the strategy looks at the parameters, which it will not do again."""
+        unmeasured = self.search.method == "fixed" and self.on_loss == "keep"
+        if isinstance(self.when, int) or (self._given is None and not unmeasured):
+            raise MisconfigurationException(
+                f"RankQuantization can not switch layers while {type(trainer.strategy).__name__} trains, and measures "
+                "nothing before. Pass `plan=` (see `lightning-accel plan`), or method='fixed' with on_loss='keep', and "
+                "leave `when` at 'setup'."
+            )
+        check_something_to_factor(pl_module, self.search.include, self.search.exclude)
+        plan = self._given or self.search.plan(pl_module, None)
+        with isolate_rng():
+            names = decompose(pl_module, plan)
+        self.plan, self._outcome = plan, "low rank" if names or low_rank_layers(pl_module) else "dense"
+        if trainer.is_global_zero:
+            _log.info("%d layers are low rank now, unmeasured: %s.", len(names), type(trainer.strategy).__name__)
 
     def _first_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> int:
         if isinstance(self.when, int):

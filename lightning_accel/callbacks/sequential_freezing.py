@@ -153,7 +153,7 @@ class SequentialFreezing(pl.Callback):
             "step_seconds": sum(self._times) / max(1, len(self._times)),
         }
         self._times.clear()
-        pl_module.log_dict({f"sequential_freezing/{name}": value for name, value in values.items()})
+        pl_module.log_dict({f"sequential_freezing/{name}": value for name, value in values.items()}, sync_dist=True)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

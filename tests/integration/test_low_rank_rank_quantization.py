@@ -13,7 +13,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from low_rank_models import Classifier, train
 from torch import nn
 
-from lightning_accel.callbacks import RankQuantization, _rank_choice
+from lightning_accel import enable_low_rank_loading
+from lightning_accel.callbacks import RankQuantization, _rank_choice, _structure
 from lightning_accel.callbacks._structure import refuse_sharded
 from lightning_accel.low_rank import LowRankLinear, RankPlan, eligible_layers, low_rank_layers, make_plan
 
@@ -395,3 +396,27 @@ def test_every_planned_layer_is_eligible():
     plan = make_plan(module, None, ratio=2.0, method="fixed")
     assert isinstance(plan, RankPlan)
     assert {layer.name for layer in plan.considered} == set(eligible_layers(module)[0])
+
+
+def test_strategy_that_can_not_switch_needs_a_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(_structure, "_SWITCHING", set())
+    for callback in (RankQuantization(), fixed(), fixed(on_loss="keep", when=1)):
+        with pytest.raises(MisconfigurationException, match="Pass `plan=`"):
+            train(Classifier(), [callback], tmp_path)
+    plan = make_plan(Classifier(), None, ratio=2.0, method="fixed")
+    for callback in (fixed(on_loss="keep"), RankQuantization(plan=plan, when="setup")):
+        module = Classifier()
+        trainer = train(module, [callback], tmp_path)
+        assert set(low_rank_layers(module)) >= {"net.0", "net.4"}
+        held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+        assert held == {id(p) for p in module.parameters()}
+
+
+@pytest.mark.slow
+def test_spawned_process_hands_low_rank_layers_back(tmp_path):
+    plan = make_plan(Classifier(), None, ratio=2.0, method="fixed")
+    with pytest.raises(Exception, match="enable_low_rank_loading"):
+        train(Classifier(), [RankQuantization(plan=plan)], tmp_path, strategy="ddp_spawn", devices=1)
+    module = enable_low_rank_loading(Classifier())
+    train(module, [RankQuantization(plan=plan)], tmp_path, strategy="ddp_spawn", devices=1)
+    assert set(low_rank_layers(module)) == {"net.0", "net.4", "net.6"}

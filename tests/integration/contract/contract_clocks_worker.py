@@ -1,0 +1,47 @@
+"""One of two DDP processes: the rank in the arguments measures low rank as faster, the other one as slower."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+
+
+def main(says_faster: str, folder: Path) -> None:
+    from contract_models import ContractModule, classification_data
+    from contract_runs import trainer
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.utils.data import DataLoader
+
+    from lightning_accel.callbacks import RankQuantization, SequentialFreezing, _rank_choice
+    from lightning_accel.low_rank import low_rank_layers
+
+    rank = os.environ["LOCAL_RANK"]
+    low_rank_seconds = 1.0 if rank == says_faster else 10.0
+
+    def clock(candidates, *, rounds, **_):
+        for step in candidates.values():
+            step()
+        return {name: [5.0 if name == "dense" else low_rank_seconds] * rounds for name in candidates}
+
+    _rank_choice.time_interleaved = clock
+    result: dict[str, object] = {}
+    try:
+        module = ContractModule("rank_quantization")
+        callbacks = [RankQuantization(method="fixed", when=1, max_overhead=100.0), SequentialFreezing()]
+        runner = trainer(folder, callbacks, devices=2, strategy=DDPStrategy(process_group_backend="gloo"), max_epochs=4)
+        data = classification_data()
+        runner.fit(module, DataLoader(data, batch_size=4), DataLoader(data, batch_size=4))
+        result["ranks"] = {name: layer.ranks for name, layer in low_rank_layers(module).items()}
+        result["state"] = module.state_dict()
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    torch.save(result, folder / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
