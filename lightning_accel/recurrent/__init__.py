@@ -6,10 +6,21 @@ The graph part imports the standard library only, so public names load on first 
 from importlib import import_module
 
 _HOMES = {
+    "CoupledGateLSTMCell": "cells",
     "Edge": "graph",
+    "FeedbackLSTMCell": "cells",
+    "LayerNormLSTMCell": "cells",
+    "MinGRUCell": "cells",
     "Node": "graph",
+    "OutputGRUCell": "cells",
+    "PeepholeLSTMCell": "cells",
+    "Recurrent": "module",
     "RecurrentGraph": "graph",
+    "RunPackedPadded": "packed",
     "Stage": "graph",
+    "StepSchedule": "executor",
+    "ZoneoutLSTMCell": "cells",
+    "linear_scan": "scan",
 }
 
 __all__ = list(_HOMES)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lightning_accel.recurrent.rewriting import shape
+from lightning_accel.recurrent.rewriting import Node, shape
 
 aten = torch.ops.aten
 
@@ -59,14 +59,16 @@ def op_name(target: Any) -> str:
     return f"aten.{target.overloadpacket.__name__}.{target._overloadname}"
 
 
-def call(node: fx.Node, name: Callable[[fx.Node], str]) -> str:
+def call(node: Node, name: Callable[[Node], str]) -> str:
     """Return the call of one time step."""
     if node.target is operator.getitem:
         return f"{name(node.args[0])}[{node.args[1]}]"
+    if node.target is aten.native_layer_norm.default:
+        return f"torch.native_layer_norm({_arguments(node, node.args, name)})"
     return f"{op_name(node.target)}({_arguments(node, node.args, name)})"
 
 
-def call_into(node: fx.Node, name: Callable[[fx.Node], str], out: str) -> str | None:
+def call_into(node: Node, name: Callable[[Node], str], out: str) -> str | None:
     """Return the call of one time step that writes its result to ``out``; ``None`` if the operation can not."""
     if node.target in FAST and _dense(node):
         return f"{FAST[node.target]}({_arguments(node, node.args, name)}, out={out})"
@@ -81,7 +83,7 @@ def call_into(node: fx.Node, name: Callable[[fx.Node], str], out: str) -> str | 
     return f"{op_name(target)}({_arguments(node, node.args, name)}, {argument}={out})"
 
 
-def call_view(node: fx.Node, source: str, *, block: bool) -> str:
+def call_view(node: Node, source: str, *, block: bool) -> str:
     """Return the view of one step's value, or with ``block`` of a block's value, as an expression."""
     x, *args = node.args
     assert isinstance(x, fx.Node)
@@ -117,7 +119,7 @@ def call_view(node: fx.Node, source: str, *, block: bool) -> str:
     raise AssertionError(f"{node.target} is no view.")
 
 
-def call_block(node: fx.Node, name: Callable[[fx.Node], str], is_block: Callable[[fx.Node], bool]) -> str:
+def call_block(node: Node, name: Callable[[Node], str], is_block: Callable[[Node], bool]) -> str:
     """Return the call that computes a block's value at once; needs at least one input that time steps change."""
     target, rank = node.target, len(_first(node.meta["val"]).shape)
     if target is operator.getitem:
@@ -127,7 +129,7 @@ def call_block(node: fx.Node, name: Callable[[fx.Node], str], is_block: Callable
     if target in (aten.mm.default, aten.bmm.default):
         return f"torch.matmul({name(node.args[0])}, {name(node.args[1])})"
     if target is aten.addmm.default and not node.kwargs:
-        return _addmm(node, name, is_block)
+        return f"torch.add({_aligned(node.args[0], name, is_block, 2)}, torch.matmul({name(node.args[1])}, {name(node.args[2])}))"
     if target is aten.cat.default:
         parts, axis = node.args[0], int(node.args[1]) if len(node.args) > 1 else 0
         blocks = [name(p) if is_block(p) else f"{name(p)}.expand(n, {_lengths(p)})" for p in parts]
@@ -140,7 +142,11 @@ def call_block(node: fx.Node, name: Callable[[fx.Node], str], is_block: Callable
         args = list(node.args)
         args[_SHIFTED_DIM[target]] = int(args[_SHIFTED_DIM[target]]) % len(shape(args[0])) + 1
         return f"{op_name(target)}({_arguments(node, tuple(args), name)})"
-    if target is aten.native_layer_norm.default and is_block(node.args[0]) and not any(map(is_block, _nodes(node.args[2:4]))):
+    if (
+        target is aten.native_layer_norm.default
+        and is_block(node.args[0])
+        and not any(map(is_block, _nodes(node.args[2:4])))
+    ):
         return f"torch.native_layer_norm({_arguments(node, node.args, name)})"
     if target is aten.native_layer_norm_backward.default and list(node.args[-1]) == [True, False, False]:
         weights = [i for i in _nodes(node.args[5:7]) if is_block(i)]
@@ -153,7 +159,7 @@ def call_block(node: fx.Node, name: Callable[[fx.Node], str], is_block: Callable
     return _mapped(node, name, is_block)
 
 
-def _pointwise(node: fx.Node, name: Callable[[fx.Node], str]) -> str:
+def _pointwise(node: Node, name: Callable[[Node], str]) -> str:
     if node.target is aten.clone.default:
         return f"{name(node.args[0])}.clone()"
     if node.target is aten._to_copy.default:
@@ -161,20 +167,27 @@ def _pointwise(node: fx.Node, name: Callable[[fx.Node], str]) -> str:
     return f"{FAST.get(node.target) or op_name(node.target)}({_arguments(node, node.args, name)})"
 
 
-def _addmm(node: fx.Node, name: Callable[[fx.Node], str], is_block: Callable[[fx.Node], bool]) -> str:
-    bias, a, b = node.args
-    rows, columns = shape(node)
+def call_block_product(
+    node: Node, name: Callable[[Node], str], is_block: Callable[[Node], bool], out: str
+) -> str | None:
+    """Return a product with a matrix that no time step changes, as one product into ``out``; ``None`` if it is none."""
+    if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+        return None
+    *bias, a, b = node.args
     if is_block(b) or not is_block(a):
-        return f"torch.add({_aligned(bias, name, is_block, 2)}, torch.matmul({name(a)}, {name(b)}))"
-    flat_bias = name(bias)
-    if is_block(bias):
-        flat_bias = f"{_aligned(bias, name, is_block, 2)}.expand(n, {rows}, {columns}).reshape(-1, {columns})"
-    elif len(shape(bias)) == 2:
-        flat_bias = f"{name(bias)}.expand(n, {rows}, {columns}).reshape(-1, {columns})"
-    return f"torch.addmm({flat_bias}, {name(a)}.reshape(-1, {shape(a)[1]}), {name(b)}).view(n, {rows}, {columns})"
+        return None
+    rows, columns = shape(node)
+    flat = f"{name(a)}.reshape(-1, {shape(a)[1]}), {name(b)}, out={out}.view(-1, {columns}))"
+    if not bias:
+        return f"t_mm({flat}.view(n, {rows}, {columns})"
+    first = name(bias[0])
+    if is_block(bias[0]) or len(shape(bias[0])) == 2:
+        aligned = _aligned(bias[0], name, is_block, 2)
+        first = f"{aligned}.expand(n, {rows}, {columns}).reshape(-1, {columns})"
+    return f"t_addmm({first}, {flat}.view(n, {rows}, {columns})"
 
 
-def _mapped(node: fx.Node, name: Callable[[fx.Node], str], is_block: Callable[[fx.Node], bool]) -> str:
+def _mapped(node: Node, name: Callable[[Node], str], is_block: Callable[[Node], bool]) -> str:
     """Let torch map any other operation over the block."""
     inputs = node.all_input_nodes
     inner = {source: f"q{k}" for k, source in enumerate(inputs)}
@@ -184,16 +197,16 @@ def _mapped(node: fx.Node, name: Callable[[fx.Node], str], is_block: Callable[[f
     return f"torch.func.vmap(lambda {arguments}: {call(node, inner.__getitem__)}, ({dims},))({values})"
 
 
-def _aligned(source: Any, name: Callable[[fx.Node], str], is_block: Callable[[fx.Node], bool], rank: int) -> str:
+def _aligned(source: Any, name: Callable[[Node], str], is_block: Callable[[Node], bool], rank: int) -> str:
     missing = rank - len(shape(source))
     return f"{name(source)}[:{', None' * missing}]" if is_block(source) and missing > 0 else name(source)
 
 
-def _arguments(node: fx.Node, args: tuple[Any, ...], name: Callable[[fx.Node], str]) -> str:
+def _arguments(node: Node, args: tuple[Any, ...], name: Callable[[Node], str]) -> str:
     return ", ".join(_text(a, name) for a in args) + _keywords(node, name)
 
 
-def _keywords(node: fx.Node, name: Callable[[fx.Node], str] | None = None) -> str:
+def _keywords(node: Node, name: Callable[[Node], str] | None = None) -> str:
     kept = {k: v for k, v in node.kwargs.items() if k not in _LAYOUT_ONLY and k != "device"}
     text = "".join(f", {k}={_text(v, name)}" for k, v in kept.items())
     makes = isinstance(node.target, torch._ops.OpOverload) and not node.all_input_nodes
@@ -202,7 +215,7 @@ def _keywords(node: fx.Node, name: Callable[[fx.Node], str] | None = None) -> st
     return text
 
 
-def _text(value: Any, name: Callable[[fx.Node], str] | None) -> str:
+def _text(value: Any, name: Callable[[Node], str] | None) -> str:
     if isinstance(value, fx.Node):
         assert name is not None
         return name(value)
@@ -211,7 +224,7 @@ def _text(value: Any, name: Callable[[fx.Node], str] | None) -> str:
     return repr(value)
 
 
-def _dense(node: fx.Node) -> bool:
+def _dense(node: Node) -> bool:
     """Tell whether all keywords are such that the fast Python functions take them."""
     return set(node.kwargs) <= {"alpha", "beta", "value"}
 
@@ -228,7 +241,7 @@ def _out_overload(target: Any) -> tuple[Any, str] | None:
     return None
 
 
-def _nodes(values: Any) -> list[fx.Node]:
+def _nodes(values: Any) -> list[Node]:
     return [v for v in values if isinstance(v, fx.Node)]
 
 
@@ -237,7 +250,7 @@ def _first(value: Any) -> torch.Tensor:
     return first
 
 
-def _lengths(node: fx.Node) -> str:
+def _lengths(node: Node) -> str:
     return _numbers(shape(node))
 
 

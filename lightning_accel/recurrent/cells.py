@@ -7,7 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import linear
 
 States = tuple[Tensor, ...]
 
@@ -54,7 +54,7 @@ class PeepholeLSTMCell(_Cell):
     def forward(self, x: Tensor, state: States) -> tuple[Tensor, States]:
         """Make one step."""
         h, c = state
-        gates = F.linear(x, self.weight_ih, self.bias) + F.linear(h, self.weight_hh)
+        gates = linear(x, self.weight_ih, self.bias) + linear(h, self.weight_hh)
         i, f, g, o = gates.chunk(4, -1)
         i = torch.sigmoid(i + self.peephole_input * c)
         f = torch.sigmoid(f + self.peephole_forget * c)
@@ -81,7 +81,7 @@ class LayerNormLSTMCell(_Cell):
     def forward(self, x: Tensor, state: States) -> tuple[Tensor, States]:
         """Make one step."""
         h, c = state
-        gates = self.norm_ih(F.linear(x, self.weight_ih)) + self.norm_hh(F.linear(h, self.weight_hh))
+        gates = self.norm_ih(linear(x, self.weight_ih)) + self.norm_hh(linear(h, self.weight_hh))
         i, f, g, o = gates.chunk(4, -1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(self.norm_c(c))

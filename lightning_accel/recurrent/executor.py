@@ -1,20 +1,25 @@
 """Run a staged step over a sequence: forward and backward block by block, as one differentiable function."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from lightning_accel.recurrent.generation import Generator, Wanted, compile_source, generalize
-from lightning_accel.recurrent.staging import Stages, stage
-from lightning_accel.recurrent.tracing import CannotSchedule, TensorSpec, trace_step
+from lightning_accel.recurrent.scan_lowering import is_affine
+from lightning_accel.recurrent.staging import Stages, rewrite, stage
+from lightning_accel.recurrent.stepping import run_loop
+from lightning_accel.recurrent.tracing import CannotScheduleError, StepGraph, TensorSpec, as_function, trace_step
 
 # Rows (streams times steps) of a block: enough for full speed of the products, few enough that what a block makes and
 # uses again stays in the second-level cache.
-_BLOCK_ROWS = 1024
+_BLOCK_ROWS = 256
+_SCAN_ROWS = 4096  # scans gain from longer blocks
+_SPARES = 6
+_EXAMPLE_STREAMS = (3, 5)  # numbers of streams whose texts are compared, see `generalize`
 
 
 class StepSchedule:
@@ -25,9 +30,10 @@ class StepSchedule:
         step: ``step(module, xs, states) -> (ys, next_states)`` on lists of tensors of one time step.
         xs: One step's inputs; dimension 0 is the batch.
         states: One step's states; likewise.
+        scan: Whether loops that are elementwise and affine in one state become scans; one at least has to be.
 
     Raises:
-        CannotSchedule: If the step can not be traced or staged; the message says why.
+        CannotScheduleError: If the step can not be traced or staged; the message says why.
 
     References:
         Hwang, Sung, arXiv:1503.02852. *Deviations*: nodes are the tensor operations of a traced step and of its
@@ -35,8 +41,15 @@ class StepSchedule:
     """
 
     def __init__(
-        self, module: nn.Module, step: Callable[..., Any], xs: Sequence[TensorSpec], states: Sequence[TensorSpec]
+        self,
+        module: nn.Module,
+        step: Callable[..., Any],
+        xs: Sequence[TensorSpec],
+        states: Sequence[TensorSpec],
+        *,
+        scan: bool = False,
     ) -> None:
+        self.scan = scan
         self._module, self._step = module, step
         self._xs, self._states = list(xs), list(states)
         self._streams = xs[0].shape[0] if xs and xs[0].shape else 1
@@ -44,7 +57,11 @@ class StepSchedule:
         self._variants: dict[tuple[Wanted, int | None], dict[str, Any]] = {}
         self._any_batch = True
         self._lock = threading.Lock()
-        self.stages = self._stage(self._streams)
+        self._spare: dict[Hashable, Any] = {}
+        self._steps: dict[int, StepGraph] = {}
+        self.stages = self._stage(_EXAMPLE_STREAMS[0])
+        if scan:
+            self._find_scans()
         self.weight_names = [n for n, _ in module.named_parameters()] + [n for n, _ in module.named_buffers()]
 
     def __call__(
@@ -69,6 +86,18 @@ class StepSchedule:
         ny = self.stages.step.counts[3]
         return list(results[:ny]), list(results[ny:])
 
+    def run_plainly(
+        self, xs: Sequence[Tensor], states: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the plain loop with the given weights in the module's place."""
+        stepper, named = as_function(self._module, self._step, weights)
+
+        def step(_: nn.Module, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            ys, following = functional_call(stepper, named, (list(xs), list(states)))
+            return list(ys), list(following)
+
+        return run_loop(step, self._module, xs, states)
+
     def code(self, wanted: Wanted, streams: int) -> dict[str, Any]:
         """Return the compiled functions for a variant; writes them the first time."""
         with self._lock:
@@ -77,20 +106,37 @@ class StepSchedule:
             key = (wanted, None) if self._any_batch else (wanted, streams)
             if key not in self._variants:
                 stages = self._stage(streams)
-                self._variants[key] = self._compile(Generator(stages, wanted), None, stages)
+                self._variants[key] = self._compile(Generator(stages, wanted, scan=self.scan), None, stages)
             functions = self._variants[key]
             functions["B"] = streams
             return functions
 
+    def take(self, key: Hashable) -> Any:
+        """Take memory that an earlier call left, or ``None``: fresh pages cost more than what is done in them."""
+        with self._lock:
+            return self._spare.pop(key, None)
+
+    def leave(self, key: Hashable, memory: Any) -> None:
+        """Leave memory for a later call; the oldest of more than a few goes."""
+        with self._lock:
+            self._spare[key] = memory
+            while len(self._spare) > _SPARES:
+                del self._spare[next(iter(self._spare))]
+
     def source(self, wanted: Wanted) -> str:
         """Return the text of a variant, for people."""
-        return Generator(self._stage(self._streams), wanted).source()
+        return Generator(self._stage(_EXAMPLE_STREAMS[0]), wanted, scan=self.scan).source()
+
+    def _find_scans(self) -> None:
+        loops = [s for s in self.stages.forward if s.loop]
+        if not loops or not all(is_affine(s.nodes, self.stages.step.states) for s in loops):
+            raise CannotScheduleError("no scan: the recurrence is not elementwise and affine in one state.")
 
     def _write_for_any_batch(self, wanted: Wanted) -> None:
         texts = []
-        for streams in (5, 3):
+        for streams in reversed(_EXAMPLE_STREAMS):
             stages = self._stage(streams)
-            generator = Generator(stages, wanted)
+            generator = Generator(stages, wanted, scan=self.scan)
             texts.append(generator.source())
         general = generalize(texts[1], texts[0])
         if general is None:
@@ -105,9 +151,12 @@ class StepSchedule:
         return functions
 
     def _stage(self, streams: int) -> Stages:
-        xs = [s.with_batch(streams, self._streams) for s in self._xs]
-        states = [s.with_batch(streams, self._streams) for s in self._states]
-        return stage(trace_step(self._module, self._step, xs, states))
+        if streams not in self._steps:
+            xs = [s.with_batch(streams, self._streams) for s in self._xs]
+            states = [s.with_batch(streams, self._streams) for s in self._states]
+            self._steps[streams] = trace_step(self._module, self._step, xs, states)
+            rewrite(self._steps[streams])
+        return stage(self._steps[streams])
 
 
 class _Run(torch.autograd.Function):
@@ -116,74 +165,106 @@ class _Run(torch.autograd.Function):
         xs, states, weights = list(tensors[:nx]), list(tensors[nx : nx + ns]), list(tensors[nx + ns :])
         steps, streams = xs[0].shape[0], xs[0].shape[1] if xs[0].dim() > 1 else 1
         code = schedule.code(wanted, streams)
+        key = (wanted, "slabs", steps, streams) if wanted.any else None
         with torch.autocast(xs[0].device.type, enabled=False):
             inv = code["forward_constants"](weights)
-            slabs = code["make_slabs"](steps)
-            bounds, ws = states, {}
-            for begin, end in _blocks(steps, streams):
-                block = {k: v[begin : end + (k.startswith("state_"))] for k, v in slabs.items()}
-                if end - begin != ws.get("n"):
-                    ws = {"n": end - begin}
+            slabs = schedule.take(key) if key else None
+            if slabs is None:
+                slabs = code["make_slabs"](steps)
+            bounds = states
+            for begin, end, ws in _blocks(schedule, "forward", wanted, steps, streams):
+                block = _cut(slabs, begin, end)
                 bounds = code["forward"](end - begin, [x[begin:end] for x in xs], bounds, inv, block, ws)
-        ctx.schedule, ctx.wanted, ctx.counts = schedule, wanted, (nx, ns, len(code["places"]))
-        ys = [_output(place, slabs, code, weights, steps, keep=wanted.any) for place in code["places"]]
+            ys = [_output(place, slabs, keep=wanted.any) for place in code["places"]]
+            results = (*ys, *(b.clone() for b in bounds))
         if wanted.any:
-            ctx.slab_names = list(slabs)
+            ctx.schedule, ctx.wanted, ctx.counts = schedule, wanted, (nx, ns, len(ys))
+            ctx.slab_names, ctx.slab_key = list(slabs), key
             ctx.save_for_backward(*tensors, *slabs.values())
-        results = (*ys, *(b.clone() for b in bounds))
         ctx.mark_non_differentiable(*(r for r in results if not r.dtype.is_floating_point))
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, gradients)
         nx, ns, ny = ctx.counts
-        tensors = ctx.saved_tensors
+        schedule, wanted, tensors = ctx.schedule, ctx.wanted, ctx.saved_tensors
         inputs, slabs = tensors[: len(tensors) - len(ctx.slab_names)], tensors[len(tensors) - len(ctx.slab_names) :]
         saved = dict(zip(ctx.slab_names, slabs, strict=True))
-        xs, weights = inputs[:nx], inputs[nx + ns :]
+        xs, weights = inputs[:nx], list(inputs[nx + ns :])
         steps, streams = xs[0].shape[0], xs[0].shape[1] if xs[0].dim() > 1 else 1
-        code = ctx.schedule.code(ctx.wanted, streams)
+        code = schedule.code(wanted, streams)
         dys, bounds = gradients[:ny], list(gradients[ny:])
         sums: list[Tensor | None] = [None] * len(weights)
         with torch.autocast(xs[0].device.type, enabled=False):
             inv = code["backward_constants"](weights)
             made = code["make_gradient_slabs"](steps)
-            ws: dict[str, Any] = {}
-            for begin, end in reversed(_blocks(steps, streams)):
-                block = {k: v[begin : end + (k.startswith("state_"))] for k, v in saved.items()}
-                out = {k: v[begin:end] for k, v in made.items()}
-                if end - begin != ws.get("n"):
-                    ws = {"n": end - begin}
+            for begin, end, ws in _blocks(schedule, "backward", wanted, steps, streams):
                 bounds = code["backward"](
                     end - begin,
                     [x[begin:end] for x in xs],
                     inv,
-                    block,
+                    _cut(saved, begin, end),
                     [None if d is None else d[begin:end] for d in dys],
                     bounds,
-                    out,
+                    _cut(made, begin, end),
                     ws,
                     sums,
                 )
+            ends = [None if b is None else b.clone() for b in bounds]
+        if not _graph_is_kept():
+            # The graph gives its saved tensors free after this call; nobody else has seen them.
+            schedule.leave(ctx.slab_key, {name: slab.detach() for name, slab in saved.items()})
         d_xs: list[Tensor | None] = [None] * nx
         for k, name in code["GRADIENT_PLACES"]:
             d_xs[k] = torch.zeros_like(xs[k]) if name is None else made[name]
-        return None, None, None, None, *d_xs, *(None if b is None else b.clone() for b in bounds), *sums
+        return None, None, None, None, *d_xs, *ends, *sums
 
 
-def _blocks(steps: int, streams: int) -> list[tuple[int, int]]:
-    """Cut the time into blocks of equal length, a shorter one last."""
-    length = max(1, min(steps, -(-_BLOCK_ROWS // streams)))
-    return [(begin, min(begin + length, steps)) for begin in range(0, steps, length)]
+def _differentiable_backward(ctx: Any, gradients: Sequence[Tensor]) -> Any:
+    """Compute gradients that can be differentiated again, through the plain loop: slow, but rarely asked for."""
+    nx, ns, _ = ctx.counts
+    inputs = ctx.saved_tensors[: len(ctx.saved_tensors) - len(ctx.slab_names)]
+    ys, last = ctx.schedule.run_plainly(inputs[:nx], inputs[nx : nx + ns], inputs[nx + ns :])
+    results = [(r, g) for r, g in zip((*ys, *last), gradients, strict=True) if r.requires_grad]
+    wanted = [t for t in inputs if t.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [r for r, _ in results], wanted, [g for _, g in results], create_graph=True, allow_unused=True
+        )
+    )
+    return None, None, None, None, *(next(found) if t.requires_grad else None for t in inputs)
 
 
-def _output(
-    place: tuple[str, str], slabs: dict[str, Tensor], code: dict[str, Any], weights: list[Tensor], steps: int, *, keep: bool
-) -> Tensor:
+def _graph_is_kept() -> bool:
+    """Tell whether the running backward was called with ``retain_graph``; if torch can not say, it may have been."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
+def _cut(slabs: dict[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
+    """Cut a block out of what covers all time steps; states have one entry more."""
+    return {k: v[begin : end + k.startswith("state_")] for k, v in slabs.items()}
+
+
+def _blocks(
+    schedule: StepSchedule, phase: str, wanted: Wanted, steps: int, streams: int
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield (begin, end, buffers) of blocks of equal length, a shorter one last; the backward starts at the end."""
+    length = max(1, min(steps, -(-(_SCAN_ROWS if schedule.scan else _BLOCK_ROWS) // streams)))
+    cuts = [(begin, min(begin + length, steps)) for begin in range(0, steps, length)]
+    key = (wanted, phase, length, streams)
+    buffers = schedule.take(key) or {}
+    for begin, end in cuts if phase == "forward" else reversed(cuts):
+        yield begin, end, buffers if end - begin == length else {}
+    schedule.leave(key, buffers)
+
+
+def _output(place: tuple[str, str], slabs: dict[str, Tensor], *, keep: bool) -> Tensor:
     kind, name = place
     if kind == "constant":
-        raise CannotSchedule(f"the output {name!r} does not depend on the input.")
+        raise CannotScheduleError(f"the output {name!r} does not depend on the input.")
     value = slabs[name][1:] if kind == "state" else slabs[name]
     # what the backward reads must not be in the caller's hands, who may change it in place
     return value.clone() if keep else value

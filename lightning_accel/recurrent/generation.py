@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from lightning_accel.recurrent import batching
-from lightning_accel.recurrent.rewriting import VIEWS, aten, shape
+from lightning_accel.recurrent.rewriting import VIEWS, Node, aten, shape
+from lightning_accel.recurrent.scan import scan_into
+from lightning_accel.recurrent.scan_lowering import affine_forms
 from lightning_accel.recurrent.staging import Segment, Stages
 from lightning_accel.recurrent.time_sums import TimeSums
-from lightning_accel.recurrent.tracing import CannotSchedule
+from lightning_accel.recurrent.tracing import CannotScheduleError
 
 _INDENT = "    "
 
@@ -43,12 +45,13 @@ class Generator:
     that the next block of the same length uses again.
     """
 
-    def __init__(self, stages: Stages, wanted: Wanted) -> None:
+    def __init__(self, stages: Stages, wanted: Wanted, *, scan: bool = False) -> None:
+        self._scan = scan
         self.stages, self.step, self.wanted = stages, stages.step, wanted
         self._lines: list[str] = []
-        self._phase_inv: dict[fx.Node, None] = {}
-        self._outputs: dict[fx.Node, None] = {}
-        self._contiguous: set[fx.Node] = set()
+        self._phase_inv: dict[Node, None] = {}
+        self._outputs: dict[Node, None] = {}
+        self._contiguous: set[Node] = set()
 
     def source(self) -> str:
         """Write the text."""
@@ -76,8 +79,10 @@ class Generator:
         for k, x in enumerate(self.step.xs):
             self._say(f"{self._name(x)} = X[{k}]")
         for j in sorted(looped):
-            self._say(f"state_{j} = slabs['state_{j}'] if 'state_{j}' in slabs else ws_get(ws, 'state_{j}', "
-                      f"(n + 1, {_shape(self.step.states[j])}), {_dtype(self.step.states[j])})")
+            self._say(
+                f"state_{j} = slabs['state_{j}'] if 'state_{j}' in slabs else ws_get(ws, 'state_{j}', "
+                f"(n + 1, {_shape(self.step.states[j])}), {_dtype(self.step.states[j])})"
+            )
             self._say(f"state_{j}[0].copy_(bounds[{j}])")
         for segment in self.stages.forward:
             if segment.loop:
@@ -94,11 +99,16 @@ class Generator:
                 ends.append(f"{self._block(following)}[n - 1]")
         self._say(f"return [{', '.join(ends)}]")
         body = self._function("forward(n, X, bounds, inv, slabs, ws)", "forward_constants")
-        slabs = [f"'{n.name}': torch.empty((n, {_shape(n)}), dtype={_dtype(n)}, device=device)"
-                 for n in self._outputs if self._state_of(n) is None and n not in self.step.xs]
-        slabs += [f"'state_{j}': torch.empty((n + 1, {_shape(self.step.states[j])}), "
-                  f"dtype={_dtype(self.step.states[j])}, device=device)"
-                  for j in sorted({self._state_of(n) for n in self._outputs} - {None})]
+        slabs = [
+            f"'{n.name}': torch.empty((n, {_shape(n)}), dtype={_dtype(n)}, device=device)"
+            for n in self._outputs
+            if self._state_of(n) is None and n not in self.step.xs
+        ]
+        slabs += [
+            f"'state_{j}': torch.empty((n + 1, {_shape(self.step.states[j])}), "
+            f"dtype={_dtype(self.step.states[j])}, device=device)"
+            for j in sorted({self._state_of(n) for n in self._outputs} - {None})
+        ]
         return f"def make_slabs(n):\n{_INDENT}return {{{', '.join(slabs)}}}\n\n{body}"
 
     def output_names(self) -> list[tuple[str, str]]:
@@ -151,7 +161,10 @@ class Generator:
                 ends.append(f"{self._block(gradient)}[0]")
         self._say(f"return [{', '.join(ends)}]")
         body = self._function("backward(n, X, inv, saved, dys, dbounds, slabs, ws, sums)", "backward_constants")
-        slabs = [f"'{n.name}': torch.empty((n, {_shape(n)}), dtype={_dtype(n)}, device=device)" for n in dict.fromkeys(outputs)]
+        slabs = [
+            f"'{n.name}': torch.empty((n, {_shape(n)}), dtype={_dtype(n)}, device=device)"
+            for n in dict.fromkeys(outputs)
+        ]
         places = [f"({k}, '{g.name}')" if g not in self._inv else f"({k}, None)" for k, g in gradients]
         return (
             f"def make_gradient_slabs(n):\n{_INDENT}return {{{', '.join(slabs)}}}\n\n"
@@ -161,34 +174,34 @@ class Generator:
     # --- both ---------------------------------------------------------------------------------------------------------
 
     @property
-    def _inv(self) -> set[fx.Node]:
+    def _inv(self) -> set[Node]:
         return self.stages.invariant
 
-    def _start(self, outputs: dict[fx.Node, None]) -> None:
+    def _start(self, outputs: dict[Node, None]) -> None:
         self._lines, self._phase_inv, self._outputs, self._contiguous = [], {}, outputs, set()
 
     def _say(self, line: str, depth: int = 1) -> None:
         self._lines.append(_INDENT * depth + line)
 
-    def _name(self, node: fx.Node) -> str:
+    def _name(self, node: Node) -> str:
         if node in self._inv:
             self._phase_inv.setdefault(node)
         return f"v_{node.name}"
 
-    def _is_block(self, node: fx.Node) -> bool:
+    def _is_block(self, node: Node) -> bool:
         return node not in self._inv
 
-    def _block(self, node: fx.Node) -> str:
+    def _block(self, node: Node) -> str:
         """Name a block's value; one that no step changes is repeated."""
         return self._name(node) if self._is_block(node) else f"{self._name(node)}.expand(n, {_shape(node)})"
 
     def _looped_states(self) -> set[int]:
         return {j for j, s in enumerate(self.step.states) if self._in_loop(s)}
 
-    def _in_loop(self, node: fx.Node) -> bool:
+    def _in_loop(self, node: Node) -> bool:
         return node in self.stages.loop_of and node not in self.stages.constant_states
 
-    def _state_of(self, node: fx.Node) -> int | None:
+    def _state_of(self, node: Node) -> int | None:
         """Return which state's slab holds the node."""
         for j, (state, following) in enumerate(zip(self.step.states, self.step.next_states, strict=True)):
             if self._in_loop(state) and node in (state, following):
@@ -197,9 +210,9 @@ class Generator:
 
     def _function(self, header: str, constants: str) -> str:
         """Close the function; what no time step changes is computed in a function of its own."""
-        order: dict[fx.Node, None] = {}
+        order: dict[Node, None] = {}
 
-        def visit(node: fx.Node) -> None:
+        def visit(node: Node) -> None:
             if node not in order:
                 for source in node.all_input_nodes:
                     visit(source)
@@ -225,7 +238,9 @@ class Generator:
 
     def _write_block(self, segment: Segment) -> None:
         delayed = dict(zip(self.step.states, self.step.next_states, strict=True))
-        forward_delayed = {d: g for d, g in zip(self.step.d_next_states, self.step.d_states, strict=True) if d is not None}
+        forward_delayed = {
+            d: g for d, g in zip(self.step.d_next_states, self.step.d_states, strict=True) if d is not None
+        }
         for node in segment.nodes:
             name = self._name(node)
             if node in delayed:
@@ -246,6 +261,12 @@ class Generator:
                 else:
                     value = batching.call_view(node, self._name(source), block=True)
             else:
+                if node.target in (aten.mm.default, aten.addmm.default):
+                    place = f"slabs['{node.name}']" if node in self._outputs else _buffer(node, "n, ")
+                    product = batching.call_block_product(node, self._name, self._is_block, place)
+                    if product is not None:
+                        self._say(f"{name} = {product}")
+                        continue
                 value = batching.call_block(node, self._name, self._is_block)
                 if node.target in batching.FAST and node not in self._outputs and value.endswith(")"):
                     if torch.Tag.pointwise in node.target.tags:
@@ -258,17 +279,21 @@ class Generator:
             self._say(f"{name} = {value}")
             for part in self._parts(node):
                 got = batching.call(part, self._name)
-                self._say(f"{self._name(part)} = slabs['{part.name}'].copy_({got})" if part in self._outputs
-                          else f"{self._name(part)} = {got}")
+                self._say(
+                    f"{self._name(part)} = slabs['{part.name}'].copy_({got})"
+                    if part in self._outputs
+                    else f"{self._name(part)} = {got}"
+                )
 
-    def _parts(self, node: fx.Node) -> list[fx.Node]:
+    def _parts(self, node: Node) -> list[Node]:
         return [u for u in node.users if u.target is operator.getitem]
 
     # --- loops --------------------------------------------------------------------------------------------------------
 
     def _write_loop(self, segment: Segment, *, reverse: bool) -> None:
         loop = _Loop(self, segment, reverse=reverse)
-        loop.write()
+        if not (self._scan and loop.write_scan()):
+            loop.write()
 
 
 class _Loop:
@@ -279,11 +304,12 @@ class _Loop:
         self.nodes = [n for n in segment.nodes if n.op != "placeholder"]
         self.members = set(segment.nodes)
         self.placeholders = [n for n in segment.nodes if n.op == "placeholder"]
-        self.slab: dict[fx.Node, str] = {}  # value of every step: name of a block's tensor
-        self.shared: dict[fx.Node, str] = {}  # value of the step only: name of a tensor
-        self.fresh: set[fx.Node] = set()  # value that a call allocates
-        self.parent: dict[fx.Node, tuple[fx.Node, int]] = {}  # part of a concatenation, and where in it
+        self.slab: dict[Node, str] = {}  # value of every step: name of a block's tensor
+        self.shared: dict[Node, str] = {}  # value of the step only: name of a tensor
+        self.fresh: set[Node] = set()  # value that a call allocates
+        self.parent: dict[Node, tuple[Node, int]] = {}  # part of a concatenation, and where in it
         self.zipped: dict[str, str] = {}
+        self.kept: dict[Node, None] = {}  # values that calls allocate, collected in the loop and stacked after it
         step = generator.step
         if reverse:
             pairs = zip(step.d_next_states, step.d_states, strict=True)
@@ -311,12 +337,17 @@ class _Loop:
         if self.zipped:
             names, lists = list(self.zipped), list(self.zipped.values())
             rows = [f"{item}[::-1]" if self.reverse else item for item in lists]
-            say(f"for {', '.join(names)}{',' if len(names) == 1 else ''} in zip({', '.join(rows)}):"
-                if len(names) > 1 else f"for {names[0]} in {rows[0]}:")
+            say(
+                f"for {', '.join(names)}{',' if len(names) == 1 else ''} in zip({', '.join(rows)}):"
+                if len(names) > 1
+                else f"for {names[0]} in {rows[0]}:"
+            )
         else:
             say("for _ in range(n):")
         for line in body or ["pass"]:
             say(line, 2)
+        for node in self.kept:
+            say(f"torch.stack(kept_{node.name}{'[::-1]' if self.reverse else ''}, out=block_{node.name})")
         for node in sorted(outside, key=self.g.stages.order.__getitem__):
             if node in self.slab:
                 say(f"v_{node.name} = {self.slab[node]}")
@@ -326,15 +357,54 @@ class _Loop:
             else:
                 say(f"v_{place.name} = state_{j}[:-1]")
 
-    def _needed_outside(self) -> set[fx.Node]:
+    def write_scan(self) -> bool:
+        """Write the loop as a scan, if it is elementwise and affine in its only state."""
+        g, say = self.g, self.g._say
+        forms = affine_forms(self.nodes, [p for _, p, _ in self.delays], g._name, g._is_block)
+        if forms is None:
+            return False
+        ((j, place, following),) = self.delays
+        factor, summand = forms[following]
+        size = f"n, {_shape(place)}"
+        say(f"factor_{j} = ({factor or '0.0'} + torch.zeros((), dtype={_dtype(place)}, device=device)).expand({size})")
+        say(
+            f"summand_{j} = ({summand or '0.0'} + torch.zeros((), dtype={_dtype(place)}, device=device)).expand({size})"
+        )
+        if self.reverse:
+            say(f"slab_{j} = ws_get(ws, 'delay_{j}', (n + 1, {_shape(place)}), {_dtype(place)})")
+            say(f"slab_{j}[n].copy_(dbounds[{j}])")
+            say(f"scan_into(slab_{j}[:-1], factor_{j}, summand_{j}, reverse=True, start=slab_{j}[n])")
+            say(f"v_{place.name} = slab_{j}[1:]")
+            say(f"v_{following.name} = slab_{j}[:-1]")
+            say(f"start_{place.name} = slab_{j}[0]")
+        else:
+            say(f"scan_into(state_{j}[1:], factor_{j}, summand_{j}, reverse=False, start=state_{j}[0])")
+            say(f"v_{place.name} = state_{j}[:-1]")
+            say(f"v_{following.name} = state_{j}[1:]")
+        outside = self._needed_outside()
+        for node in sorted(outside - {place, following}, key=g.stages.order.__getitem__):
+            factor, summand = forms[node]
+            value = " + ".join(part for part in (factor and f"{factor} * v_{place.name}", summand) if part)
+            value = f"({value}).expand({size})"
+            say(
+                f"v_{node.name} = slabs['{node.name}'].copy_({value})"
+                if node in g._outputs
+                else f"v_{node.name} = {value}"
+            )
+        return True
+
+    def _needed_outside(self) -> set[Node]:
         g = self.g
         phase = g.stages.backward_nodes if self.reverse else g.stages.forward_nodes
         needed = {n for n in self.members if n in g._outputs}
         if self.reverse:
             needed |= self.members & g.stages.read
         for node in self.members:
-            if any(u in phase and u not in self.members and u.op != "output" for u in node.users
-                   if not (u.target is operator.getitem)):
+            if any(
+                u in phase and u not in self.members and u.op != "output"
+                for u in node.users
+                if u.target is not operator.getitem
+            ):
                 needed.add(node)
         sources = g.step.d_states if self.reverse else g.step.next_states
         targets = g.step.d_next_states if self.reverse else g.step.states
@@ -343,7 +413,9 @@ class _Loop:
                 needed.add(source)
         for node in list(self.members):
             for part in g._parts(node):
-                if part in g._outputs or any(u in phase and u not in self.members and u.op != "output" for u in part.users):
+                if part in g._outputs or any(
+                    u in phase and u not in self.members and u.op != "output" for u in part.users
+                ):
                     needed.add(part)
         return needed
 
@@ -368,7 +440,7 @@ class _Loop:
                     self.parent[part] = (node, start)
                 start += length
 
-    def _open_delays(self, outside: set[fx.Node]) -> None:
+    def _open_delays(self, outside: set[Node]) -> None:
         say = self.g._say
         for j, place, following in self.delays:
             if not self.reverse:
@@ -390,13 +462,13 @@ class _Loop:
             if following is not place:
                 self._zip(following, f"delay_{j}[:-1]")
 
-    def _has_views(self, node: fx.Node) -> bool:
+    def _has_views(self, node: Node) -> bool:
         return any(u.target in VIEWS and u in self.members for u in node.users)
 
-    def _zip(self, node: fx.Node, steps: str) -> None:
+    def _zip(self, node: Node, steps: str) -> None:
         self.zipped[f"s_{node.name}"] = steps
 
-    def _place(self, node: fx.Node, outside: set[fx.Node]) -> None:
+    def _place(self, node: Node, outside: set[Node]) -> None:
         g, say = self.g, self.g._say
         if node in self.next_of:
             return
@@ -435,32 +507,53 @@ class _Loop:
             return
         self._make_room(node, node in outside)
 
-    def _make_room(self, node: fx.Node, outside: bool) -> None:
+    def _over(self, node: Node) -> Node | None:
+        """Return the summand that a matrix product may be added to in place: made for all steps and used only here."""
+        if node.target is not aten.addmm.default or node.kwargs:
+            return None
+        u, g = node.args[0], self.g
+        free = u.op == "call_function" and u.target not in VIEWS and u.target is not operator.getitem
+        if not free or u in self.members or u in g._inv or u in g._outputs or u in g._saved or u in g.stages.read:
+            return None
+        users = [n for n in u.users if n in (g.stages.backward_nodes if self.reverse else g.stages.forward_nodes)]
+        return u if users == [node] and shape(u) == shape(node) else None
+
+    def _make_room(self, node: Node, outside: bool) -> None:
         say = self.g._say
+        summand = None if node in self.g._outputs else self._over(node)
+        if summand is not None:
+            self.slab[node] = f"v_{summand.name}"
+            say(f"list_{node.name} = v_{summand.name}.unbind(0)")
+            self._zip(node, f"list_{node.name}")
+            return
         if outside:
             if node in self.g._outputs:
                 say(f"block_{node.name} = slabs['{node.name}']")
             else:
-                say(f"block_{node.name} = ws_get(ws, '{node.name}', (n, {_shape(node)}), {_dtype(node)})")
+                say(f"block_{node.name} = {_buffer(node, 'n, ')}")
             self.slab[node] = f"block_{node.name}"
             say(f"list_{node.name} = block_{node.name}.unbind(0)")
             self._zip(node, f"list_{node.name}")
         else:
-            say(f"s_{node.name} = ws_get(ws, '{node.name}', ({_shape(node)}), {_dtype(node)})")
+            say(f"s_{node.name} = {_buffer(node)}")
             self.shared[node] = f"s_{node.name}"
 
-    def _copy_out(self, node: fx.Node) -> None:
+    def _copy_out(self, node: Node) -> None:
         """Keep a value that has its place elsewhere: each step copies it."""
         say = self.g._say
         if node in self.g._outputs:
             say(f"block_{node.name} = slabs['{node.name}']")
         else:
-            say(f"block_{node.name} = ws_get(ws, '{node.name}', (n, {_shape(node)}), {_dtype(node)})")
-        say(f"copies_{node.name} = block_{node.name}.unbind(0)")
+            say(f"block_{node.name} = {_buffer(node, 'n, ')}")
         self.slab[node] = f"block_{node.name}"
-        self.zipped[f"copy_{node.name}"] = f"copies_{node.name}"
+        if node in self.fresh or node.target is operator.getitem:
+            say(f"kept_{node.name} = []")
+            self.kept[node] = None
+        else:
+            say(f"copies_{node.name} = block_{node.name}.unbind(0)")
+            self.zipped[f"copy_{node.name}"] = f"copies_{node.name}"
 
-    def _place_view(self, node: fx.Node, outside: set[fx.Node]) -> None:
+    def _place_view(self, node: Node, outside: set[Node]) -> None:
         source, say = node.args[0], self.g._say
         if source in self.fresh or (source not in self.slab and source not in self.shared and source in self.members):
             self.fresh.add(node)
@@ -478,7 +571,7 @@ class _Loop:
             if node in self.g._outputs:
                 self._copy_out(node)
 
-    def _emit(self, node: fx.Node) -> list[str]:
+    def _emit(self, node: Node) -> list[str]:
         name = self._operand
         lines: list[str] = []
         if node.target in VIEWS:
@@ -489,22 +582,28 @@ class _Loop:
         elif node in self.fresh:
             lines.append(f"s_{node.name} = {batching.call(node, name)}")
             lines += [f"s_{p.name} = s_{node.name}[{p.args[1]}]" for p in self.g._parts(node)]
-            lines += [f"copy_{p.name}.copy_(s_{p.name})" for p in self.g._parts(node) if f"copy_{p.name}" in self.zipped]
-        elif node.target is aten.cat.default and any(p in self.parent and self.parent[p][0] is node for p in node.args[0]):
+            lines += [f"kept_{p.name}.append(s_{p.name})" for p in self.g._parts(node) if p in self.kept]
+        elif node.target is aten.cat.default and any(
+            p in self.parent and self.parent[p][0] is node for p in node.args[0]
+        ):
             start, axis = 0, (int(node.args[1]) if len(node.args) > 1 else 0) % len(shape(node))
             for part in node.args[0]:
                 end = start + shape(part)[axis]
                 if self.parent.get(part, (None, 0))[0] is not node:
                     lines.append(f"s_{node.name}[{':, ' * axis}{start}:{end}].copy_({name(part)})")
                 start = end
+        elif self.slab.get(node, "").startswith("v_"):
+            lines.append(f"s_{node.name}.addmm_({name(node.args[1])}, {name(node.args[2])})")
         else:
             written = batching.call_into(node, name, f"s_{node.name}")
             lines.append(written if written is not None else f"s_{node.name}.copy_({batching.call(node, name)})")
+        if node in self.kept:
+            lines.append(f"kept_{node.name}.append(s_{node.name})")
         if f"copy_{node.name}" in self.zipped:
             lines.append(f"copy_{node.name}.copy_(s_{node.name})")
         return lines
 
-    def _operand(self, node: fx.Node) -> str:
+    def _operand(self, node: Node) -> str:
         """Name one step's value."""
         if node in self.g._inv:
             if len(shape(node)) == 2:  # a transposed weight is several times slower in a small product
@@ -550,6 +649,7 @@ def compile_source(source: str, constants: dict[str, Tensor], device: torch.devi
         "B": streams,
         "inf": math.inf,
         "nan": math.nan,
+        "scan_into": scan_into,
         "ws_get": _buffer_maker(device),
         "two_buffers": _pair_maker(device),
         "add_to": _add_to,
@@ -557,7 +657,7 @@ def compile_source(source: str, constants: dict[str, Tensor], device: torch.devi
     try:
         exec(compile(source, "<recurrent schedule>", "exec"), space)
     except SyntaxError as error:
-        raise CannotSchedule(f"the schedule's code does not compile: {error}") from error
+        raise CannotScheduleError(f"the schedule's code does not compile: {error}") from error
     return space
 
 
@@ -572,7 +672,9 @@ def _buffer_maker(device: torch.device) -> Callable[..., Tensor]:
 
 
 def _pair_maker(device: torch.device) -> Callable[..., list[Tensor]]:
-    def two_buffers(ws: dict[str, Any], name: str, length: int, size: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    def two_buffers(
+        ws: dict[str, Any], name: str, length: int, size: Sequence[int], dtype: torch.dtype
+    ) -> list[Tensor]:
         if name not in ws:
             ws[name] = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
         pair = ws[name]
@@ -589,9 +691,13 @@ def _tokens(source: str) -> list[tokenize.TokenInfo]:
     return list(tokenize.generate_tokens(io.StringIO(source).readline))
 
 
-def _shape(node: fx.Node) -> str:
+def _buffer(node: Node, lead: str = "") -> str:
+    return f"ws_get(ws, '{node.name}', ({lead}{_shape(node)}), {_dtype(node)})"
+
+
+def _shape(node: Node) -> str:
     return "".join(f"{s}, " for s in shape(node))
 
 
-def _dtype(node: fx.Node) -> str:
+def _dtype(node: Node) -> str:
     return str(node.meta["val"].dtype)

@@ -5,12 +5,14 @@ All rewrites keep the mathematics; some change the order of roundings.
 
 import operator
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
 aten = torch.ops.aten
+# torch types a node's arguments as a union of everything a graph can hold; what they are here, the target says.
+Node: TypeAlias = Any
 
 # Operations whose result shares its input's memory.
 VIEWS = {
@@ -34,7 +36,7 @@ _IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.def
 _ZEROS = {aten.zeros_like.default: 0, aten.new_zeros.default: 0, aten.ones_like.default: 1, aten.new_ones.default: 1}
 
 
-def shape(node: fx.Node) -> tuple[int, ...]:
+def shape(node: Node) -> tuple[int, ...]:
     """Return the shape of one step's value."""
     return tuple(node.meta["val"].shape)
 
@@ -57,7 +59,7 @@ def normalize(graph: fx.Graph) -> None:
     merge_equal(graph)
 
 
-def make(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+def make(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
     """Add a call at the graph's insertion point and infer its shape."""
     node = graph.call_function(target, args, kwargs)
     lower = fx.node.map_arg
@@ -67,7 +69,7 @@ def make(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any)
 
 def merge_equal(graph: fx.Graph) -> None:
     """Compute equal calls once."""
-    seen: dict[Hashable, fx.Node] = {}
+    seen: dict[Hashable, Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -79,7 +81,7 @@ def merge_equal(graph: fx.Graph) -> None:
             seen[key] = node
 
 
-def hoist_coefficients(graph: fx.Graph, loop_of: dict[fx.Node, int]) -> None:
+def hoist_coefficients(graph: fx.Graph, loop_of: dict[Node, int]) -> None:
     """Turn ``(v * a) * b`` into ``v * (a * b)`` where only ``v`` is in the loop, so that ``a * b`` is not."""
     for node in list(graph.nodes):
         if node.target is not aten.mul.Tensor or node not in loop_of:
@@ -102,7 +104,7 @@ def hoist_coefficients(graph: fx.Graph, loop_of: dict[fx.Node, int]) -> None:
     merge_equal(graph)
 
 
-def fuse_sums(graph: fx.Graph, loop_of: dict[fx.Node, int]) -> None:
+def fuse_sums(graph: fx.Graph, loop_of: dict[Node, int]) -> None:
     """Turn ``u + a @ b`` into one addmm and ``u + a * b`` into one addcmul, in the loops."""
     for node in list(graph.nodes):
         if node.target is not aten.add.Tensor or node not in loop_of or node.kwargs or len(node.args) != 2:
@@ -123,7 +125,7 @@ def fuse_sums(graph: fx.Graph, loop_of: dict[fx.Node, int]) -> None:
                 break
 
 
-def factor_sums(graph: fx.Graph, loop_of: dict[fx.Node, int]) -> None:
+def factor_sums(graph: fx.Graph, loop_of: dict[Node, int]) -> None:
     """Turn ``u + v * a + v * b`` and ``v * a + v * b`` into one product with ``a + b``, which is not in the loop."""
     for node in list(graph.nodes):
         if node.target is not aten.addcmul.default or node not in loop_of or node.kwargs:
@@ -151,7 +153,7 @@ def factor_sums(graph: fx.Graph, loop_of: dict[fx.Node, int]) -> None:
         graph.erase_node(inner)
 
 
-def _factors(node: fx.Node, loop_of: dict[fx.Node, int]) -> tuple[Any, Any, Any]:
+def _factors(node: Node, loop_of: dict[Node, int]) -> tuple[Any, Any, Any]:
     """Return (u, v, a) of ``addcmul(u, v, a)``, with ``v`` in the node's loop and ``a`` outside; ``None`` if not so."""
     u, *factors = node.args
     inside = [loop_of.get(a) == loop_of[node] for a in factors]
@@ -160,7 +162,7 @@ def _factors(node: fx.Node, loop_of: dict[fx.Node, int]) -> tuple[Any, Any, Any]
     return (u, *factors) if inside[0] else (u, factors[1], factors[0])
 
 
-def pin(graph: fx.Graph, index: int, taken: set[fx.Node]) -> None:
+def pin(graph: fx.Graph, index: int, taken: set[Node]) -> None:
     """Make result ``index`` a call of its own that owns its memory, by a copy where it is not."""
     output = next(n for n in graph.nodes if n.op == "output")
     results = list(output.args[0])
@@ -172,7 +174,7 @@ def pin(graph: fx.Graph, index: int, taken: set[fx.Node]) -> None:
     taken.add(results[index])
 
 
-def _fuse(graph: fx.Graph, node: fx.Node, u: fx.Node, product: fx.Node, loop_of: dict[fx.Node, int]) -> fx.Node | None:
+def _fuse(graph: fx.Graph, node: Node, u: Node, product: Node, loop_of: dict[Node, int]) -> Node | None:
     with graph.inserting_before(node):
         if product.target is aten.mm.default and shape(u) == shape(product):
             return make(graph, aten.addmm.default, u, *product.args)
@@ -190,7 +192,7 @@ def _fuse(graph: fx.Graph, node: fx.Node, u: fx.Node, product: fx.Node, loop_of:
     return None
 
 
-def _loop_first(node: fx.Node, loop_of: dict[fx.Node, int]) -> tuple[fx.Node | None, Any]:
+def _loop_first(node: Node, loop_of: dict[Node, int]) -> tuple[Node | None, Any]:
     """Return the factors, the one in the node's loop first; ``None`` first unless exactly one is there."""
     first, second = node.args
     inside = [isinstance(a, fx.Node) and loop_of.get(a) == loop_of[node] for a in (first, second)]
@@ -201,7 +203,7 @@ def _loop_first(node: fx.Node, loop_of: dict[fx.Node, int]) -> tuple[fx.Node | N
     return None, None
 
 
-def _value(node: fx.Node) -> Any:
+def _value(node: Node) -> Any:
     return node.meta["val"]
 
 
@@ -221,7 +223,7 @@ def _freeze(value: Any) -> Hashable:
     return (type(value).__name__, value)
 
 
-def _replace_split_part(graph: fx.Graph, node: fx.Node) -> None:
+def _replace_split_part(graph: fx.Graph, node: Node) -> None:
     source, index = node.args
     assert isinstance(source, fx.Node)
     if source.target in _SPLITS:
@@ -242,50 +244,50 @@ def _replace_split_part(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _sigmoid_backward(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _sigmoid_backward(graph: fx.Graph, node: Node) -> Node:
     gradient, y = node.args
     return make(graph, aten.mul.Tensor, gradient, make(graph, aten.mul.Tensor, y, _one_minus(graph, y)))
 
 
-def _tanh_backward(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _tanh_backward(graph: fx.Graph, node: Node) -> Node:
     gradient, y = node.args
     return make(graph, aten.mul.Tensor, gradient, _one_minus(graph, make(graph, aten.mul.Tensor, y, y)))
 
 
-def _one_minus(graph: fx.Graph, y: fx.Node) -> fx.Node:
+def _one_minus(graph: fx.Graph, y: Node) -> Node:
     return make(graph, aten.sub.Tensor, _scalar(graph, 1.0, y), y)
 
 
-def _scalar(graph: fx.Graph, value: float, like: fx.Node) -> fx.Node:
+def _scalar(graph: fx.Graph, value: float, like: Node) -> Node:
     return make(graph, aten.scalar_tensor.default, value, dtype=like.meta["val"].dtype)
 
 
-def _rsub(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _rsub(graph: fx.Graph, node: Node) -> Node | None:
     x, other, *alpha = node.args
     if alpha or node.kwargs:
         return None
     return make(graph, aten.sub.Tensor, _scalar(graph, other, x), x)
 
 
-def _relu(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _relu(graph: fx.Graph, node: Node) -> Node:
     return make(graph, aten.clamp_min.default, node.args[0], 0)
 
 
-def _transpose_twice(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _transpose_twice(graph: fx.Graph, node: Node) -> Node | None:
     inner = node.args[0]
     return inner.args[0] if inner.target is aten.t.default else None
 
 
-def _identity(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _identity(graph: fx.Graph, node: Node) -> Node:
     return node.args[0]
 
 
-def _clone(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _clone(graph: fx.Graph, node: Node) -> Node | None:
     # Nothing is changed in place, so a copy is only worth keeping where it changes the layout.
     return None if node.kwargs.get("memory_format") is not None else node.args[0]
 
 
-def _same_shape_view(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _same_shape_view(graph: fx.Graph, node: Node) -> Node | None:
     x = node.args[0]
     if shape(x) == shape(node):
         return x
@@ -294,12 +296,12 @@ def _same_shape_view(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _filled(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _filled(graph: fx.Graph, node: Node) -> Node:
     value, meta = _ZEROS[node.target], node.meta["val"]
     return make(graph, aten.full.default, list(meta.shape), value, dtype=meta.dtype)
 
 
-def _layer_norm_backward(graph: fx.Graph, node: fx.Node) -> None:
+def _layer_norm_backward(graph: fx.Graph, node: Node) -> None:
     """Split it: the input's gradient may stay in a loop, those of weight and bias are summed over all time steps."""
     parts = [user for user in node.users if user.target is operator.getitem]
     *args, mask = node.args
@@ -316,7 +318,7 @@ def _layer_norm_backward(graph: fx.Graph, node: fx.Node) -> None:
             part.update_arg(0, rest)
 
 
-_RULES: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node | None]] = {
+_RULES: dict[Any, Callable[[fx.Graph, Node], Node | None]] = {
     aten.sigmoid_backward.default: _sigmoid_backward,
     aten.tanh_backward.default: _tanh_backward,
     aten.rsub.Scalar: _rsub,

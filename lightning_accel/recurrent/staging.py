@@ -8,11 +8,10 @@ block of time steps in one call, in segments before, between and after the loops
 import operator
 from dataclasses import dataclass, field
 
-from torch import fx
-
 from lightning_accel.recurrent.graph import strongly_connected_components
 from lightning_accel.recurrent.rewriting import (
     VIEWS,
+    Node,
     factor_sums,
     fuse_sums,
     hoist_coefficients,
@@ -26,7 +25,7 @@ from lightning_accel.recurrent.tracing import StepGraph
 class Segment:
     """Nodes that run together: a loop, or calls that each cover the whole block."""
 
-    nodes: list[fx.Node]
+    nodes: list[Node]
     loop: bool
 
 
@@ -46,13 +45,13 @@ class Stages:
     """
 
     step: StepGraph
-    invariant: set[fx.Node]
-    components: list[list[fx.Node]]
-    loop_of: dict[fx.Node, int]
-    order: dict[fx.Node, int]
-    forward_nodes: set[fx.Node]
-    backward_nodes: set[fx.Node] = field(default_factory=set)
-    read: set[fx.Node] = field(default_factory=set)
+    invariant: set[Node]
+    components: list[list[Node]]
+    loop_of: dict[Node, int]
+    order: dict[Node, int]
+    forward_nodes: set[Node]
+    backward_nodes: set[Node] = field(default_factory=set)
+    read: set[Node] = field(default_factory=set)
 
     @property
     def forward(self) -> list[Segment]:
@@ -64,7 +63,7 @@ class Stages:
         """Segments of the backward, in order."""
         return self._segments(self.backward_nodes)
 
-    def add_backward(self, *roots: fx.Node) -> None:
+    def add_backward(self, *roots: Node) -> None:
         """Add what the backward needs to compute ``roots`` for every time step; views of forward values are remade."""
         feeds = {d: g for d, g in zip(self.step.d_next_states, self.step.d_states, strict=True) if d is not None and g}
         stack = list(roots)
@@ -80,15 +79,15 @@ class Stages:
                 stack.append(feeds[node])
 
     @property
-    def saved(self) -> list[fx.Node]:
+    def saved(self) -> list[Node]:
         """Forward values that the backward reads, inputs and states among them."""
         read = self.read.union(*(n.all_input_nodes for n in self.backward_nodes))
         return sorted((read & self.forward_nodes) - self.backward_nodes, key=self.order.__getitem__)
 
-    def _segments(self, members: set[fx.Node]) -> list[Segment]:
-        depth: dict[fx.Node, int] = {}
-        batches: dict[int, list[fx.Node]] = {}
-        loops: dict[int, list[list[fx.Node]]] = {}
+    def _segments(self, members: set[Node]) -> list[Segment]:
+        depth: dict[Node, int] = {}
+        batches: dict[int, list[Node]] = {}
+        loops: dict[int, list[list[Node]]] = {}
         sources = self._delayed_sources()
         for component in self.components:
             nodes = [n for n in component if n in members]
@@ -115,15 +114,15 @@ class Stages:
         return segments
 
     @property
-    def constant_states(self) -> set[fx.Node]:
+    def constant_states(self) -> set[Node]:
         """States that every step returns as they are."""
         return {s for s, n in zip(self.step.states, self.step.next_states, strict=True) if s is n}
 
-    def _delayed_sources(self) -> dict[fx.Node, list[fx.Node]]:
+    def _delayed_sources(self) -> dict[Node, list[Node]]:
         return {target: [source] for source, target in delay_edges(self.step) if source is not target}
 
 
-def delay_edges(step: StepGraph) -> list[tuple[fx.Node, fx.Node]]:
+def delay_edges(step: StepGraph) -> list[tuple[Node, Node]]:
     """Return (source, target) of the edges that lead to the next time step, or for gradients to the previous one."""
     edges = list(zip(step.next_states, step.states, strict=True))
     for gradient, tangent in zip(step.d_states, step.d_next_states, strict=True):
@@ -132,20 +131,20 @@ def delay_edges(step: StepGraph) -> list[tuple[fx.Node, fx.Node]]:
     return edges
 
 
-def stage(step: StepGraph) -> Stages:
-    """Rewrite a traced step and find its loops."""
+def rewrite(step: StepGraph) -> None:
+    """Rewrite a traced step so that its loops are small."""
     graph = step.graph
     normalize(graph)
     step.read_roles()
-    hoist_coefficients(graph, _analyse(step).loop_of)
-    step.read_roles()
-    fuse_sums(graph, _analyse(step).loop_of)
-    graph.eliminate_dead_code()
-    step.read_roles()
-    factor_sums(graph, _analyse(step).loop_of)
-    graph.eliminate_dead_code()
-    step.read_roles()
+    for improve in (hoist_coefficients, fuse_sums, factor_sums):
+        improve(graph, _analyse(step).loop_of)
+        graph.eliminate_dead_code()
+        step.read_roles()
     _pin_results(step)
+
+
+def stage(step: StepGraph) -> Stages:
+    """Find the loops of a rewritten step."""
     stages = _analyse(step)
     stages.add_backward(*(g for g in step.d_states if g is not None))
     return stages
@@ -153,12 +152,12 @@ def stage(step: StepGraph) -> Stages:
 
 def _pin_results(step: StepGraph) -> None:
     nx, ns, _, ny = step.counts
-    states: set[fx.Node] = set()
+    states: set[Node] = set()
     for k in range(ns):
         if step.next_states[k] is not step.states[k]:
             pin(step.graph, ny + k, states)
     step.read_roles()
-    taken: set[fx.Node] = set()
+    taken: set[Node] = set()
     gradient = ny + ns
     for k in range(nx + ns):
         if step.smooth_inputs[k]:
@@ -182,7 +181,7 @@ def _analyse(step: StepGraph) -> Stages:
             invariant.add(node)
     order = {n: k for k, n in enumerate(nodes)}
     states = dict(zip(step.states, step.next_states, strict=True))
-    forward: set[fx.Node] = set()
+    forward: set[Node] = set()
     stack = [*step.ys, *step.next_states]
     while stack:
         node = stack.pop()

@@ -8,13 +8,11 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
-
 from lightning_accel.recurrent import batching
-from lightning_accel.recurrent.rewriting import VIEWS, aten, shape
+from lightning_accel.recurrent.rewriting import VIEWS, Node, aten, shape
 from lightning_accel.recurrent.staging import Stages
 
-Name = Callable[[fx.Node], str]
+Name = Callable[[Node], str]
 
 _LINEAR = {aten.neg.default, aten._to_copy.default, aten.clone.default}
 _LINEAR_IN_FIRST = {aten.slice_backward.default, aten.select_backward.default}
@@ -28,20 +26,20 @@ class TimeSums:
 
     def __init__(self, stages: Stages) -> None:
         self.stages = stages
-        self._wanted: dict[int, fx.Node] = {}
+        self._wanted: dict[int, Node] = {}
 
-    def add(self, weight: int, gradient: fx.Node) -> None:
+    def add(self, weight: int, gradient: Node) -> None:
         """Plan the sum of a weight's gradient."""
         self._wanted[weight] = gradient
         for leaf in self._leaves(gradient):
             self.stages.add_backward(leaf)
             self.stages.read.add(leaf)
 
-    def statements(self, name: Name, is_block: Callable[[fx.Node], bool]) -> dict[int, list[str]]:
+    def statements(self, name: Name, is_block: Callable[[Node], bool]) -> dict[int, list[str]]:
         """Write, for each weight, statements of which the last is the expression of the sum."""
         self._before: list[str] = []
         self._name, self._is_block = name, is_block
-        self._made: set[fx.Node] = set()
+        self._made: set[Node] = set()
         texts = {}
         for weight, gradient in self._wanted.items():
             self._before = []
@@ -49,7 +47,7 @@ class TimeSums:
             texts[weight] = [*self._before, expression]
         return texts
 
-    def _rule(self, node: fx.Node) -> tuple[str, list[fx.Node]]:
+    def _rule(self, node: Node) -> tuple[str, list[Node]]:
         """Decide how to sum a node: the rule's name, and the nodes that are summed in their turn."""
         target, changing = node.target, [i for i in node.all_input_nodes if i not in self.stages.invariant]
         if node in self.stages.invariant:
@@ -62,7 +60,9 @@ class TimeSums:
             return "linear", changing
         if target is aten.mm.default:
             return ("linear", changing) if len(changing) == 1 else ("product", [])
-        if target in (aten.add.Tensor, aten.sub.Tensor, aten.cat.default) and len(changing) == len(node.all_input_nodes):
+        if target in (aten.add.Tensor, aten.sub.Tensor, aten.cat.default) and len(changing) == len(
+            node.all_input_nodes
+        ):
             same = target is aten.cat.default or all(shape(i) == shape(node) for i in changing)
             return ("linear", changing) if same else ("value", [])
         if target is aten.mul.Tensor and len(changing) == 1 and node.args[0] is not node.args[1]:
@@ -77,7 +77,7 @@ class TimeSums:
             return "embedding", []
         return "value", []
 
-    def _leaves(self, node: fx.Node) -> list[fx.Node]:
+    def _leaves(self, node: Node) -> list[Node]:
         rule, inner = self._rule(node)
         if rule == "constant":
             return []
@@ -93,7 +93,7 @@ class TimeSums:
             return [i for i in node.all_input_nodes if i not in self.stages.invariant]
         return [node]
 
-    def _sum(self, node: fx.Node) -> str:
+    def _sum(self, node: Node) -> str:
         rule, inner = self._rule(node)
         name = self._name
         if rule == "constant":
@@ -101,7 +101,7 @@ class TimeSums:
         if rule == "linear":
             sums = {i: self._sum(i) for i in inner}
 
-            def operand(source: fx.Node) -> str:
+            def operand(source: Node) -> str:
                 return sums[source] if source in sums else name(source)
 
             if node.target in VIEWS:
@@ -125,7 +125,7 @@ class TimeSums:
             return batching.call(node, lambda i: f"{name(i)}.flatten(0, 1)")
         return f"{name(node)}.sum(0)"
 
-    def _product(self, node: fx.Node) -> str:
+    def _product(self, node: Node) -> str:
         left, transposed = self._behind_transpose(node.args[0])
         right = node.args[1]
         flat_right = f"{self._name(right)}.reshape(-1, {shape(right)[1]})"
@@ -134,7 +134,7 @@ class TimeSums:
         rows = shape(left)[0]
         return f"torch.mm({self._name(left)}.transpose(0, 1).reshape({rows}, -1), {flat_right})"
 
-    def _behind_transpose(self, node: Any) -> tuple[fx.Node, bool]:
+    def _behind_transpose(self, node: Any) -> tuple[Node, bool]:
         if node.target is aten.t.default and node.args[0] not in self.stages.invariant:
             return node.args[0], True
         return node, False

@@ -4,17 +4,18 @@ import operator
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
 
+Node: TypeAlias = Any  # torch types a node's arguments as a union of everything a graph can hold
 Step = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
-class CannotSchedule(Exception):
+class CannotScheduleError(Exception):
     """A cell cannot be scheduled; the message says why and names the line."""
 
 
@@ -95,24 +96,22 @@ def trace_step(
         states: One step's states.
 
     Raises:
-        CannotSchedule: If the step looks at values, changes tensors in place that it did not make, draws random
+        CannotScheduleError: If the step looks at values, changes tensors in place that it did not make, draws random
             numbers, returns states of another shape or type, or can not be traced.
     """
-    weights = dict(module.named_parameters()) | dict(module.named_buffers())
-    names = list(weights)
-    values = [w.detach() for w in weights.values()]
+    parameters = [p.detach() for p in module.parameters()]
+    values = [*parameters, *(b.detach().clone() for b in module.buffers())]
     generator = torch.Generator().manual_seed(0)
     x_values = [spec.example(generator) for spec in xs]
     s_values = [spec.example(generator) for spec in states]
 
     def run(xs: list[Tensor], states: list[Tensor], weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        wrapped = _Stepper(module, step)
-        ys, following = functional_call(
-            wrapped, {f"module.{n}": w for n, w in zip(names, weights, strict=True)}, (xs, states)
-        )
+        stepper, named = as_function(module, step, weights)
+        ys, following = functional_call(stepper, named, (xs, states))
         return list(ys), list(following)
 
-    differentiable = [_is_differentiable(v) for v in (*x_values, *s_values, *values)]
+    differentiable = [_is_differentiable(v) for v in (*x_values, *s_values, *parameters)]
+    differentiable += [False] * (len(values) - len(parameters))
     out_flags: list[bool] = []
 
     def joint(primals: list[Tensor], tangents: list[Tensor]) -> Any:
@@ -139,10 +138,10 @@ def trace_step(
         tangents = [torch.ones_like(r) for r in (*ys, *following) if _is_differentiable(r)]
         with torch.enable_grad():
             traced = make_fx(joint)(primals, tangents)
-    except CannotSchedule:
+    except CannotScheduleError:
         raise
     except Exception as error:
-        raise CannotSchedule(f"one step can not be traced: {_last_line(error)}") from error
+        raise CannotScheduleError(f"one step can not be traced: {_last_line(error)}") from error
     finally:
         torch.set_rng_state(state_before)
     _refuse_side_effects(traced)
@@ -150,6 +149,14 @@ def trace_step(
     constants = {n.target: getattr(traced, n.target) for n in traced.graph.nodes if n.op == "get_attr"}
     counts = (len(x_values), len(s_values), len(values), len(ys))
     return StepGraph(traced.graph, constants, counts, tuple(differentiable), tuple(out_flags))
+
+
+def as_function(
+    module: nn.Module, step: Callable[..., Any], weights: Sequence[Tensor]
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Prepare ``functional_call(stepper, named, (xs, states))``: the step with other weights, parameters then buffers."""
+    names = [n for n, _ in module.named_parameters()] + [n for n, _ in module.named_buffers()]
+    return _Stepper(module, step), {f"module.{n}": w for n, w in zip(names, weights, strict=True)}
 
 
 class _Stepper(nn.Module):
@@ -170,10 +177,10 @@ def _is_differentiable(tensor: Tensor) -> bool:
 
 def _check_states(states: Sequence[Tensor], following: Sequence[Tensor]) -> None:
     if len(states) != len(following):
-        raise CannotSchedule(f"a step takes {len(states)} states and returns {len(following)}.")
+        raise CannotScheduleError(f"a step takes {len(states)} states and returns {len(following)}.")
     for k, (old, new) in enumerate(zip(states, following, strict=True)):
         if old.shape != new.shape or old.dtype != new.dtype:
-            raise CannotSchedule(
+            raise CannotScheduleError(
                 f"state {k} changes from {tuple(old.shape)}, {old.dtype} to {tuple(new.shape)}, {new.dtype} in a step."
             )
 
@@ -192,14 +199,14 @@ def _refuse_side_effects(traced: fx.GraphModule) -> None:
             continue
         where = f" (`{node.name}`)"
         if torch.Tag.nondeterministic_seeded in node.target.tags:
-            raise CannotSchedule(
+            raise CannotScheduleError(
                 f"the step draws random numbers with {node.target}{where}; draw them before the loop and pass them as inputs."
             )
         if node.target._schema.is_mutable and not _make_functional(traced.graph, node):
-            raise CannotSchedule(f"the step changes a tensor in place with {node.target}{where}.")
+            raise CannotScheduleError(f"the step changes a tensor in place with {node.target}{where}.")
 
 
-def _make_functional(graph: fx.Graph, node: fx.Node) -> bool:
+def _make_functional(graph: fx.Graph, node: Node) -> bool:
     """Replace an in-place operation on a tensor that the step itself made and of which no view exists."""
     packet, overload = node.target.overloadpacket.__name__, node.target._overloadname
     changed = node.args[0]
@@ -219,7 +226,7 @@ def _make_functional(graph: fx.Graph, node: fx.Node) -> bool:
     return True
 
 
-def _makes_view(node: fx.Node) -> bool:
+def _makes_view(node: Node) -> bool:
     if node.target is operator.getitem:  # torch's own cells change parts of an `unsafe_split`, which are nobody's view
         source = node.args[0]
         return not isinstance(source, fx.Node) or _makes_view(source)
@@ -234,13 +241,13 @@ def _flatten_results(graph: fx.Graph, smooth_results: list[bool], gradients: int
     output = next(n for n in graph.nodes if n.op == "output")
     flat = _flat(output.args[0])
     if len(flat) != len(smooth_results) + gradients or not all(isinstance(leaf, fx.Node) for leaf in flat):
-        raise CannotSchedule("the gradients of one step can not be traced.")
+        raise CannotScheduleError("the gradients of one step can not be traced.")
     smooth, rest = iter(flat[: sum(smooth_results)]), iter(flat[sum(smooth_results) : len(smooth_results)])
     results = [next(smooth) if flag else next(rest) for flag in smooth_results]
     output.args = ((*results, *flat[len(smooth_results) :]),)
 
 
-def _flat(part: Any) -> list[fx.Node]:
+def _flat(part: Any) -> list[Node]:
     if isinstance(part, (list, tuple)):
         return [leaf for p in part for leaf in _flat(p)]
     return [part]

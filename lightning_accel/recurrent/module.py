@@ -1,0 +1,163 @@
+"""`Recurrent`: run any cell over a sequence with the best schedule."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.utils import _pytree as pytree
+
+from lightning_accel.recurrent.choice import Schedule, ScheduleChoice
+from lightning_accel.recurrent.stepping import CellStep, HeldStep, Step, is_torch_cell, torch_cell_step
+
+
+class Recurrent(nn.Module):
+    """Run a cell, which describes one time step, over whole sequences: ``y, state = rnn(x, state)``.
+
+    One step and its derivative are traced; Tarjan's components of the graph with its delay edges are the loops, and
+    only they run step by step. The parameters stay the cell's own, under ``cell.`` in the state dict.
+
+    Args:
+        cell: ``cell(x_t, state) -> (y_t, state)`` with tensors of shape (B, ...), or ``nn.LSTMCell``, ``nn.GRUCell``,
+            ``nn.RNNCell``. A method ``initial_state(x_t)`` gives the state where the caller gives none. Random numbers
+            (dropout masks) belong into the input: ``x`` may be a tuple of tensors.
+        batch_first: Whether inputs and outputs are of shape (B, T, ...) instead of (T, B, ...).
+        bidirectional: Whether a copy of the cell with parameters of its own, ``cell_reverse``, runs backwards; the two
+            outputs are concatenated and the state is the pair of both states.
+        schedule: ``"auto"`` chooses by measurement, once for each kind of call; ``"loop"``, ``"intra_stream"``,
+            ``"scan"`` and ``"native"`` (the kernels of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``) force one.
+
+    Raises:
+        ValueError: If ``schedule`` is unknown.
+
+    References:
+        Hwang, Sung, "Single Stream Parallelization of Generalized LSTM-like RNNs", arXiv:1503.02852. *Deviations*: see
+        `lightning_accel.recurrent.executor.StepSchedule`.
+    """
+
+    def __init__(
+        self, cell: nn.Module, batch_first: bool = False, bidirectional: bool = False, schedule: Schedule = "auto"
+    ) -> None:
+        super().__init__()
+        self.cell = cell
+        self.batch_first, self.bidirectional = batch_first, bidirectional
+        self.cell_reverse = _reset(copy.deepcopy(cell)) if bidirectional else None
+        self._choices = [ScheduleChoice(c, schedule, name=type(cell).__name__) for c in self._cells()]
+
+    @property
+    def schedules(self) -> list[ScheduleChoice]:
+        """Return what chooses and runs the schedule, one a direction."""
+        return self._choices
+
+    def forward(self, x: Any, state: Any = None, lengths: Tensor | None = None) -> tuple[Any, Any]:
+        """Run the sequence.
+
+        Args:
+            x: A tensor (T, B, ...), a tuple of such, or a `PackedSequence`.
+            state: As the cell takes it; with ``bidirectional`` a pair. By default the cell's ``initial_state``.
+            lengths: Steps of each stream, shape (B,), 0 to T. Past its end a stream's state stays as it is, its outputs
+                are zero, and its inputs are not looked at.
+
+        Returns:
+            Outputs, of the kind of ``x``, and the final state.
+
+        Raises:
+            ValueError: If there is no time step, if no state is given and the cell makes none, or if ``lengths`` is
+                given for a packed sequence or does not fit.
+        """
+        if isinstance(x, PackedSequence):
+            if lengths is not None:
+                raise ValueError("`lengths` must not be given with a PackedSequence, which has its own.")
+            return self._run_packed(x, state)
+        leaves, tree = pytree.tree_flatten(x)
+        if self.batch_first:
+            leaves = [leaf.transpose(0, 1) for leaf in leaves]
+        if not leaves or leaves[0].shape[0] == 0:
+            raise ValueError("`x` must have at least one time step; drop empty sequences from the batch.")
+        y, last = self._run(leaves, tree, state, lengths)
+        return (pytree.tree_map(lambda t: t.transpose(0, 1), y) if self.batch_first else y), last
+
+    def _run(self, leaves: list[Tensor], tree: Any, state: Any, lengths: Tensor | None) -> tuple[Any, Any]:
+        if not self.bidirectional:
+            return self._run_direction(0, leaves, tree, state, lengths)
+        steps, streams = leaves[0].shape[:2]
+        ends = torch.full((streams,), steps) if lengths is None else lengths
+        flipped = [_flip(leaf, ends) for leaf in leaves]
+        states = (None, None) if state is None else state
+        forward, last = self._run_direction(0, leaves, tree, states[0], lengths)
+        backward, last_reverse = self._run_direction(1, flipped, tree, states[1], lengths)
+        return torch.cat([forward, _flip(backward, ends)], -1), (last, last_reverse)
+
+    def _run_direction(
+        self, direction: int, leaves: list[Tensor], tree: Any, state: Any, lengths: Tensor | None
+    ) -> tuple[Any, Any]:
+        cell = self._cells()[direction]
+        if state is None:
+            state = _initial_state(cell, pytree.tree_unflatten([leaf[0] for leaf in leaves], tree))
+        states, state_tree = pytree.tree_flatten(state)
+        step: Step = torch_cell_step if is_torch_cell(cell) else CellStep(tree, state_tree)
+        if lengths is not None:
+            running = _running(lengths, leaves[0])
+            leaves = [leaf.masked_fill(~_wide(running, leaf), 0) for leaf in leaves]
+            ys, last = self._choices[direction].run(HeldStep(step), [*leaves, running], states)
+            ys = [y.masked_fill(~_wide(running, y), 0) for y in ys]
+        else:
+            ys, last = self._choices[direction].run(step, leaves, states)
+        return ys[0] if len(ys) == 1 else tuple(ys), pytree.tree_unflatten(last, state_tree)
+
+    def _run_packed(self, x: PackedSequence, state: Any) -> tuple[PackedSequence, Any]:
+        padded, lengths = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes))
+        if x.sorted_indices is not None and state is not None:
+            state = pytree.tree_map(lambda s: s.index_select(0, x.sorted_indices), state)
+        y, last = self._run(*pytree.tree_flatten(padded), state, lengths)
+        if x.unsorted_indices is not None:
+            last = pytree.tree_map(lambda s: s.index_select(0, x.unsorted_indices), last)
+        inside = _running(lengths, y)
+        return PackedSequence(y[inside], x.batch_sizes, x.sorted_indices, x.unsorted_indices), last
+
+    def _cells(self) -> list[nn.Module]:
+        return [self.cell] if self.cell_reverse is None else [self.cell, self.cell_reverse]
+
+    def extra_repr(self) -> str:
+        """Say what differs from the default."""
+        return f"batch_first={self.batch_first}, bidirectional={self.bidirectional}, schedule={self._choices[0].schedule!r}"
+
+
+def _reset(cell: nn.Module) -> nn.Module:
+    for module in cell.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return cell
+
+
+def _initial_state(cell: nn.Module, x: Any) -> Any:
+    make = getattr(cell, "initial_state", None)
+    if callable(make):
+        return make(x)
+    if isinstance(cell, (nn.LSTMCell, nn.GRUCell, nn.RNNCell)):
+        zeros = x.new_zeros(x.shape[0], cell.hidden_size)
+        return (zeros, zeros) if isinstance(cell, nn.LSTMCell) else zeros
+    raise ValueError(f"`state` must be given: {type(cell).__name__} has no method `initial_state(x_t)`.")
+
+
+def _running(lengths: Tensor, like: Tensor) -> Tensor:
+    steps, streams = like.shape[:2]
+    if lengths.shape != (streams,) or int(lengths.min()) < 0 or int(lengths.max()) > steps:
+        raise ValueError(
+            f"`lengths` must be {streams} numbers from 0 to {steps}, got {lengths.tolist()}; make them fit `x`."
+        )
+    return torch.arange(steps, device=like.device)[:, None] < lengths.to(like.device)[None, :]
+
+
+def _wide(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.view(*mask.shape, *[1] * (like.dim() - 2))
+
+
+def _flip(x: Tensor, lengths: Tensor) -> Tensor:
+    """Turn every stream around in itself; what lies past its end stays there."""
+    steps = torch.arange(x.shape[0], device=x.device)[:, None]
+    ends = lengths.to(x.device)[None, :]
+    source = torch.where(steps < ends, ends - 1 - steps, steps)
+    return x[source, torch.arange(x.shape[1], device=x.device)[None, :]]
