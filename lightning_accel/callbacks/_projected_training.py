@@ -76,6 +76,7 @@ class Timing:
     mode: Mode = "project"
     retrain_epoch: int | None = None
     rewind: str = "none"
+    ramped: bool = False
 
     def __post_init__(self) -> None:
         for name in ("every_n_steps", "every_n_epochs"):
@@ -88,8 +89,10 @@ class Timing:
         if self.mode not in get_args(Mode):
             raise ValueError(f"`mode` must be of {get_args(Mode)}, got {self.mode!r}.")
         retrains = self.mode == "project_then_retrain"
-        if retrains and any(given):
-            raise ValueError("mode 'project_then_retrain' projects once, at `retrain_epoch`; give no other time.")
+        if retrains and (any(given) or self.ramped):
+            raise ValueError(
+                "mode 'project_then_retrain' projects once, at `retrain_epoch`; give no other time or schedule."
+            )
         if retrains != (self.retrain_epoch is not None):
             raise ValueError("`retrain_epoch` must be given for mode 'project_then_retrain', and only for it.")
         if self.retrain_epoch is not None and self.retrain_epoch < 0:

@@ -89,7 +89,7 @@ class L1InfProjection(pl.Callback):
         self._run = ProjectedTraining(
             type(self).__name__,
             selection(parameters, module_types, groups, num_heads),
-            Timing(every_n_steps, every_n_epochs, at_end, mode, retrain_epoch, rewind),
+            Timing(every_n_steps, every_n_epochs, at_end, mode, retrain_epoch, rewind, ramp != Ramp()),
             ball,
             ramp,
             freeze_zero_groups,
