@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hydra
-from hydra import errors as hydra_errors
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
 
+_NUMBERS = (int, float, bool, type(None))
 CONFIG_PATH = "pkg://lightning_accel.conf"
 # 1.4 deprecates `version_base` and asks which targets code may be built from; 1.3 knows no such question.
 _HYDRA_1_3 = tuple(int(part) for part in re.findall(r"\d+", hydra.__version__)[:2]) < (1, 4)
@@ -50,17 +50,24 @@ def instantiate(node: DictConfig, *, name: str, **given: object) -> Any:
     """
     _refuse_words(node, name)
     # The user composed these targets and no others, so these and no others are trusted.
-    allowed = (
-        {}
-        if _HYDRA_1_3
-        else {"_execution_whitelist_": sorted(set(targets(OmegaConf.to_container(node, resolve=True))))}
-    )
+    allowed = {} if _HYDRA_1_3 else {"_execution_whitelist_": _names(node)}
     try:
         return hydra_instantiate(node, _convert_="all", **allowed, **given)
-    except hydra_errors.InstantiationException as error:
+    except Exception as error:  # 1.3 wraps what a constructor raises, 1.4 does not
         from lightning_accel.cli.errors import refused
 
-        raise refused(error, node, name=name) from error.__cause__
+        failure = refused(error, node, name=name)
+        if failure is error:
+            raise
+        raise failure from error.__cause__
+
+
+def _names(node: DictConfig) -> list[str]:
+    """Return the targets of a configuration, under the names they are asked for and those they were defined by."""
+    from lightning_accel.cli.errors import defined_name
+
+    asked = set(targets(OmegaConf.to_container(node, resolve=True)))
+    return sorted(asked | {defined_name(target) for target in asked})
 
 
 def targets(plain: object) -> Iterator[str]:
@@ -80,5 +87,5 @@ def _refuse_words(node: DictConfig, name: str) -> None:
 
     for key, (annotation, kinds) in annotations(str(node.get("_target_"))).items():
         value = node.get(key)
-        if isinstance(value, str) and kinds <= {int, float, bool, type(None)}:
+        if isinstance(value, str) and all(kind in _NUMBERS for kind in kinds):
             raise UsageError(f"`{name}.{key}` must be {annotation}, got {value!r}.")

@@ -48,16 +48,17 @@ def explain(error: BaseException, overrides: Iterable[str] = ()) -> tuple[str, i
     return f"{type(error).__name__}: {error}{_where(error)}", FAILED
 
 
-def refused(error: hydra_errors.InstantiationException, node: DictConfig, *, name: str) -> BaseException:
+def refused(error: Exception, node: DictConfig, *, name: str) -> BaseException:
     """Return what to raise when an object could not be built: a `UsageError`, or the constructor's own failure."""
-    cause = error.__cause__
+    called = not isinstance(error, hydra_errors.InstantiationException) or "Error in call to target" in str(error)
+    cause = error.__cause__ if isinstance(error, hydra_errors.InstantiationException) else error
     deepest = cause
     while deepest is not None and deepest.__cause__ is not None:
         deepest = deepest.__cause__
     where = _full_key(error, name)
     inner = OmegaConf.select(node, where[len(name) + 1 :]) if where.startswith(f"{name}.") else node
     target = (inner if isinstance(inner, DictConfig) else node).get("_target_")
-    if cause is None or "Error in call to target" not in str(error):
+    if cause is None or not called:
         return UsageError(
             f"`{where}._target_` names {target}, which can not be imported: {_first_line(deepest or error)}"
         )
@@ -92,15 +93,24 @@ def parameters(target: str) -> list[str]:
     return [name for name, parameter in signature.parameters.items() if parameter.kind in kinds]
 
 
-def annotations(target: str) -> dict[str, tuple[str, set[object]]]:
-    """Return, for each argument of a ``_target_``, its annotation as text and the set of types in it."""
+def defined_name(target: str) -> str:
+    """Return module and qualified name of what a ``_target_`` names, or ``target`` itself if it can not be found."""
+    try:
+        made = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError):
+        return target
+    return f"{getattr(made, '__module__', None)}.{getattr(made, '__qualname__', target)}"
+
+
+def annotations(target: str) -> dict[str, tuple[str, tuple[object, ...]]]:
+    """Return, for each argument of a ``_target_``, its annotation as text and the types in it."""
     try:
         made = pkgutil.resolve_name(target)
         hints = get_type_hints(made.__init__ if inspect.isclass(made) else made)
     except Exception:  # other people's annotations; without them nothing is checked
         return {}
     readable = {name: inspect.formatannotation(hint).replace("typing.", "") for name, hint in hints.items()}
-    return {name: (readable[name], set(get_args(hint) or (hint,))) for name, hint in hints.items() if name != "return"}
+    return {name: (readable[name], get_args(hint) or (hint,)) for name, hint in hints.items() if name != "return"}
 
 
 def _missing_option(error: hydra_errors.MissingConfigException, overrides: list[str]) -> str:
@@ -162,7 +172,7 @@ def _is_group(entry: object) -> bool:
 
 
 def _full_key(error: Exception, name: str) -> str:
-    for line in str(error).splitlines():
+    for line in [*str(error).splitlines(), *getattr(error, "__notes__", [])]:
         if line.startswith("full_key: "):
             return line.removeprefix("full_key: ").strip()
     return name

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
 from hydra.core.hydra_config import HydraConfig
@@ -41,7 +42,13 @@ def launch(name: str, overrides: Sequence[str]) -> int:
     job = _Job(name, list(sys.argv))
     try:
         # Hydra prints and exits by itself unless it is told to raise.
-        with _set(sys, "argv", [f"lightning-accel {name}", *words]), _environment(_TRACEBACK_VARIABLE, "1"):
+        with (
+            _set(sys, "argv", [f"lightning-accel {name}", *words]),
+            _environment(_TRACEBACK_VARIABLE, "1"),
+            warnings.catch_warnings(),
+        ):
+            # Hydra 1.4 would have us trust the names of all its callbacks before it reads which the user has.
+            warnings.filterwarnings("ignore", message=r"(?s).*lightning_accel\.cli\.sweep\.SweepReport")
             hydra_main(name, job)()
     except KeyboardInterrupt as error:
         print(str(error) or "Interrupted.", file=sys.stderr)

@@ -10,7 +10,7 @@ import yaml
 from cli_calls import SMALL, call, folders
 from omegaconf import OmegaConf
 
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:When using the `ThroughputMonitor`")
 
 
 def write_callbacks(folder: Path) -> list[str]:
@@ -89,6 +89,16 @@ def test_help_of_a_command_shows_its_groups_and_options(capsys):
     assert "lightning-accel train [overrides]" in out
     assert "max_epochs: 5" in out
     assert "monitoring: checkpoint, device_stats" in out
+
+
+def test_everything_that_watches_a_run_works_together(capsys):
+    watching = "monitoring=[progress_bar,checkpoint,throughput,device_stats]"
+    small = [word for word in SMALL if not word.startswith("monitoring")]
+    assert call("train", *small, watching, "logger=[csv,tensorboard]", "+trainer.log_every_n_steps=1") == 0
+    (folder,) = folders("train")
+    with (folder / "csv" / "metrics.csv").open() as file:
+        assert "val/accuracy" in next(csv.reader(file))
+    assert list((folder / "tensorboard").glob("events*"))
 
 
 MISTAKES = [
