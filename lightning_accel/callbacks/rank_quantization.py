@@ -2,21 +2,18 @@
 
 import functools
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_accel.callbacks._decision import Decision, When
 from lightning_accel.callbacks._factoring import check_something_to_factor, factor_as_planned, keep_orphans_dense
-from lightning_accel.callbacks._inputs import RecordedInputs
 from lightning_accel.callbacks._order import correct_order
-from lightning_accel.callbacks._rank_choice import Choice, RankChooser, RankSearch, remaining_batches
+from lightning_accel.callbacks._rank_choice import Choice, RankSearch
 from lightning_accel.callbacks._structure import (
     can_switch_in_fit,
     exchange_layers_in_fit,
@@ -25,11 +22,9 @@ from lightning_accel.callbacks._structure import (
     refuse_unprepared,
     structure_hook,
 )
-from lightning_accel.callbacks._trial import StepTrial
 from lightning_accel.lightning_private import averaged_modules
-from lightning_accel.low_rank import RankPlan, decompose, default_cache_dir, low_rank_layers
+from lightning_accel.low_rank import RankPlan, default_cache_dir, low_rank_layers
 from lightning_accel.low_rank.plan import Method, Weighting
-from lightning_accel.low_rank.spectrum import looks_untrained
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +80,7 @@ class RankQuantization(pl.Callback):
         speedup: float | None = None,
         *,
         method: Method = "knapsack",
-        when: int | Literal["auto", "setup"] = "auto",
+        when: When = "auto",
         plan: RankPlan | str | Path | None = None,
         on_loss: Literal["revert", "keep"] = "revert",
         max_overhead: float = 0.03,
@@ -95,13 +90,7 @@ class RankQuantization(pl.Callback):
         exclude: Sequence[str] = (),
         cache_dir: str | Path | None = None,
     ) -> None:
-        if isinstance(when, bool) or not (when in ("auto", "setup") or (isinstance(when, int) and when >= 0)):
-            raise ValueError(f"`when` must be 'auto', 'setup' or an epoch >= 0, got {when!r}.")
-        if on_loss not in ("revert", "keep"):
-            raise ValueError(f"`on_loss` must be 'revert' or 'keep', got {on_loss!r}.")
-        if not max_overhead >= 0.0:
-            raise ValueError(f"`max_overhead` must be >= 0, got {max_overhead}.")
-        self.search = RankSearch(
+        search = RankSearch(
             ratio=2.0 if ratio is energy is speedup is None else ratio,
             energy=energy,
             speedup=speedup,
@@ -112,16 +101,11 @@ class RankQuantization(pl.Callback):
             exclude=tuple(exclude),
             cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir),
         )
-        self.when = when
-        self.on_loss = on_loss
-        self.max_overhead = max_overhead
-        self._given = plan if plan is None or isinstance(plan, RankPlan) else RankPlan.load(plan)
+        given = plan if plan is None or isinstance(plan, RankPlan) else RankPlan.load(plan)
+        self.decision = Decision(search, given, when, on_loss, max_overhead)
         self.plan: RankPlan | None = None
         self._outcome: Literal["low rank", "dense"] | None = None
         self._switch_epoch: int | None = None
-        self._observed: RecordedInputs | None = None
-        self._untriable = ""
-        self._clock = 0.0
 
     def structure_state(self) -> str:
         """Return ``"pending"``, ``"low rank"`` or ``"dense"``."""
@@ -137,12 +121,15 @@ class RankQuantization(pl.Callback):
         refuse_unprepared(trainer, pl_module, "RankQuantization")
         hook = structure_hook(pl_module)
         correct_order(trainer)
-        hook.defer()
         for average in averaged_modules(trainer):  # copied before this hook was there
             structure_hook(average)
         if not can_switch_in_fit(trainer.strategy):
-            self._decompose_early(trainer, pl_module)
+            self.plan = self.decision.unmeasured_plan(trainer, pl_module)
+            with isolate_rng():
+                names = factor_as_planned(self.plan, None, pl_module)
+            self._settle(trainer, pl_module, names, "unmeasured, because the strategy can not switch layers")
             return
+        hook.defer()
         if self._outcome != "low rank" or not low_rank_layers(pl_module):  # else a second fit of what was replaced
             self._outcome, self._switch_epoch = None, None
 
@@ -155,7 +142,7 @@ class RankQuantization(pl.Callback):
                 exchange_layers_in_fit(trainer, pl_module, functools.partial(load_factors, held))
             self._outcome = "low rank"
         if self._outcome is None:
-            check_something_to_factor(pl_module, self.search.include, self.search.exclude)
+            check_something_to_factor(pl_module, self.decision.search.include, self.decision.search.exclude)
 
     @override
     def on_train_batch_start(
@@ -167,28 +154,18 @@ class RankQuantization(pl.Callback):
         if batch_idx % trainer.accumulate_grad_batches:  # gradients of the dense weights are under way
             return
         if self._switch_epoch is None:
-            self._switch_epoch = self._first_epoch(trainer, pl_module)
+            self._switch_epoch = self.decision.first_epoch(trainer, pl_module)
         if trainer.current_epoch < self._switch_epoch:
             return
         with isolate_rng():
-            choice = self._choose(trainer, pl_module, batch, batch_idx)
-            if choice is None:
-                return
-            plan = keep_orphans_dense(choice.plan, pl_module, trainer.optimizers)
-            change = functools.partial(factor_as_planned, plan, self._observed)
-            names = exchange_layers_in_fit(trainer, pl_module, change)
-        self.plan, self._observed = plan, None
-        self._outcome = "low rank" if names else "dense"
-        if trainer.is_global_zero:
-            head = f"{len(names)} layers are low rank now" if names else "the model stays dense"
-            _log.info("%s: %s.", head, choice.why)
+            choice = self.decision.choose(trainer, pl_module, batch, batch_idx)
+        if choice is not None:
+            self._switch(trainer, pl_module, choice)
 
     @override
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop watching the step that could not be tried."""
-        if self._observed is not None:
-            self._observed.__exit__()
-            self._clock = time.perf_counter() - self._clock
+        self.decision.step_ended()
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -199,8 +176,7 @@ class RankQuantization(pl.Callback):
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Leave no hook behind."""
-        if self._observed is not None:
-            self._observed.__exit__()
+        self.decision.step_ended()
         structure_hook(pl_module).release()
 
     @override
@@ -215,60 +191,16 @@ class RankQuantization(pl.Callback):
         self._outcome, self._switch_epoch = state_dict["outcome"], state_dict["switch_epoch"]
         self.plan = None if state_dict["plan"] is None else RankPlan.from_json(state_dict["plan"])
 
-    def _decompose_early(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Decompose before the strategy looks at the parameters, which it will not do again."""
-        unmeasured = self.search.method == "fixed" and self.on_loss == "keep"
-        if isinstance(self.when, int) or (self._given is None and not unmeasured):
-            raise MisconfigurationException(
-                f"RankQuantization can not switch layers while {type(trainer.strategy).__name__} trains, and measures "
-                "nothing before. Pass `plan=` (see `lightning-accel plan`), or method='fixed' with on_loss='keep', and "
-                "leave `when` at 'setup'."
-            )
-        check_something_to_factor(pl_module, self.search.include, self.search.exclude)
-        plan = self._given or self.search.plan(pl_module, None)
+    def _switch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", choice: Choice) -> None:
+        self.plan = keep_orphans_dense(choice.plan, pl_module, trainer.optimizers)
+        change = functools.partial(factor_as_planned, self.plan, self.decision.inputs)
         with isolate_rng():
-            names = decompose(pl_module, plan)
-        self.plan, self._outcome = plan, "low rank" if names or low_rank_layers(pl_module) else "dense"
+            names = exchange_layers_in_fit(trainer, pl_module, change)
+        self.decision.inputs = None
+        self._settle(trainer, pl_module, names, choice.why)
+
+    def _settle(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: Sequence[str], why: str) -> None:
+        self._outcome = "low rank" if low_rank_layers(pl_module) else "dense"
         if trainer.is_global_zero:
-            _log.info("%d layers are low rank now, unmeasured: %s.", len(names), type(trainer.strategy).__name__)
-
-    def _first_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> int:
-        if isinstance(self.when, int):
-            return self.when
-        untrained = looks_untrained(pl_module)
-        if self.when == "setup" or self._given is not None:
-            if untrained and (self._given is None or Choice(self._given, "").ranks):
-                rank_zero_warn(
-                    "RankQuantization decomposes weights that look untrained: most of what they could learn is cut "
-                    "off. Load trained weights first, or set `when` to the epochs of a dense warm-up."
-                )
-            return 0
-        first = max(1, round(0.1 * (trainer.max_epochs or 1))) if untrained else 0
-        if untrained and trainer.is_global_zero:
-            _log.info("the weights look untrained: dense warm-up until epoch %s.", first)
-        return first
-
-    def _choose(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, index: int) -> Choice | None:
-        """Return the choice, or None if one more step has to be watched first."""
-        needs_inputs = self._given is not None and self._given.weighting == "activation"
-        if self._given is not None and not (needs_inputs and self._observed is None):
-            return Choice(self._given, "as the given plan says")
-        chooser = RankChooser(
-            trainer, self.search, remaining_batches(trainer, index), self.on_loss == "keep", self.max_overhead
-        )
-        if (why := chooser.too_short_to_try()) is not None and self._given is None:
-            return chooser.dense(why)
-        if self._observed is None and self._given is None and pl_module.automatic_optimization:
-            try:
-                trial = StepTrial(trainer, pl_module, batch, index)
-                self._observed = trial.recorded_inputs()
-            except Exception as problem:  # user code may refuse to be copied or called twice, for any reason
-                self._untriable = f"a copy of the module can not make its training step ({problem!r})"
-            else:
-                return chooser.choose(trial, self._observed)
-        if self._observed is None:
-            self._untriable = self._untriable or "steps of manual optimization can not be tried"
-            self._observed, self._clock = RecordedInputs(pl_module), time.perf_counter()
-            self._observed.__enter__()
-            return None
-        return chooser.choose_by_layers(pl_module, self._observed, self._clock, self._untriable)
+            head = f"{len(names)} layers are low rank now" if names else "the model stays dense"
+            _log.info("%s: %s.", head, why)
