@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lightning_accel.evidence.tables import comparison_table
 from lightning_accel.evidence.workers import Arm, WorkerError
 from lightning_accel.measure import environment
 
+_LIKE = 2
 _SAME = "Both arms are the same: whatever differs is chance."
 
 
@@ -151,7 +153,7 @@ def _report(
             for baseline in names
             if baseline != candidate
         ]
-        messages = _messages(runs[candidate])
+        messages = shown_messages(runs[candidate][-1])
         report = Report(comparisons, ledger.runs, where, _settings(cfg), messages, note)
         try:
             picture = None
@@ -193,9 +195,20 @@ def _goal(cfg: DictConfig, baseline: Sequence[Run]) -> Goal | None:
         raise UsageError(f"{error} Set it with compare.metric=NAME; the rows are kept.") from None
 
 
-def _messages(runs: Sequence[Run]) -> list[str]:
-    """Return what the accelerators said in the last run, each message once, fit to be shown to anyone."""
-    return [str(cleaned(message)) for message in dict.fromkeys(runs[-1].messages)]
+def shown_messages(run: Run) -> list[str]:
+    """Return what the accelerators said in a run, fit to be shown to anyone.
+
+    Of messages that differ in numbers only, such as one a phase, the first two are kept and the rest counted.
+    """
+    kinds: dict[str, list[str]] = {}
+    for message in dict.fromkeys(run.messages):
+        kinds.setdefault(re.sub(r"\d+", "0", message), []).append(str(cleaned(message)))
+    shown = []
+    for kind in kinds.values():
+        shown += kind[:_LIKE]
+        if len(kind) > _LIKE:
+            shown[-1] += f" (and {len(kind) - _LIKE} more like this)"
+    return shown
 
 
 def _settings(cfg: DictConfig) -> dict[str, str]:

@@ -126,6 +126,7 @@ def compare_runs(
         table.cost("fit, wall clock", "seconds", lambda run: run.fit_seconds, timed=True),
         table.cost("fit, CPU time", "seconds", lambda run: run.cpu_seconds, timed=True),
         table.cost("until the first step", "seconds", lambda run: run.setup_seconds, timed=True),
+        table.cost("callbacks, whole fit", "seconds", lambda run: run.callback_seconds, timed=True),
         table.cost("training step", "seconds", lambda run: run.step_seconds, timed=True),
         *(
             table.cost(f"  {phase}", "seconds", lambda run, p=phase: run.phase_seconds.get(p), timed=True)  # type: ignore[misc]
@@ -172,9 +173,10 @@ def headline(baseline: str, candidate: str, line: Line) -> str:
     interval = f"{ratio.confidence:.0%} interval {ratio.low:.2f} to {ratio.high:.2f}, {write_pairs(ratio.pairs)}"
     subject = candidate[:1].upper() + candidate[1:]
     if line.verdict == "undecided":
+        too_few = f"{write_pairs(ratio.pairs)} {'is' if ratio.pairs == 1 else 'are'} too few"
         return (
-            f"Undecided: {write_pairs(ratio.pairs)} {'is' if ratio.pairs == 1 else 'are'} too few for {ratio.confidence:.0%} confidence, take at least 6. "
-            f"Seen so far: {candidate} takes {1 / ratio.median:.2f} times as long as {baseline}."
+            f"Undecided: {too_few} for {ratio.confidence:.0%} confidence, take at least 6. Seen so far: {candidate} "
+            f"takes {1 / ratio.median:.2f} times as long as {baseline}."
         )
     if line.verdict == "no speed-up":
         return f"No speed-up: {candidate}, compared with {baseline}, is {ratio.median:.2f} times as fast ({interval})."

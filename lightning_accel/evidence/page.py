@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-from lightning_accel.evidence.comparison import Comparison
+from lightning_accel.evidence.comparison import Comparison, write_pairs
 from lightning_accel.evidence.formats import write_effect, write_value
 from lightning_accel.evidence.plots import MissingPackageError
 from lightning_accel.evidence.runs import Run
@@ -61,6 +61,7 @@ def write_page(report: Report, path: Path, *, picture: Path | None = None) -> No
         value=write_value,
         effect=write_effect,
         tone=tone,
+        pairs=write_pairs,
         kinds=[_Kind(c) for c in report.comparisons],
     )
     path.write_text(re.sub(r"\n\s*\n+", "\n", page), encoding="utf-8")

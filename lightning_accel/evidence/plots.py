@@ -33,7 +33,7 @@ def plot_metric_against_time(runs: Mapping[str, Sequence[Run]], goal: Goal, path
         for seconds, values in curves:
             axes.plot(seconds, values, color=colour, alpha=0.25, linewidth=1.0)
         seconds, values = middle_curve(curves)
-        axes.plot(seconds, values, color=colour, linewidth=2.2, marker="o", markersize=3.5, label=arm)
+        axes.plot(seconds, values, color=colour, linewidth=2.2, marker="o" if len(seconds) <= 15 else None, label=arm)
     label = f"target {goal.target:.4g}"
     axes.axhline(goal.target, color="#808080", linestyle="--", linewidth=1.0, label=label)
     axes.set_xlabel("seconds since the start of fit, set-up included")

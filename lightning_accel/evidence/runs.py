@@ -38,6 +38,7 @@ class Run:
         fit_seconds: Wall seconds of ``trainer.fit``, with everything a callback does to set itself up.
         cpu_seconds: Of this process and its children, over the same span.
         setup_seconds: Wall seconds before the first training step; ``None`` if no step was seen.
+        callback_seconds: Wall seconds within all training steps of the fit that callbacks took, probing included.
         steps: Optimizer steps.
         step_seconds: Median of a training step in steady state; ``None`` if no step was seen.
         phase_seconds: Medians of its phases, in steady state.
@@ -60,6 +61,7 @@ class Run:
     fit_seconds: float
     cpu_seconds: float
     setup_seconds: float | None
+    callback_seconds: float | None
     steps: int
     step_seconds: float | None
     phase_seconds: dict[str, float]
@@ -137,6 +139,7 @@ def measure_fit(
         fit_seconds=fit_seconds,
         cpu_seconds=cpu_seconds,
         setup_seconds=clock.setup_seconds,
+        callback_seconds=sum(s["callbacks"] for s in clock.steps) if clock.steps else None,
         steps=trainer.global_step,
         step_seconds=_steady_median([sum(s.values()) for s in clock.steps]),
         phase_seconds={p: _steady_median([s[p] for s in clock.steps]) or 0.0 for p in PHASES if clock.steps},

@@ -212,6 +212,7 @@ def test_metric_that_diverged_is_none_and_size_of_odd_batches_zero(tmp_path):
             return torch.utils.data.DataLoader([0.0])
 
     run = _measure(lambda seed, folder: (fits.trainer(folder), Odd(), Objects()), tmp_path)
+    assert 0 < run.callback_seconds < run.fit_seconds
     assert run.metrics == {"val/loss": None}
     assert run.curve[0]["metrics"] == {"val/loss": None}
     assert run.samples_per_second is None

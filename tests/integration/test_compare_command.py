@@ -14,10 +14,11 @@ import compare_fits as fits
 import pytest
 from rich.console import Console
 
-from lightning_accel.cli.compare import check, compare, usage_errors
+from lightning_accel.cli.compare import check, compare, shown_messages, usage_errors
 from lightning_accel.cli.compare_arms import ConfiguredFit, FreezeBottomHalf, arms, fingerprint
 from lightning_accel.cli.compare_progress import RunProgress
 from lightning_accel.cli.compose import UsageError, compose
+from lightning_accel.cli.errors import parameters
 from lightning_accel.evidence.ledger import RunLedger
 from lightning_accel.evidence.pairs import Step
 from lightning_accel.evidence.runs import Run
@@ -147,6 +148,17 @@ def test_what_a_worker_calls_the_users_mistake_is_one_here():
         raise WorkerError("died")
 
 
+def test_messages_that_differ_in_numbers_only_are_counted():
+    blank = {f.name: 0 for f in dataclasses.fields(Run)}
+    said = ["stays dense", *(f"epoch {e}: group {e % 2} rests" for e in range(9)), "stays dense", "done in 3 s"]
+    assert shown_messages(Run(**{**blank, "messages": said})) == [
+        "stays dense",
+        "epoch 0: group 0 rests",
+        "epoch 1: group 1 rests (and 7 more like this)",
+        "done in 3 s",
+    ]
+
+
 def test_estimate_comes_from_measured_runs_only(tmp_path):
     ledger = RunLedger(tmp_path, fingerprint="")
     out = io.StringIO()
@@ -244,13 +256,24 @@ def test_warm_ups_are_short_where_caches_start_empty(tmp_path):
     assert arms(_config(tmp_path, "compare.cold=false"))[0].make_warmup is None
 
 
-def test_cold_runs_get_caches_of_their_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("cold", "cache"), [("true", "cache"), ("false", None)])
+def test_cold_runs_get_caches_of_their_own(tmp_path, monkeypatch, cold, cache):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
-    config = compose("compare", ["callbacks=[rank_quantization]", "paths.output_dir=x", *SMALL])
+    config = _config(tmp_path, "+callbacks.cached._target_=compare_fits.Cached", f"compare.cold={cold}")
     trainer, _, _ = arms(config)[1].make(0, tmp_path)
-    chosen = next(c for c in trainer.callbacks if type(c).__name__ == "RankQuantization")
-    assert chosen.search.cache_dir == tmp_path / "cache"
-    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == tmp_path / "inductor"
+    cached = next(c for c in trainer.callbacks if isinstance(c, fits.Cached))
+    assert cached.cache_dir == (cache and str(tmp_path / cache))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (str(tmp_path / "inductor") if cache else "before")
+
+
+def test_a_cache_that_the_user_chose_is_used(tmp_path):
+    chosen = ["+callbacks.cached._target_=compare_fits.Cached", "+callbacks.cached.cache_dir=mine"]
+    trainer, _, _ = arms(_config(tmp_path, *chosen))[1].make(0, tmp_path)
+    assert next(c for c in trainer.callbacks if isinstance(c, fits.Cached)).cache_dir == "mine"
+
+
+def test_rank_quantization_has_a_cache_to_empty():
+    assert "cache_dir" in parameters("lightning_accel.callbacks.RankQuantization")
 
 
 def test_freezing_the_bottom_half_leaves_the_top_half(tmp_path):

@@ -11,6 +11,7 @@ def run(arm="plain", pair=0, **changes):
         "fit_seconds": seconds,
         "cpu_seconds": seconds,
         "setup_seconds": 1.0,
+        "callback_seconds": 0.5,
         "steps": 100,
         "step_seconds": seconds / 100,
         "phase_seconds": {"forward": seconds / 300, "backward": seconds / 150, "optimizer": 0.0},

@@ -104,9 +104,12 @@ def test_operations_come_from_the_pair_that_counted_them():
 
 
 def test_what_was_not_measured_makes_no_line():
-    runs = two_arms([10] * 6, [5] * 6, step_seconds=None, samples_per_second=None, phase_seconds={})
+    runs = two_arms(
+        [10] * 6, [5] * 6, step_seconds=None, callback_seconds=None, samples_per_second=None, phase_seconds={}
+    )
     names = {line.name for line in _compare(runs, goal=None).lines}
     assert "training step" not in names
+    assert "callbacks, whole fit" not in names
     assert "samples" not in names
     assert not any(name.startswith(("  ", "until val", "final")) for name in names)
 
