@@ -1,5 +1,6 @@
 """Sequential freezing: which factor group rests in which phase, and making it rest."""
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -44,11 +45,8 @@ def frozen_factor_index(
     cycle = period_epochs * num_groups
     lengths = [max(1, round(cycle * weight / sum(weights))) for weight in weights]
     position = epoch % sum(lengths)
-    for index, length in enumerate(lengths):
-        if position < length:
-            return index
-        position -= length
-    raise AssertionError("unreachable: the position lies in one of the phases")
+    ends = itertools.accumulate(lengths)
+    return next(index for index, end in enumerate(ends) if position < end)
 
 
 @dataclass(frozen=True)
