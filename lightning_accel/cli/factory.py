@@ -6,7 +6,10 @@ cost of one look-up. Nothing is imported before it is needed: this file is part 
 
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import logging
 
 CALLBACKS_VARIABLE = "LIGHTNING_ACCEL_CALLBACKS"  # JSON: name to block with `_target_`
 TAKEN_VARIABLE = "LIGHTNING_ACCEL_TAKEN"  # file to note in, once a Trainer has got them
@@ -31,6 +34,7 @@ def _build(nodes: dict[str, dict[str, Any]]) -> list[Any]:
     from lightning_accel.lightning_private import callbacks_of_new_trainer
 
     log = logging.getLogger(__name__)
+    _let_us_be_heard(logging.getLogger("lightning_accel"))
     present = {_class_name(callback) for callback in callbacks_of_new_trainer()}
     built = []
     for name, node in nodes.items():
@@ -43,6 +47,16 @@ def _build(nodes: dict[str, dict[str, Any]]) -> list[Any]:
         with open(os.environ[TAKEN_VARIABLE], "a", encoding="utf-8") as file:
             file.write(" ".join(nodes) + "\n")
     return built
+
+
+def _let_us_be_heard(ours: "logging.Logger") -> None:
+    """Show what the callbacks report, in a program that may not have set up logging."""
+    import logging
+
+    if not ours.hasHandlers():
+        ours.addHandler(logging.StreamHandler())
+    if ours.level == logging.NOTSET:
+        ours.setLevel(logging.INFO)
 
 
 def _class_name(callback: object) -> str:

@@ -15,12 +15,13 @@ CLI = [sys.executable, "-m", "lightning_accel.cli"]
 DEADLINE = 120  # seconds; a hang fails, a slow machine does not
 
 SCRIPT = """
-import importlib, sys
+import importlib, logging, sys
 pl = importlib.import_module(sys.argv[1])
 from lightning_accel.zoo import Digits, MLP
 
 class Note(pl.Callback):
     def on_train_start(self, trainer, pl_module):
+        logging.getLogger("lightning_accel.callbacks").info("heard")
         print("has", *[type(c).__name__ for c in trainer.callbacks])
 
 quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -52,6 +53,7 @@ def test_run_adds_callbacks_to_an_unchanged_script_once(timer_option, distributi
     assert done.returncode == 7, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("has")]
     assert line.split().count("Timer") == 1
+    assert ("heard" in done.stderr) == (distribution == "lightning.pytorch")  # the other makes no fit
     assert ("already has its own Timer" in done.stderr) == (own == "own")
 
 
@@ -61,6 +63,7 @@ def test_the_same_script_alone_gets_nothing():
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert done.returncode == 7, done.stderr
     assert "Timer" not in done.stdout
+    assert "heard" not in done.stderr
 
 
 def test_run_passes_signals_on_and_says_when_no_trainer_was_made(timer_option):

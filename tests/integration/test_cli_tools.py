@@ -11,7 +11,8 @@ from lightning_accel.cli import bench as bench_package
 from lightning_accel.cli.checkpoint import read_checkpoint
 from lightning_accel.cli.compose import UsageError
 from lightning_accel.cli.export import largest_difference
-from lightning_accel.low_rank import RankPlan, decompose, low_rank_layers, make_plan
+from lightning_accel.cli.plan.sequential_freezing import frozen_phases
+from lightning_accel.low_rank import FreezingSchedule, RankPlan, decompose, low_rank_layers, make_plan
 from lightning_accel.zoo import MLP
 
 SUITE = """
@@ -164,3 +165,20 @@ def test_differences_are_relative_to_the_largest_output():
     actual = {"a": torch.tensor([1.0, 4.0]), "b": (torch.tensor([1]), torch.tensor([2.0]))}
     assert largest_difference(expected, actual) == 0.25
     assert largest_difference(expected, expected) == 0.0
+
+
+def test_plan_shows_when_which_factors_rest(capsys):
+    words = ["callbacks=[sequential_freezing]", "callbacks.sequential_freezing.start=1", "trainer.max_epochs=4"]
+    assert call("plan", "model.width=16", "model.depth=1", "data=digits", *words) == 0
+    out = capsys.readouterr().out
+    rows = [line.replace("│", " ").split() for line in out.splitlines() if line.startswith("│")]
+    assert rows == [["0-0", "none"], ["1-1", "0"], ["2-2", "1"], ["3-3", "0"]]
+    final = ["callbacks.sequential_freezing.final_trainable=1", "trainer.max_epochs=-1"]
+    assert call("plan", "model.width=16", "model.depth=1", "data=digits", *words[:2], *final) == 2
+    assert "needs trainer.max_epochs" in capsys.readouterr().err
+
+
+def test_phases_in_steps_merge_and_cover_the_training():
+    schedule = FreezingSchedule(period_steps=2, final_trainable=2)
+    assert frozen_phases(schedule, 8) == [(0, 1, 0), (2, 3, 1), (4, 5, 0), (6, 7, None)]
+    assert frozen_phases(FreezingSchedule(mode="fixed", fixed_group=1), None) == [(0, 99, 1)]
