@@ -4,12 +4,10 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
@@ -71,13 +69,22 @@ class ConfiguredFit:
         if not self.accelerators:
             cfg.trainer.strategy = "auto"
         run = build(cfg, accelerators=self.accelerators, monitoring=False, loggers=False, root_dir=folder)
-        model = run.model
         if self.peer == "freeze_bottom_half":
             run.trainer.callbacks.append(FreezeBottomHalf())  # type: ignore[attr-defined]
         if self.peer == "torch_compile":
-            compiled: Callable[..., Any] = torch.compile(model)
-            model = compiled  # type: ignore[assignment]
-        return run.trainer, model, run.data
+            _compile(run.model)
+        return run.trainer, run.model, run.data
+
+
+def _compile(model: LightningModule) -> None:
+    """Compile ``forward`` in place, or the submodules where the module has none of its own.
+
+    ``torch.compile(model)`` would compile ``training_step``, and fails at the first ``self.log`` in it (torch 2.13,
+    Lightning 2.6.6).
+    """
+    whole = type(model).forward is not LightningModule.forward
+    for module in [model] if whole else list(model.children()):
+        module.compile()
 
 
 def _empty_caches(cfg: DictConfig, folder: Path) -> None:

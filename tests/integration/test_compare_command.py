@@ -293,7 +293,26 @@ def test_torch_compile_is_a_peer_that_is_not_counted(tmp_path):
     peer = arms(_config(tmp_path, "compare.baselines=[torch_compile]"))[2]
     assert not peer.count_flops
     _, model, _ = peer.make(0, tmp_path)
-    assert type(model).__name__ == "OptimizedModule"
+    assert [name for name, module in model.named_modules() if module._compiled_call_impl] == [""]
+
+
+def test_submodules_are_compiled_where_the_module_has_no_forward(tmp_path):
+    config = _config(tmp_path, "compare.baselines=[torch_compile]")
+    config.model = {"_target_": "compare_fits.Line"}
+    _, model, _ = arms(config)[2].make(0, tmp_path)
+    assert [name for name, module in model.named_modules() if module._compiled_call_impl] == ["layer"]
+
+
+@pytest.mark.slow
+def test_compiled_peer_trains(tmp_path):
+    peer = arms(_config(tmp_path, "compare.baselines=[torch_compile]"))[2]
+    trainer, model, data = peer.make(0, tmp_path)
+    plain_trainer, plain_model, plain_data = arms(_config(tmp_path))[0].make(0, tmp_path)
+    trainer.fit(model, datamodule=data)
+    plain_trainer.fit(plain_model, datamodule=plain_data)
+    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(
+        float(plain_trainer.callback_metrics["val/loss"]), rel=1e-3
+    )
 
 
 def test_fingerprint_follows_what_makes_rows_comparable(tmp_path):
