@@ -35,7 +35,8 @@ class Decision:
     max_overhead: float
     inputs: RecordedInputs | None = None
     _untriable: str = ""
-    _clock: float = 0.0
+    _watching: bool = False
+    _seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.when, bool) or not (self.when in ("auto", "setup") or isinstance(self.when, int)):
@@ -90,7 +91,7 @@ class Decision:
             trainer, self.search, remaining_batches(trainer, index), self.on_loss == "keep", self.max_overhead
         )
         if self.inputs is not None:
-            return chooser.choose_by_layers(pl_module, self.inputs, self._clock, self._untriable)
+            return chooser.choose_by_layers(pl_module, self.inputs, self._seconds, self._untriable)
         if (why := chooser.too_short_to_try()) is not None:
             return chooser.dense(why)
         if not pl_module.automatic_optimization:
@@ -107,11 +108,12 @@ class Decision:
 
     def step_ended(self) -> None:
         """Stop watching."""
-        if self.inputs is not None:
+        if self.inputs is not None and self._watching:
             self.inputs.__exit__()
-            self._clock = time.perf_counter() - self._clock
+            self._watching = False
+            self._seconds = time.perf_counter() - self._seconds
 
     def _watch(self, pl_module: "pl.LightningModule", why: str) -> None:
         self._untriable = why
-        self.inputs, self._clock = RecordedInputs(pl_module), time.perf_counter()
+        self.inputs, self._watching, self._seconds = RecordedInputs(pl_module), True, time.perf_counter()
         self.inputs.__enter__()

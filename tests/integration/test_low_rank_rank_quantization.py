@@ -419,3 +419,21 @@ def test_spawned_process_hands_low_rank_layers_back(tmp_path):
     module = enable_low_rank_loading(Classifier())
     train(module, [RankQuantization(plan=plan)], tmp_path, strategy="ddp_spawn", devices=1)
     assert set(low_rank_layers(module)) == {"net.0", "net.4", "net.6"}
+
+
+def test_step_that_can_not_be_tried_is_watched_once_under_accumulation(tmp_path, monkeypatch, caplog):
+    seconds = []
+    judge = _rank_choice.RankChooser.choose_by_layers
+
+    def spy(self, module, inputs, step_seconds, why):
+        seconds.append(step_seconds)
+        return judge(self, module, inputs, step_seconds, why)
+
+    monkeypatch.setattr(_rank_choice.RankChooser, "choose_by_layers", spy)
+    module = Classifier()
+    module.not_to_be_copied = (number for number in range(3))
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, [fixed(on_loss="keep")], tmp_path, accumulate_grad_batches=3)
+    assert low_rank_layers(module)
+    assert len(seconds) == 1
+    assert 0.0 < seconds[0] < 60.0, "the time of one step, not of the clock"

@@ -63,3 +63,4 @@ def test_nothing_to_look_at_and_broken_weights_are_no_evidence():
     zero = nn.Sequential(nn.Linear(16, 16))
     nn.init.zeros_(zero[0].weight)
     assert not looks_untrained(zero)
+    assert not looks_untrained(nn.Sequential(nn.Linear(2, 2)))
