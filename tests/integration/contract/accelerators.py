@@ -6,6 +6,8 @@ is parametrized over the table; the modules, data and loops are in `contract_mod
 
 from __future__ import annotations
 
+import fnmatch
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,7 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_accel.callbacks import RankQuantization, SequentialFreezing
+from lightning_accel.callbacks import L1InfProjection, MultilevelProjection, RankQuantization, SequentialFreezing
 from lightning_accel.low_rank import LayerPlan, RankPlan, decompose, eligible_layers, low_rank_layers
 
 
@@ -99,6 +101,25 @@ def rank_quantization(**settings: object) -> RankQuantization:
     return RankQuantization(**{"ratio": 2.0, "method": "fixed", "when": "setup", "on_loss": "keep"} | settings)
 
 
+# two projections of one weight do not commute: each gets layers of its own, which low rank may have factored
+FIRST_LAYERS = ("network.0.*", "network.2.*", "*convolution.*")
+LAST_LAYERS = ("network.4.*", "*head.*")
+
+
+def has_zero_rows(patterns: tuple[str, ...]) -> Callable[[LightningModule], bool]:
+    """Return what says whether a weight of those names has a row of zeros."""
+
+    def look(module: LightningModule) -> bool:
+        weights = [
+            p
+            for name, p in module.named_parameters()
+            if p.ndim > 1 and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        ]
+        return any(bool((weight == 0).flatten(1).all(1).any()) for weight in weights)
+
+    return look
+
+
 ACCELERATORS = (
     Accelerator(
         name="rank_quantization",
@@ -143,6 +164,45 @@ ACCELERATORS = (
         neutral=lambda: [RankQuantization(plan=all_dense_plan()), SequentialFreezing()],
         acted=is_low_rank,
         nothing_to_act_on="no layer .* can be factored",
+    ),
+    Accelerator(
+        name="l1inf_projection",
+        network=mlp,
+        callbacks=lambda: [L1InfProjection(target_sparsity=0.5, parameters=FIRST_LAYERS, module_types=None)],
+        neutral=lambda: [L1InfProjection(math.inf)],
+        acted=has_zero_rows(FIRST_LAYERS),
+        nothing_to_act_on="found no parameter to project",
+        conf=("l1inf_projection",),
+        overrides=(
+            f"callbacks.l1inf_projection.parameters=[{','.join(FIRST_LAYERS)}]",
+            "callbacks.l1inf_projection.module_types=null",
+        ),
+    ),
+    Accelerator(
+        name="multilevel_projection",
+        network=mlp,
+        callbacks=lambda: [
+            MultilevelProjection(
+                radius_fraction=0.1,
+                norms=("l1", "l2"),
+                parameters=LAST_LAYERS,
+                module_types=None,
+                scope="global",
+                schedule="cubic",
+                end_step=5,
+                freeze_zero_groups=True,
+            )
+        ],
+        neutral=lambda: [MultilevelProjection(math.inf, norms=("l1", "l1"), freeze_zero_groups=True)],
+        acted=has_zero_rows(LAST_LAYERS),
+        nothing_to_act_on="found no parameter to project",
+        conf=("multilevel_projection",),
+        overrides=(
+            f"callbacks.multilevel_projection.parameters=[{','.join(LAST_LAYERS)}]",
+            "callbacks.multilevel_projection.module_types=null",
+            "callbacks.multilevel_projection.norms=[l1,l2]",
+            "callbacks.multilevel_projection.target_sparsity=0.4",
+        ),
     ),
 )
 
