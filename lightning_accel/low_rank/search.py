@@ -42,6 +42,7 @@ def make_plan(
     exclude: Sequence[str] = (),
     phase: Phase = "train",
     make_optimizer: MakeOptimizer = torch.optim.AdamW,
+    phase_weights: tuple[float, float] | None = None,
     cache_dir: Path | str | None = None,
     timer: Timer | None = None,
 ) -> RankPlan:
@@ -66,6 +67,8 @@ def make_plan(
         exclude: Shell patterns of module names to leave alone.
         phase: Time a ``"train"`` step (forward, backward, update) or the ``"inference"`` forward.
         make_optimizer: Makes the optimizer whose update is timed, from a list of parameters.
+        phase_weights: For a training under sequential freezing: time candidates as the mean over its two phases, by the
+            schedule's ``weights``. None times them with everything trainable.
         cache_dir: Keeps times and energies between runs, see `default_cache_dir`; None measures anew.
         timer: Replaces the clock, for tests.
 
@@ -87,6 +90,8 @@ def make_plan(
         raise ValueError(f"`weighting` must be none or activation, got {weighting!r}.")
     if phase not in ("train", "inference"):
         raise ValueError(f"`phase` must be train or inference, got {phase!r}.")
+    if phase_weights is not None and (len(phase_weights) != 2 or min(phase_weights) <= 0.0):
+        raise ValueError(f"`phase_weights` must be 2 numbers > 0, got {tuple(phase_weights)}.")
     measured = method != "fixed"
     if run_batch is None and (measured or weighting == "activation"):
         raise ValueError("`run_batch` must run one real batch, got None; only method='fixed' does without.")
@@ -122,7 +127,14 @@ def make_plan(
             if signature not in known_times:
                 ranks = [candidate.ranks for candidate in draft.candidates]
                 known_times[signature] = time_layer(
-                    dense, ranks, called, phase=phase, make_optimizer=make_optimizer, cache=cache, timer=timer
+                    dense,
+                    ranks,
+                    called,
+                    phase=phase,
+                    make_optimizer=make_optimizer,
+                    phase_weights=phase_weights,
+                    cache=cache,
+                    timer=timer,
                 )
             draft = _with_times(draft, known_times[signature])
         drafts.append(draft)

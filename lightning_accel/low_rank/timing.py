@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lightning_accel import measure
 from lightning_accel.low_rank.calls import LayerCall
 from lightning_accel.low_rank.factorize import DenseLayer, empty_like
+from lightning_accel.low_rank.freezing import NUM_GROUPS, freeze, frozen_parameters
+from lightning_accel.low_rank.layers import LowRankLayer
 
 Phase = Literal["train", "inference"]
 Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, Sequence[float]]]
@@ -39,6 +41,7 @@ def time_layer(
     *,
     phase: Phase = "train",
     make_optimizer: MakeOptimizer = torch.optim.AdamW,
+    phase_weights: tuple[float, float] | None = None,
     cache: "DiskCache | None" = None,
     timer: Timer | None = None,
 ) -> dict[str, float]:
@@ -53,11 +56,15 @@ def time_layer(
         call: What the layer sees in a batch.
         phase: ``"train"`` or ``"inference"``.
         make_optimizer: Makes the optimizer whose update is part of a training step.
+        phase_weights: Time candidates under sequential freezing: the mean over steps with group 0 and with group 1 at
+            rest, by these weights. None times them with everything trainable.
         cache: Where to look first and to keep the result.
         timer: Replaces the clock, for tests.
     """
     names = [candidate_name(None), *map(candidate_name, candidates)]
-    key = _key(dense, call, phase, getattr(make_optimizer, "__name__", type(make_optimizer).__name__))
+    weights = (1.0,) if phase_weights is None or phase == "inference" else phase_weights
+    optimizer = getattr(make_optimizer, "__name__", type(make_optimizer).__name__)
+    key = _key(dense, call, phase, f"{optimizer} {weights}")
     known = cache.read(key) if cache is not None and timer is None else {}
     if not set(names) <= set(known):
         device = dense.weight.device
@@ -70,8 +77,10 @@ def time_layer(
             min_rounds=_MIN_ROUNDS if len(names) <= _MANY else 1,
         )
         with _random_state_kept(device):
-            steps = _steps(dense, candidates, call, phase, make_optimizer)
+            steps = _steps(dense, candidates, call, phase, make_optimizer, frozen=len(weights) > 1)
             seconds = timer_or_clock(steps)
+        if len(weights) > 1:
+            seconds = {name: _mean_of_phases(name, seconds, weights) for name in names}
         # Times that are compared with each other were taken in one go; earlier ones of other ranks are kept beside.
         known |= {name: 1000.0 * call.calls * statistics.median(seconds[name]) for name in names}
         if cache is not None and timer is None:
@@ -131,11 +140,19 @@ def _steps(
     call: LayerCall,
     phase: Phase,
     make_optimizer: MakeOptimizer,
+    *,
+    frozen: bool,
 ) -> dict[str, Callable[[], object]]:
     bare = _bare_copy(dense)
     layers: dict[str, nn.Module] = {candidate_name(None): bare}
     for ranks in candidates:
-        layers[candidate_name(ranks)] = _with_own_bias(empty_like(bare, ranks))
+        name = candidate_name(ranks)
+        if not frozen:
+            layers[name] = _with_own_bias(empty_like(bare, ranks))
+            continue
+        for group in range(NUM_GROUPS):
+            layer = layers[f"{name}/{group}"] = _with_own_bias(empty_like(bare, ranks))
+            freeze(layer, group, user_frozen=frozen_parameters(layer))
     x = torch.randn(call.shape, dtype=call.dtype, device=dense.weight.device)
     if call.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -148,6 +165,14 @@ def _steps(
         name: functools.partial(_train, layer, x, gradient, call, _optimizer(layer, make_optimizer))
         for name, layer in layers.items()
     }
+
+
+def _mean_of_phases(name: str, seconds: Mapping[str, Sequence[float]], weights: tuple[float, ...]) -> Sequence[float]:
+    if name == candidate_name(None):
+        return seconds[name]
+    phases = [seconds[f"{name}/{group}"] for group in range(NUM_GROUPS)]
+    total = sum(weights)
+    return [sum(w * t for w, t in zip(weights, pair, strict=True)) / total for pair in zip(*phases, strict=True)]
 
 
 def _train(
@@ -186,8 +211,8 @@ def _bare_copy(dense: DenseLayer) -> DenseLayer:
     return bare
 
 
-def _with_own_bias(layer: nn.Module) -> nn.Module:
-    bias = layer._parameters.get("bias")
+def _with_own_bias(layer: LowRankLayer) -> LowRankLayer:
+    bias = layer._parameters["bias"]
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return layer

@@ -176,6 +176,26 @@ def test_a_layer_whose_parameters_are_all_frozen_is_timed_without_update():
     assert all(layer.dense_ms > 0.0 for layer in plan.layers)
 
 
+def test_candidates_are_timed_in_both_phases_of_sequential_freezing():
+    def phased(name):
+        if name == "dense":
+            return 40.0
+        rank, group = name.split("/")
+        return float(rank) * (0.7 if group == "0" else 1.0)
+
+    clock = Clock(phased)
+    plan = make_plan(mlp(depth=1), run, ratio=2.0, phase_weights=(2.0, 1.0), timer=clock)
+    assert {"dense", "16/0", "16/1"} <= set(clock.asked[0])
+    (sixteen,) = [candidate for candidate in plan.layers[0].candidates if candidate.ranks == (16,)]
+    assert sixteen.ms == pytest.approx(16_000.0 * (2 * 0.7 + 1.0) / 3.0)
+    real = make_plan(mlp(), run, ratio=2.0, phase_weights=(1.0, 1.0))
+    assert all(candidate.ms > 0.0 for layer in real.layers for candidate in layer.candidates)
+    once = make_plan(
+        mlp(depth=1), run, ratio=2.0, phase="inference", phase_weights=(2.0, 1.0), timer=Clock(proportional)
+    )
+    assert once.layers[0].dense_ms == 40_000.0
+
+
 # --- cache ----------------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +440,7 @@ def test_plan_entries_are_frozen():
         ({"energy": 0.9, "method": "paper"}, "method 'paper' needs `ratio`, got `energy`"),
         ({"ratio": 2.0, "min_energy": 1.5}, "`min_energy` must be in \\[0, 1\\], got 1.5"),
         ({"ratio": 2.0, "weighting": "all"}, "`weighting` must be none or activation, got 'all'"),
+        ({"ratio": 2.0, "phase_weights": (1.0, 0.0)}, "`phase_weights` must be 2 numbers > 0, got \\(1.0, 0.0\\)"),
         ({"ratio": 2.0, "phase": "test"}, "`phase` must be train or inference, got 'test'"),
     ],
 )

@@ -78,7 +78,7 @@ def _training(case: Case, *, quick: bool, device: str) -> Iterator[BenchRow]:
     guarded, energy = mac_guarded(model)
     fast, fast_plan = _planned(model, x, speedup=case.speedup)
     equal, equal_plan = _planned(model, x, ratio=_RATIO)
-    matched, matched_plan = _planned(model, x, energy=energy)
+    matched, matched_plan = _planned(model, x, energy=energy, phase_weights=_WEIGHTS)
     paper, paper_plan = _planned(model, x, ratio=_RATIO, method="paper")
     models = {
         "dense": model,
@@ -243,6 +243,7 @@ def _planned(
     speedup: float | None = None,
     method: str = "knapsack",
     phase: str = "train",
+    phase_weights: tuple[float, float] | None = None,
 ) -> tuple[nn.Module, RankPlan]:
     """Return a factorized copy and its plan; the floor is low, as random weights keep little energy."""
     changed = copy.deepcopy(model)
@@ -254,6 +255,7 @@ def _planned(
         speedup=speedup,
         method=method,  # type: ignore[arg-type]
         phase=phase,  # type: ignore[arg-type]
+        phase_weights=phase_weights,
         min_energy=_MIN_ENERGY,
     )
     decompose(changed, plan)
