@@ -67,6 +67,15 @@ class ScheduleChoice:
         run = self._candidates(step, xs, states, only=self.choices[key]).get(self.choices[key])
         return run(xs, states) if run is not None else run_loop(step, self.module, xs, states)
 
+    def refusal(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str | None:
+        """Return why a step (``xs`` of shape (B, ...)) has no intra-stream schedule; ``None`` if it has one."""
+        before, self.schedule = self.schedule, "intra_stream"  # asked, not wanted: no warning
+        try:
+            made = self._schedule("intra_stream", step, [x[None] for x in xs], states)
+        finally:
+            self.schedule = before
+        return None if made is not None else self.refusals["intra_stream"]
+
     def _key(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str:
         """Describe a kind of call; lengths and batch sizes count by powers of two."""
         device = xs[0].device.type

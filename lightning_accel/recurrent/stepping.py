@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_accel.recurrent.attachment import InstanceForward, plain_forward
+
 Step = Callable[[nn.Module, Sequence[Tensor], Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]
 
 TORCH_CELLS: dict[type[nn.Module], str] = {nn.LSTMCell: "lstm", nn.GRUCell: "gru", nn.RNNCell: "rnn"}
@@ -28,10 +30,12 @@ def torch_cell_step(
     cell: nn.Module, xs: Sequence[Tensor], states: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Make one step of a torch cell; its output is its hidden state."""
+    # A deferred cell stands behind its own recording, which must not record what computes it.
+    call = plain_forward(cell) if isinstance(cell.__dict__.get("forward"), InstanceForward) else cell
     if isinstance(cell, nn.LSTMCell):
-        h, c = cell(xs[0], (states[0], states[1]))
+        h, c = call(xs[0], (states[0], states[1]))
         return [h], [h, c]
-    h = cell(xs[0], states[0])
+    h = call(xs[0], states[0])
     return [h], [h]
 
 

@@ -1,0 +1,169 @@
+"""Find the cells that a model loops over, by watching one batch, and defer their calls from then on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.recurrent.call_layout import CallLayout, flatten, learn_layout
+from lightning_accel.recurrent.cell_deferral import DeferredCell, result_shapes
+from lightning_accel.recurrent.choice import Schedule, ScheduleChoice
+from lightning_accel.recurrent.deferred import custom_functions_get_values
+from lightning_accel.recurrent.stepping import is_torch_cell
+
+_LOOP = 3  # chained calls in one batch that make a loop
+
+
+class _Watch:
+    """What was seen of one module during the watched batch."""
+
+    def __init__(self) -> None:
+        self.previous: list[Any] = []
+        self.layout: CallLayout | None = None
+        self.chained = 0
+        self.same = True
+        self.call: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        self.shapes: list[tuple[int, ...]] | None = None
+        self.inputs: list[tuple[Tensor, int]] = []
+
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        leaves: list[Any] = []
+        flatten((args, kwargs), leaves)
+        self.inputs += [(t, t._version) for t in leaves if isinstance(t, Tensor)]
+        if any(t is p for t in leaves for p in self.previous if isinstance(t, Tensor)):
+            layout = learn_layout(args, kwargs, result, self.previous)
+            self.chained += 1
+            if self.layout is None:
+                self.layout, self.shapes = layout, result_shapes(result)
+            self.same = self.same and layout == self.layout
+            self.call = layout.split(leaves) if layout is not None else None
+        self.previous = []
+        flatten(result, self.previous)
+
+    @property
+    def inputs_changed(self) -> bool:
+        """Whether an input was changed in place after the call that took it."""
+        return any(t._version != version for t, version in self.inputs)
+
+
+class DeferredCells:
+    """Defer the cells of a model.
+
+    Args:
+        root: The model.
+        schedule: For every cell.
+        choices: Saved choices of an earlier run, by name of the cell.
+
+    Attributes:
+        cells: What is deferred, by name.
+        reasons: Why a cell that is called in a loop is not.
+    """
+
+    def __init__(
+        self, root: nn.Module, schedule: Schedule = "auto", choices: dict[str, dict[str, str]] | None = None
+    ) -> None:
+        self.root, self.schedule, self._choices = root, schedule, choices or {}
+        self.cells: dict[str, DeferredCell] = {}
+        self.reasons: dict[str, str] = {}
+        self._watches: dict[str, _Watch] | None = None
+
+    @property
+    def watched(self) -> bool:
+        """Whether a batch has been watched."""
+        return self._watches is not None
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Watch the calls of the model's own modules; decide at the end."""
+        self._watches = {}
+        handles = []
+        for name, module in self.root.named_modules():
+            if name and _may_be_cell(module) and not _is_compiled(self.root, name):
+                self._watches[name] = watch = _Watch()
+                handles.append(module.register_forward_hook(_seeing(watch), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        with torch.enable_grad():
+            self._decide(self._watches)
+        for watch in self._watches.values():
+            watch.__init__()  # type: ignore[misc]  # let go of the batch's tensors
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Defer calls inside."""
+        running = [cell for cell in self.cells.values() if not cell.reason]
+        if not running:
+            yield
+            return
+        for cell in running:
+            cell.active = True
+        try:
+            with custom_functions_get_values():
+                yield
+        finally:
+            for cell in running:
+                cell.active = False
+
+    def remove(self) -> None:
+        """Give every cell its own forward back."""
+        for cell in self.cells.values():
+            cell.remove()
+
+    def _decide(self, watches: dict[str, _Watch]) -> None:
+        loops = {n: w for n, w in watches.items() if w.chained >= _LOOP}
+        torchs = {n for n in loops if is_torch_cell(self.root.get_submodule(n))}
+        for name, watch in loops.items():
+            cell = self.root.get_submodule(name)
+            if name not in torchs and any(other.startswith(f"{name}.") for other in torchs):
+                continue  # torch's cells inside have better kernels than the whole
+            if any(name.startswith(f"{other}.") for other in (*self.cells, *self.reasons)):
+                continue  # part of a cell
+            choice = ScheduleChoice(cell, self.schedule, name=name)
+            choice.choices.update(self._choices.get(name, {}))
+            reason = self._refusal(name, watch, choice)
+            if reason is not None:
+                self.reasons[name] = reason
+                continue
+            self.cells[name] = DeferredCell(cell, choice, watch.layout, watch.shapes or ())
+
+    def _refusal(self, name: str, watch: _Watch, choice: ScheduleChoice) -> str | None:
+        cell = choice.module
+        if watch.inputs_changed:
+            return "its loop changes an input in place after the call"
+        if cell._backward_hooks or cell._backward_pre_hooks:
+            return "it has backward hooks"
+        if is_torch_cell(cell):
+            return None
+        if watch.layout is None or not watch.same or watch.shapes is None or watch.call is None:
+            return "its calls differ in form"
+        if any(len(watch.shapes) <= slot or slot < 0 for slot in watch.layout.state_slots):
+            return "its states are no tensors that it returned"
+        xs, states = ([t.detach() for t in group] for group in watch.call)
+        return choice.refusal(watch.layout, xs, states)
+
+
+def _seeing(watch: _Watch) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if torch.is_grad_enabled():
+            watch.see(args, kwargs, result)
+
+    return hook
+
+
+def _may_be_cell(module: nn.Module) -> bool:
+    """Tell torch's cells and modules of the user's own; torch's other layers hold no state that is passed on."""
+    return is_torch_cell(module) or not type(module).__module__.startswith("torch.")
+
+
+def _is_compiled(root: nn.Module, name: str) -> bool:
+    """Tell whether a module or one around it is compiled: its calls are not Python's to record."""
+    module, path = root, [root]
+    for part in name.split("."):
+        module = module.get_submodule(part)
+        path.append(module)
+    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in path)
