@@ -9,14 +9,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_accel.callbacks._factor_turns import FactorTurns
 from lightning_accel.callbacks._order import correct_order
-from lightning_accel.callbacks._structure import ChangesStructure, refuse_sharded, rewrap_ddp
+from lightning_accel.callbacks._structure import ChangesStructure, refuse_sharded
 from lightning_accel.lightning_private import callbacks_of
-from lightning_accel.low_rank import AdaptiveFreezing, FreezingSchedule, factor_parameter_names, freeze, low_rank_layers
+from lightning_accel.low_rank import AdaptiveFreezing, FreezingSchedule, low_rank_layers
 
 _log = logging.getLogger(__name__)
-
-Phase = int | frozenset[str] | None
 
 
 class SequentialFreezing(pl.Callback):
@@ -76,9 +75,7 @@ class SequentialFreezing(pl.Callback):
             final_trainable=final_trainable,
             fixed_group=fixed_group,
         )
-        self.adaptive = AdaptiveFreezing(threshold=threshold, window_steps=window_steps)
-        self._frozen: set[str] = set()  # what this callback froze, never what the user did
-        self._phase: tuple[Phase] | None = None  # what is applied; None before the first batch
+        self.turns = FactorTurns(self.schedule, AdaptiveFreezing(threshold=threshold, window_steps=window_steps))
         self._aside = False
         self._steps = 0
         self._times: list[float] = []
@@ -91,7 +88,7 @@ class SequentialFreezing(pl.Callback):
             return
         refuse_sharded(trainer.strategy, "SequentialFreezing")
         correct_order(trainer)
-        self._frozen, self._phase, self._aside = set(), None, False
+        self.turns.frozen, self.turns.applied, self._aside = set(), None, False
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -108,7 +105,7 @@ class SequentialFreezing(pl.Callback):
                 "SequentialFreezing can not rest factors under L-BFGS, which moves parameters without gradient along "
                 "its old directions. Use another optimizer, or mode='none'."
             )
-        if self.schedule.final_trainable and self._total(trainer) is None:
+        if self.schedule.final_trainable and self.turns.total(trainer) is None:
             raise MisconfigurationException(
                 "`final_trainable` counts from the end of training, which is unknown. Set the Trainer's max_epochs, "
                 "or max_steps with `period_steps`."
@@ -120,70 +117,59 @@ class SequentialFreezing(pl.Callback):
     ) -> None:
         """Change the frozen group where a phase begins."""
         self._clock = time.perf_counter()
-        if self._aside or not self._ready(trainer, pl_module):
-            return
-        if self.schedule.mode == "adaptive":
-            phase: Phase = frozenset(self.adaptive.frozen)
-        else:
-            phase = self.schedule.frozen_group(
-                epoch=trainer.current_epoch, step=trainer.global_step, total=self._total(trainer)
-            )
-        if self._phase != (phase,):
-            self._begin(trainer, pl_module, phase)
-            self._phase = (phase,)
+        if not self._aside and self._ready(trainer, pl_module):
+            self.turns.follow(trainer, pl_module)
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
         """Take the step's time; watch the factors in adaptive mode."""
         self._times.append(time.perf_counter() - self._clock)
-        if self.schedule.mode == "adaptive" and self._phase is not None and trainer.global_step > self._steps:
+        if self._adapts and self.turns.applied is not None and trainer.global_step > self._steps:
             self._steps = trainer.global_step
-            self.adaptive.observe(pl_module)
+            self.turns.adaptive.observe(pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Log the epoch's phase and mean step time."""
-        if self._phase is None:
+        if self.turns.applied is None:
             return
-        (phase,) = self._phase
-        count = sum(p.numel() for n, p in pl_module.named_parameters() if n in self._frozen)
-        values = {
-            "group": -1.0 if phase is None else float(phase) if isinstance(phase, int) else float(self.adaptive.events),
-            "frozen_parameters": float(count),
-            "step_seconds": sum(self._times) / max(1, len(self._times)),
-        }
+        values = self.turns.values(pl_module) | {"step_seconds": sum(self._times) / max(1, len(self._times))}
         self._times.clear()
         pl_module.log_dict({f"sequential_freezing/{name}": value for name, value in values.items()}, sync_dist=True)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Make everything trainable that this callback froze."""
-        self._thaw(pl_module)
+        self.turns.thaw(pl_module)
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Leave the module as it was."""
-        self._thaw(pl_module)
+        self.turns.thaw(pl_module)
 
     def on_structure_change(self, *_: Any) -> None:
         """Begin the phase anew with the new layers."""
-        self._phase = None
+        self.turns.applied = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the adaptive mode's statistics; the other modes have no state."""
-        if self.schedule.mode != "adaptive":
+        if not self._adapts:
             return {}
-        return {"adaptive": self.adaptive.state_dict(), "steps": self._steps}
+        return {"adaptive": self.turns.adaptive.state_dict(), "steps": self._steps}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`."""
-        self.adaptive.load_state_dict(state_dict["adaptive"])
+        self.turns.adaptive.load_state_dict(state_dict["adaptive"])
         self._steps = state_dict["steps"]
 
+    @property
+    def _adapts(self) -> bool:
+        return self.schedule.mode == "adaptive"
+
     def _ready(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
-        if self._phase is not None or low_rank_layers(pl_module):
+        if self.turns.applied is not None or low_rank_layers(pl_module):
             return True
         states = [
             callback.structure_state() for callback in callbacks_of(trainer) if isinstance(callback, ChangesStructure)
@@ -193,38 +179,3 @@ class SequentialFreezing(pl.Callback):
             if trainer.is_global_zero:
                 _log.info("sequential freezing steps aside: RankQuantization left the model dense.")
         return False
-
-    def _begin(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", phase: int | frozenset[str] | None
-    ) -> None:
-        trainable = {name: p.requires_grad for name, p in pl_module.named_parameters()}
-        by_user = {name for name, trains in trainable.items() if not trains and name not in self._frozen}
-        if self.schedule.mode == "adaptive":
-            frozen = set(self.adaptive.apply(pl_module, user_frozen=by_user))
-        else:
-            frozen = set(freeze(pl_module, phase if isinstance(phase, int) else None, user_frozen=by_user))
-        self._frozen = frozen - by_user
-        if trainable != {name: p.requires_grad for name, p in pl_module.named_parameters()}:
-            rewrap_ddp(trainer)
-        if trainer.is_global_zero:
-            _log.info(
-                "epoch %d, step %d: %s; %d of %d factors are frozen.",
-                trainer.current_epoch,
-                trainer.global_step,
-                "no group rests" if phase is None else f"group {phase} rests",
-                len(self._frozen),
-                len(factor_parameter_names(pl_module)),
-            )
-
-    def _thaw(self, pl_module: "pl.LightningModule") -> None:
-        for name, parameter in pl_module.named_parameters():
-            if name in self._frozen:
-                parameter.requires_grad_(True)
-        self._frozen, self._phase = set(), None
-
-    def _total(self, trainer: "pl.Trainer") -> int | None:
-        limit = trainer.max_steps if self.schedule.counts_steps else trainer.max_epochs
-        if self.schedule.counts_steps and limit == -1:
-            steps = trainer.estimated_stepping_batches
-            return int(steps) if steps != float("inf") else None
-        return None if limit in (None, -1) else limit
