@@ -221,9 +221,9 @@ class SharedMemoryStore:
         """See `ParameterStore.idle`."""
         self._channel.send(Message("idle", {"idle": idle}))
 
-    def stop(self) -> None:
-        """End the run for everybody: from now on only the coordinator's pushes count."""
-        self._ask(Message("stop"))
+    def stop(self, *, complete: bool = False) -> None:
+        """See `ParameterStore.stop`."""
+        self._ask(Message("stop", {"complete": complete}))
 
     def leave(self, *, stop: bool = False) -> None:
         """See `ParameterStore.leave`."""

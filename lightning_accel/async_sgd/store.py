@@ -182,10 +182,13 @@ class ParameterStore(Protocol):
         """Say that this worker does something else for a while (validates): nobody waits for its pushes."""
         ...
 
-    def stop(self) -> None:
-        """End the run for everybody: from now on only the coordinator's pushes count."""
+    def stop(self, *, complete: bool = False) -> None:
+        """End the run for everybody: from now on only the coordinator's pushes count.
+
+        ``complete`` says that all epochs should be through; if some batches are not, the run goes on with them.
+        """
         ...
 
     def leave(self, *, stop: bool = False) -> None:
-        """Go; with ``stop`` the run ends for everybody."""
+        """Go; with ``stop`` the run ends for everybody, once every batch that was begun is done."""
         ...

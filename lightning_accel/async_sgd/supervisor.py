@@ -122,10 +122,12 @@ class Supervisor:
         self._failure: Message | None = None
         self._order_asked: dict[int, int] = {}
         self._restarts = 0
+        self._called_back = 0
         self._first_version = 0
         self._stopped_at: float | None = None
         self._ticked = time.monotonic()
         self.peers: list[_Peer] = []
+        self._former: list[_Peer] = []  # left, and since then called back
         self._workers = workers
 
     def run(self) -> Ending:
@@ -140,6 +142,7 @@ class Supervisor:
                 self.peers.append(self._launch(worker, 0))
             while any(peer.active for peer in self.peers) and self._failure is None:
                 self._turn()
+                self._call_back()
             return self._ending()
         finally:
             self._close()
@@ -256,7 +259,7 @@ class Supervisor:
             peer.mailbox.segment.close()
 
     def _close(self) -> None:
-        for peer in self.peers:
+        for peer in self.peers + self._former:
             self._release(peer)
             peer.process.join(_GRACE_SECONDS if self._failure is None and peer.state == "left" else 0.0)
             if peer.process.exitcode is None:
@@ -319,7 +322,8 @@ class Supervisor:
         elif message.kind == "statistics" and self.server is not None:
             self._send(peer, Message("statistics", {"statistics": self.server.statistics()}))
         elif message.kind == "stop":
-            self._stop()
+            if not (values["complete"] and self._unfinished()):
+                self._stop()
             self._send(peer, Message("stop"))
         elif message.kind == "leave":
             self._leave(peer, stop=values["stop"])
@@ -327,6 +331,9 @@ class Supervisor:
     def _stop(self) -> None:
         self._words[STOP] = 1
         self._stopped_at = self._stopped_at or time.monotonic()
+
+    def _unfinished(self) -> bool:
+        return self.server is not None and self.server.leases.remaining() > 0
 
     def _commit(self, peer: _Peer, leases: list[tuple[int, int]]) -> None:
         assert self.server is not None
@@ -338,9 +345,30 @@ class Supervisor:
         if self.server is not None:
             self.server.dismiss(peer.worker)
         self._count_live()
-        if stop:
-            self._stop()
         self._send(peer, Message("leave"))
+        if not stop or self._words[STOP]:
+            return
+        if not self._unfinished():
+            self._stop()
+            return
+        heirs = [p for p in self.peers if p.active]
+        if heirs:
+            self._words[COORDINATOR] = heirs[0].worker
+
+    def _call_back(self) -> None:
+        """Start a worker again that has left, if another died with the last batches after this one was told of no more.
+
+        Only then is nobody left to train on them; it happens once a worker at most.
+        """
+        left = [peer for peer in self.peers if peer.state == "left"]
+        over = self._words[STOP] or not self._unfinished() or any(peer.active for peer in self.peers)
+        if over or not left or self._called_back >= self._workers:
+            return
+        self._called_back += 1
+        self._words[COORDINATOR] = left[0].worker
+        log.warning("worker %d is started again for the batches that a dead worker left.", left[0].worker)
+        self.peers[self.peers.index(left[0])] = self._launch(left[0].worker, left[0].incarnation + 1)
+        self._former.append(left[0])
 
     def _drain(self, peer: _Peer) -> None:
         """Apply every committed push of a worker, publish once, then acknowledge."""

@@ -165,6 +165,7 @@ class AsyncSGDBody(_Base):
         self._first_version = 0
         self._others_shown = 0
         self._next_snapshot = 0
+        self._epoch = -1
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -331,6 +332,9 @@ class AsyncSGDBody(_Base):
         trainer, store = self._trainer, self._store
         assert store is not None
         epoch = trainer.current_epoch
+        if self._worker is not None and epoch != self._epoch:
+            self._epoch = epoch
+            self._worker.flush()  # batches that led to no push must not keep the last epoch open
 
         def limited() -> Any:
             limit = trainer.num_training_batches
@@ -446,7 +450,8 @@ class AsyncSGDBody(_Base):
             return
         worker.flush()
         if store.is_coordinator:
-            store.stop()
+            early = self._trainer.should_stop or 0 <= self._trainer.max_steps <= self._trainer.global_step
+            store.stop(complete=not early)
             self._log_statistics(store, always=True)
             self._cut = store.snapshot()
             worker.load(self._cut)
