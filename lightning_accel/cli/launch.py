@@ -49,7 +49,11 @@ def launch(name: str, overrides: Sequence[str]) -> int:
         ):
             # Hydra 1.4 would have us trust the names of all its callbacks before it reads which the user has.
             warnings.filterwarnings("ignore", message=r"(?s).*lightning_accel\.cli\.sweep\.SweepReport")
-            hydra_main(name, job)()
+            try:
+                hydra_main(name, job)()
+            finally:
+                if sweep := sys.modules.get("lightning_accel.cli.sweep"):
+                    sweep.report_unfinished()
     except KeyboardInterrupt as error:
         print(str(error) or "Interrupted.", file=sys.stderr)
         return INTERRUPTED

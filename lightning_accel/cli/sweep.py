@@ -38,21 +38,37 @@ class SweepReport(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Make the folder that a sweeper may keep its own records in."""
         Path(config.paths.root_dir).mkdir(parents=True, exist_ok=True)
+        _unfinished.append(config)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Report on the folder of the sweep; a sweep without results stays silent."""
-        folder = Path(config.hydra.sweep.dir)
-        _clean_own_record(folder)
-        runs = read_runs(folder)
-        if not runs:
-            return
-        metric, mode = choose_metric(runs, config.get("optimized_metric"), config.get("optimized_mode", "max"))
-        speed = next((name for name in _SPEEDS if all(name in run.metrics for run in runs)), None)
-        best = pareto(runs, metric, mode, speed) if metric and speed else set()
-        write_table(runs, folder / "sweep.csv")
-        _show(runs, metric, speed, best)
-        if metric and speed and draw(runs, metric, speed, best, folder / "trade_off.png"):
-            Console().print(f"trade-off: {folder / 'trade_off.png'}", markup=False, soft_wrap=True)
+        _unfinished.clear()
+        report(config)
+
+
+_unfinished: list[DictConfig] = []  # Hydra tells no callback when a sweep fails or is interrupted
+
+
+def report_unfinished() -> None:
+    """Report on the jobs that had ended when their sweep failed or was interrupted."""
+    while _unfinished:
+        report(_unfinished.pop())
+
+
+def report(config: DictConfig) -> None:
+    """Print and write what the jobs of a sweep left in its folder."""
+    folder = Path(config.hydra.sweep.dir)
+    _clean_own_record(folder)
+    runs = read_runs(folder)
+    if not runs:
+        return
+    metric, mode = choose_metric(runs, config.get("optimized_metric"), config.get("optimized_mode", "max"))
+    speed = next((name for name in _SPEEDS if all(name in run.metrics for run in runs)), None)
+    best = pareto(runs, metric, mode, speed) if metric and speed else set()
+    write_table(runs, folder / "sweep.csv")
+    _show(runs, metric, speed, best)
+    if metric and speed and draw(runs, metric, speed, best, folder / "trade_off.png"):
+        Console().print(f"trade-off: {folder / 'trade_off.png'}", markup=False, soft_wrap=True)
 
 
 def read_runs(folder: Path) -> list[SweepRun]:

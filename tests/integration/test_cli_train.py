@@ -73,6 +73,15 @@ def test_a_sweep_ends_with_a_table_and_its_trade_off(tmp_path, capsys):
     assert str(tmp_path) not in (folder / "multirun.yaml").read_text()
 
 
+def test_a_failing_job_does_not_take_the_table_of_the_others(tmp_path, capsys):
+    others = [word for word in SMALL if not word.startswith("model.width")]
+    assert call("train", "-m", "model.width=0,16", *others, "logger=[]", "test=false") == 2
+    shown = capsys.readouterr()
+    assert "model.width=16" in shown.out[shown.out.index("Pareto") :]
+    assert "`width` must be an integer >= 1, got 0." in shown.err
+    assert str(tmp_path) not in (folders("train-sweep")[0] / "multirun.yaml").read_text()
+
+
 def test_callbacks_keep_the_order_of_the_list_and_can_be_taken_out(tmp_path, capsys):
     flag = write_callbacks(tmp_path / "own")
     assert call("train", *flag, "--cfg", "job", "callbacks=[second,first]") == 0

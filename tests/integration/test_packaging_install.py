@@ -157,7 +157,7 @@ def test_lightning_cli_takes_our_callbacks_by_class_path(tmp_path):
         "from lightning_accel.zoo import MLP, Digits\n"
         "cli = LightningCLI(MLP, Digits, run=False)\n"
         "print([type(callback).__name__ for callback in cli.trainer.callbacks][0])\n"
-        "print(cli.trainer.callbacks[0].search.ratio)\n"
+        "print(cli.config.trainer.callbacks[0].init_args.ratio)\n"
     )
     words = [
         "--trainer.accelerator=cpu",
