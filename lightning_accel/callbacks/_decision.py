@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -100,11 +101,18 @@ class Decision:
         try:
             trial = StepTrial(trainer, pl_module, batch, index)
             inputs = trial.recorded_inputs()
+            trial.step()
         except Exception as problem:  # user code may refuse to be copied or called twice, for any reason
             self._watch(pl_module, f"a copy of the module can not make its training step ({problem!r})")
             return None
         self.inputs = inputs
-        return chooser.choose(trial, inputs)
+        try:
+            return chooser.choose(trial, inputs)
+        except torch.OutOfMemoryError:
+            return chooser.dense(
+                "memory does not suffice for a second copy of module and optimizers. Make a plan beforehand "
+                "(`lightning-accel plan`) and pass `plan=`, or try with a smaller batch"
+            )
 
     def step_ended(self) -> None:
         """Stop watching."""

@@ -437,3 +437,24 @@ def test_step_that_can_not_be_tried_is_watched_once_under_accumulation(tmp_path,
     assert low_rank_layers(module)
     assert len(seconds) == 1
     assert 0.0 < seconds[0] < 60.0, "the time of one step, not of the clock"
+
+
+def test_optimizer_that_needs_a_closure_is_judged_by_layers(tmp_path, caplog):
+    module = Classifier(optimizer="LBFGS", settings={"lr": 0.1, "max_iter": 2}, noisy=False)
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, [fixed(on_loss="keep")], tmp_path)
+    assert "a copy of the module can not make its training step" in caplog.text
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_no_memory_for_a_second_copy_leaves_the_run_alone(tmp_path, monkeypatch, caplog):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(_rank_choice, "time_interleaved", exhausted)
+    plain, module = Classifier(), Classifier()
+    train(plain, [], tmp_path)
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, [fixed()], tmp_path)
+    assert "stays dense: memory does not suffice" in caplog.text
+    assert equal_states(plain.state_dict(), module.state_dict())
