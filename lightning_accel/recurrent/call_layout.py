@@ -10,11 +10,15 @@ from lightning_accel.recurrent.attachment import plain_forward
 
 
 def flatten(value: Any, leaves: list[Any]) -> Any:
-    """Append the leaves of nested tuples, lists and dicts to ``leaves``; return the nesting, ``None`` for a leaf."""
-    if isinstance(value, (tuple, list)):
-        return (type(value), *[flatten(v, leaves) for v in value])
-    if isinstance(value, dict):
-        return (dict, tuple(value), *[flatten(v, leaves) for v in value.values()])
+    """Append the leaves of nested tuples, lists and dicts to ``leaves``; return the nesting, ``None`` for a leaf.
+
+    The nesting is made of tuples and strings, so that it can be saved.
+    """
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return (kind.__name__, *[flatten(v, leaves) for v in value])
+    if kind is dict:
+        return ("dict", tuple(value), *[flatten(v, leaves) for v in value.values()])
     leaves.append(value)
     return None
 
@@ -24,11 +28,11 @@ def unflatten(nesting: Any, leaves: Any) -> Any:
     if nesting is None:
         return next(leaves)
     kind, *parts = nesting
-    if kind is dict:
+    if kind == "dict":
         names, *parts = parts
         return {name: unflatten(part, leaves) for name, part in zip(names, parts, strict=True)}
     values = [unflatten(part, leaves) for part in parts]
-    return kind(*values) if hasattr(kind, "_fields") else kind(values)
+    return tuple(values) if kind == "tuple" else values
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,15 @@ _PATIENCE = 8  # short chains in a row until the cell runs plain for good
 
 _TORCH_LAYOUTS = {
     "lstm": CallLayout(
-        (tuple, (tuple, None, (tuple, None, None)), (dict, ())), (0,), (1, 2), (0, 1), (), (tuple, None, None), (0, 1)
+        ("tuple", ("tuple", None, ("tuple", None, None)), ("dict", ())),
+        (0,),
+        (1, 2),
+        (0, 1),
+        (),
+        ("tuple", None, None),
+        (0, 1),
     ),
-    "single": CallLayout((tuple, (tuple, None, None), (dict, ())), (0,), (1,), (0,), (), None, (0,)),
+    "single": CallLayout(("tuple", ("tuple", None, None), ("dict", ())), (0,), (1,), (0,), (), None, (0,)),
 }
 
 
@@ -30,7 +36,7 @@ class DeferredCell:
         cell: The module.
         layout: Form of its calls; torch's own cells need none.
         choice: Runs the chains.
-        like: For each result, shape without the batch, for cells that are not torch's.
+        shapes: For each result, shape without the batch, for cells that are not torch's.
 
     Attributes:
         active: Whether calls are deferred now.
@@ -42,17 +48,17 @@ class DeferredCell:
         cell: nn.Module,
         choice: ScheduleChoice,
         layout: CallLayout | None = None,
-        like: Sequence[tuple[int, ...]] = (),
+        shapes: Sequence[tuple[int, ...]] = (),
     ) -> None:
         self.cell, self.choice = cell, choice
         self.native = is_torch_cell(cell)
         if self.native:
             layout = _TORCH_LAYOUTS["lstm" if isinstance(cell, nn.LSTMCell) else "single"]
             assert isinstance(cell, (nn.LSTMCell, nn.GRUCell, nn.RNNCell))
-            like = [(cell.hidden_size,)] * len(set(layout.unique))
+            shapes = [(cell.hidden_size,)] * len(set(layout.unique))
         assert layout is not None
         self.layout = layout
-        self._like = list(like)
+        self.shapes = list(shapes)
         self._parameters = [*cell.parameters(), *cell.buffers()]
         self._short = 0
         self.active = False
@@ -76,7 +82,7 @@ class DeferredCell:
         if chain is None:
             if not self._fits(xs, states):
                 return self._forward.original(*args, **kwargs)
-            like = [(torch.Size((xs[0].shape[0], *shape)), states[0].dtype, states[0].device) for shape in self._like]
+            like = [(torch.Size((xs[0].shape[0], *shape)), states[0].dtype, states[0].device) for shape in self.shapes]
             chain = Chain(
                 self._run,
                 states,
@@ -88,7 +94,7 @@ class DeferredCell:
             )
             chain.x_specs = [spec_of(x) for x in xs]
         step = chain.append(xs)
-        made = [DeferredTensor.make(chain, step, slot) for slot in range(len(self._like))]
+        made = [DeferredTensor.make(chain, step, slot) for slot in range(len(self.shapes))]
         if self.native:
             return tuple(made) if len(made) > 1 else made[0]
         return unflatten(self.layout.results, iter([made[slot] for slot in self.layout.unique]))
@@ -103,7 +109,7 @@ class DeferredCell:
             if hx is None:
                 if x.dim() != 2:  # noqa: PLR2004
                     return None
-                hx = x.new_zeros(x.shape[0], self._like[0][0])
+                hx = x.new_zeros(x.shape[0], self.shapes[0][0])
                 return (x,), (hx,) * len(self.layout.state_places)
             return (x,), tuple(hx) if isinstance(self.cell, nn.LSTMCell) else (hx,)
         leaves: list[Any] = []
@@ -118,7 +124,7 @@ class DeferredCell:
         if self.cell._backward_hooks or self.cell._backward_pre_hooks:
             return False
         for state, slot in zip(states, self.layout.state_slots, strict=True):
-            if state.shape != (streams, *self._like[slot]) or state.dtype != dtype:
+            if state.shape != (streams, *self.shapes[slot]) or state.dtype != dtype:
                 return False
         device = xs[0].device.type
         # autocast changes the type of what a step returns; the kernels would return another one
@@ -149,7 +155,7 @@ class DeferredCell:
         else:
             ys, last = self.choice.run(step, xs, states)
         outputs: list[Tensor | None] = list(ys)
-        return outputs + [None] * (len(self._like) - len(ys)), last
+        return outputs + [None] * (len(self.shapes) - len(ys)), last
 
     def _run_inner(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         if not self.native:
@@ -160,9 +166,9 @@ class DeferredCell:
         self.chains, self.steps = self.chains + 1, self.steps + steps
         self._short = self._short + 1 if steps < _SHORT else 0
         if self._short >= _PATIENCE:
-            self.remove("its loop uses every step's result before the next step")
+            self.remove(f"its loop uses every step's result before the next step: {self.chains} chains of {self.steps} steps")
         elif steps >= _SHORT and self.choice.choices and set(self.choice.choices.values()) == {"loop"}:
-            self.remove("no schedule was faster than the loop here")
+            self.remove(f"no schedule was faster than the loop (measured {max(self.choice.speed.values(), default=1.0):.2f})")
 
 
 def result_shapes(results: Any) -> list[tuple[int, ...]] | None:

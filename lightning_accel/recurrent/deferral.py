@@ -1,5 +1,6 @@
 """Find the cells that a model loops over, by watching one batch, and defer their calls from then on."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,25 +55,47 @@ class DeferredCells:
     Args:
         root: The model.
         schedule: For every cell.
-        choices: Saved choices of an earlier run, by name of the cell.
-
     Attributes:
         cells: What is deferred, by name.
         reasons: Why a cell that is called in a loop is not.
     """
 
-    def __init__(
-        self, root: nn.Module, schedule: Schedule = "auto", choices: dict[str, dict[str, str]] | None = None
-    ) -> None:
-        self.root, self.schedule, self._choices = root, schedule, choices or {}
+    def __init__(self, root: nn.Module, schedule: Schedule = "auto") -> None:
+        self.root, self.schedule = root, schedule
         self.cells: dict[str, DeferredCell] = {}
         self.reasons: dict[str, str] = {}
         self._watches: dict[str, _Watch] | None = None
 
     @property
-    def watched(self) -> bool:
-        """Whether a batch has been watched."""
+    def decided(self) -> bool:
+        """Whether it is known which cells to defer, from a watched batch or a saved state."""
         return self._watches is not None
+
+    def state(self) -> dict[str, Any]:
+        """Return what was decided, as plain values; `restore` repeats it without watching and measuring anew."""
+        found = {}
+        for name, cell in self.cells.items():
+            layout = None if cell.native else dataclasses.asdict(cell.layout)
+            found[name] = {
+                "layout": layout,
+                "shapes": [list(shape) for shape in cell.shapes],
+                "choices": dict(cell.choice.choices),
+                "reason": cell.reason,
+            }
+        return {"cells": found, "reasons": dict(self.reasons)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Repeat what was decided."""
+        self._watches = {}
+        self.reasons = dict(state["reasons"])
+        for name, saved in state["cells"].items():
+            cell = self.root.get_submodule(name)
+            choice = ScheduleChoice(cell, self.schedule, name=name)
+            choice.choices.update(saved["choices"])
+            layout = None if saved["layout"] is None else CallLayout(**_as_tuples(saved["layout"]))
+            self.cells[name] = DeferredCell(cell, choice, layout, [tuple(shape) for shape in saved["shapes"]])
+            if saved["reason"]:
+                self.cells[name].remove(saved["reason"])
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -124,14 +147,13 @@ class DeferredCells:
             if any(name.startswith(f"{other}.") for other in (*self.cells, *self.reasons)):
                 continue  # part of a cell
             choice = ScheduleChoice(cell, self.schedule, name=name)
-            choice.choices.update(self._choices.get(name, {}))
-            reason = self._refusal(name, watch, choice)
+            reason = self._refusal(watch, choice)
             if reason is not None:
                 self.reasons[name] = reason
                 continue
             self.cells[name] = DeferredCell(cell, choice, watch.layout, watch.shapes or ())
 
-    def _refusal(self, name: str, watch: _Watch, choice: ScheduleChoice) -> str | None:
+    def _refusal(self, watch: _Watch, choice: ScheduleChoice) -> str | None:
         cell = choice.module
         if watch.inputs_changed:
             return "its loop changes an input in place after the call"
@@ -145,6 +167,13 @@ class DeferredCells:
             return "its states are no tensors that it returned"
         xs, states = ([t.detach() for t in group] for group in watch.call)
         return choice.refusal(watch.layout, xs, states)
+
+
+def _as_tuples(layout: dict[str, Any]) -> dict[str, Any]:
+    def deep(value: Any) -> Any:
+        return tuple(deep(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+    return {name: deep(value) for name, value in layout.items()}
 
 
 def _seeing(watch: _Watch) -> Any:

@@ -70,7 +70,7 @@ class DeferredTensor(torch.Tensor):
             elif _is_in_place(func):
                 return _change(first, func, args, kwargs)
         elif func is torch.stack and isinstance(first, (list, tuple)):
-            whole = whole_output(first)
+            whole = _stacked(first)
             if whole is not None:
                 dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
                 return whole.movedim(0, dim)
@@ -254,6 +254,15 @@ def whole_output(tensors: Sequence[Any]) -> Tensor | None:
     if whole is None or (start == 0 and len(tensors) == len(whole)):
         return whole
     return whole[start : start + len(tensors)]
+
+
+def _stacked(tensors: Sequence[Any]) -> Tensor | None:
+    """Stack results of one chain without taking them apart first; plain tensors may stand before them."""
+    head = next(k for k, t in enumerate(tensors) if isinstance(t, DeferredTensor))
+    whole = whole_output(tensors[head:])
+    if whole is None or head == 0:
+        return whole
+    return torch.cat([torch.stack(list(tensors[:head])), whole])
 
 
 def current_modes() -> tuple[Any, ...]:

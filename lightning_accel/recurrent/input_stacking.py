@@ -44,8 +44,10 @@ def _common_base(inputs: Sequence[Tensor]) -> Tensor | None:
     for dim in range(base.dim()):
         moved = base.movedim(dim, 0)
         same = moved.shape[1:] == shape and moved.stride()[1:] == stride
-        if same and base.stride(dim) == step and base.storage_offset() == offset and base.shape[dim] == len(inputs):
-            return moved
+        if same and step > 0 and base.stride(dim) == step:
+            start, rest = divmod(offset - base.storage_offset(), step)
+            if rest == 0 and 0 <= start <= base.shape[dim] - len(inputs):
+                return moved if len(inputs) == base.shape[dim] else moved.narrow(0, start, len(inputs))
     if step <= 0 or not base.is_contiguous():
         return None
     return base.as_strided((len(inputs), *shape), (step, *stride), offset)
