@@ -2,6 +2,7 @@
 
 from lightning_accel.async_sgd.client import SharedMemoryStore
 from lightning_accel.async_sgd.compression import Compression, ErrorFeedback
+from lightning_accel.async_sgd.estimate import TrafficEstimate, estimate_traffic
 from lightning_accel.async_sgd.leases import Lease, LeaseBook
 from lightning_accel.async_sgd.replay import replay
 from lightning_accel.async_sgd.rules import compensate_delay, expected_gain, has_slack, learning_rate_weight
@@ -37,9 +38,11 @@ __all__ = [
     "Snapshot",
     "Statistics",
     "Supervisor",
+    "TrafficEstimate",
     "Worker",
     "WorkerFailedError",
     "compensate_delay",
+    "estimate_traffic",
     "expected_gain",
     "has_slack",
     "learning_rate_weight",

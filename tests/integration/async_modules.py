@@ -1,0 +1,151 @@
+"""Modules and Trainers for tests of the asynchronous strategy; importable from spawned workers."""
+
+import os
+import signal
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+
+class Noted(Dataset):
+    """Sixty-four points on two sides of a plane; writes down which of them training reads."""
+
+    def __init__(self, notes=None, size=64):
+        generator = torch.Generator().manual_seed(3)
+        self.x = torch.randn(size, 8, generator=generator)
+        self.y = (self.x.sum(1) > 0).long()
+        self.notes = notes
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index], self.y[index], index
+
+
+def loader(size=64, *, shuffle=True):
+    return DataLoader(Noted(size=size), batch_size=8, shuffle=shuffle)
+
+
+class Classifier(pl.LightningModule):
+    """An MLP with batch norm and dropout; every choice of optimizer and schedule that the tests need."""
+
+    def __init__(self, optimizer="sgd", schedule=None, *, dropout=0.2, notes=None):
+        super().__init__()
+        self.save_hyperparameters(ignore=["notes"])
+        self.notes = notes
+        layers = [nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 2)]
+        self.net = nn.Sequential(*layers)
+
+    def training_step(self, batch, batch_idx):
+        x, y, index = batch
+        if self.notes is not None:
+            with open(self.notes, "a", encoding="utf-8") as file:
+                file.write(f"{self.current_epoch} {os.getpid()} {' '.join(map(str, index.tolist()))}\n")
+        loss = nn.functional.cross_entropy(self.net(x), y)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y, _ = batch
+        self.log("val/loss", nn.functional.cross_entropy(self.net(x), y))
+        self.log("val/count", float(len(x)), reduce_fx="sum")
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        kind, schedule = self.hparams.optimizer, self.hparams.schedule
+        if kind == "adamw":
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        elif kind == "lbfgs":
+            optimizer = torch.optim.LBFGS(self.parameters())
+        else:
+            momentum = 0.0 if kind == "plain" else 0.9
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=momentum, nesterov=kind == "nesterov")
+        if schedule == "onecycle":
+            steps = self.trainer.estimated_stepping_batches
+            cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
+            return [optimizer], [{"scheduler": cycle, "interval": "step"}]
+        if schedule == "plateau":
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val/loss"}}
+        return optimizer
+
+
+class Adversaries(pl.LightningModule):
+    """Two optimizers, stepped by hand, that work against each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Linear(4, 8)
+        self.critic = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch, batch_idx):
+        x, _, _ = batch
+        first, second = self.optimizers()
+        fake = self.generator(torch.randn(len(x), 4))
+        first.zero_grad()
+        self.manual_backward(self.critic(fake.detach()).mean() - self.critic(x).mean())
+        first.step()
+        second.zero_grad()
+        self.manual_backward(-self.critic(fake).mean())
+        second.step()
+        self.lr_schedulers().step()
+
+    def configure_optimizers(self):
+        critic = torch.optim.AdamW(self.critic.parameters(), lr=0.01)
+        generator = torch.optim.SGD(self.generator.parameters(), lr=0.01, momentum=0.5)
+        return [critic, generator], [torch.optim.lr_scheduler.ExponentialLR(generator, 0.99)]
+
+
+class DiesOnce(pl.Callback):
+    """Kill the process of one rank in the middle of the first epoch, the first time it gets there."""
+
+    def __init__(self, flag, rank):
+        self.flag, self.rank = flag, rank
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.strategy._store.worker == self.rank and batch_idx == 1 and not os.path.exists(self.flag):
+            with open(self.flag, "w", encoding="utf-8"):
+                pass
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class WaitForAll(pl.Callback):
+    """Hold every worker at its first batch until all of them are there."""
+
+    def __init__(self, workers):
+        self.workers = workers
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        store = trainer.strategy._store
+        if batch_idx == 0 and trainer.current_epoch == 0 and store.incarnation == 0:
+            store.kv(f"there {store.worker}", b"yes")
+            for worker in range(self.workers):
+                store.kv(f"there {worker}")
+
+
+def fit(folder, strategy, module, *, devices=1, ckpt=None, epochs=2, callbacks=(), validate=True, size=64, **options):
+    """Fit from one seed; returns the Trainer."""
+    torch.manual_seed(1)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        max_epochs=epochs,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"logger": False, "enable_checkpointing": False, **options},
+    )
+    trainer.fit(module, loader(size), loader(32, shuffle=False) if validate else None, ckpt_path=ckpt)
+    return trainer
+
+
+def seeded(build, *arguments, **options):
+    torch.manual_seed(7)
+    return build(*arguments, **options)

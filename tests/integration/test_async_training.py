@@ -1,0 +1,182 @@
+"""The asynchronous strategy in real fits: one worker is plain training, several see all the data once."""
+
+import subprocess
+import sys
+from collections import Counter
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from async_modules import Adversaries, Classifier, DiesOnce, WaitForAll, fit, seeded
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_accel import AsyncSGDStrategy
+from lightning_accel.async_sgd import WorkerFailedError
+
+
+def equal(one, other):
+    return [key for key, value in one.state_dict().items() if not torch.equal(value, other.state_dict()[key])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (("plain", None), {"gradient_clip_val": 0.1}),
+        (("momentum", "onecycle"), {"gradient_clip_val": 0.1}),
+        (("nesterov", None), {"accumulate_grad_batches": 3}),
+        (("adamw", "plateau"), {}),
+    ],
+    ids=str,
+)
+def test_one_worker_equals_plain_training_bit_for_bit(tmp_path, arguments, options):
+    plain, ours = seeded(Classifier, *arguments), seeded(Classifier, *arguments)
+    expected = fit(tmp_path, "auto", plain, **options)
+    actual = fit(tmp_path, "async_sgd", ours, **options)
+    assert equal(plain, ours) == []
+    assert actual.global_step == expected.global_step
+    assert actual.current_epoch == expected.current_epoch
+    assert {k: float(v) for k, v in actual.callback_metrics.items()} == {
+        k: float(v) for k, v in expected.callback_metrics.items()
+    }
+
+
+def test_one_worker_equals_plain_training_with_two_optimizers_by_hand(tmp_path):
+    plain, ours = seeded(Adversaries), seeded(Adversaries)
+    expected = fit(tmp_path, "auto", plain, validate=False)
+    actual = fit(tmp_path, "async_sgd", ours, validate=False)
+    assert equal(plain, ours) == []
+    assert actual.global_step == expected.global_step == 32
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_data_validate_stop_and_checkpoint_together(tmp_path):
+    notes = tmp_path / "notes"
+    module = seeded(Classifier, "momentum", "onecycle", notes=str(notes))
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/loss", save_last=True)
+    stop = EarlyStopping("val/loss", patience=0, min_delta=1e6)  # stops after the second validation
+    trainer = fit(
+        tmp_path,
+        AsyncSGDStrategy(),
+        module,
+        devices=2,
+        epochs=5,
+        callbacks=[WaitForAll(2), best, stop],
+        enable_checkpointing=True,
+    )
+    assert trainer.callback_metrics["val/count"] == 32
+    assert trainer.current_epoch == 2
+    lines = [line.split() for line in notes.read_text(encoding="utf-8").splitlines()]
+    first = Counter(int(i) for epoch, _, *indices in lines for i in indices if epoch == "0")
+    assert first == Counter(range(64))
+    assert len({pid for epoch, pid, *_ in lines if epoch == "0"}) == 2
+    assert trainer.strategy.statistics.worker_pushes[0] > 0
+    assert trainer.strategy.statistics.worker_pushes[1] > 0
+    # an ordinary checkpoint: a plain Trainer loads it, tests it, and resumes from it
+    again = Classifier.load_from_checkpoint(best.best_model_path)
+    plain = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    found = plain.validate(again, loader_of_validation(), verbose=False)[0]
+    assert found["val/loss"] == pytest.approx(float(best.best_model_score), abs=1e-6)
+    resumed = fit(tmp_path, "auto", seeded(Classifier, "momentum"), epochs=3, ckpt=best.last_model_path)
+    assert resumed.current_epoch == 3
+    # and with another number of workers
+    resumed = fit(tmp_path, "async_sgd", seeded(Classifier, "momentum"), epochs=3, ckpt=best.last_model_path)
+    assert resumed.current_epoch == 3
+
+
+def loader_of_validation():
+    from async_modules import loader
+
+    return loader(32, shuffle=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1], ids=["coordinator", "worker"])
+def test_a_killed_worker_loses_no_batch_and_the_run_ends_validated(tmp_path, rank):
+    notes = tmp_path / "notes"
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/loss")
+    trainer = fit(
+        tmp_path,
+        AsyncSGDStrategy(deterministic_replay=True),
+        seeded(Classifier, "momentum", "plateau", notes=str(notes)),
+        devices=2,
+        callbacks=[WaitForAll(2), DiesOnce(str(tmp_path / "died"), rank), best],
+        enable_checkpointing=True,
+    )
+    assert trainer.strategy.statistics.restarts == 1
+    leases = Counter(lease for entry in trainer.strategy.ending.log for lease in entry.leases)
+    assert leases == Counter((epoch, i) for epoch in range(2) for i in range(8))
+    assert trainer.callback_metrics["val/count"] == 32
+    assert best.best_model_path
+
+
+def test_a_run_resumed_in_the_middle_of_an_epoch_reads_what_is_left(tmp_path):
+    saved = ModelCheckpoint(tmp_path / "every", every_n_train_steps=5, save_top_k=-1)
+    module = seeded(Classifier, "momentum", dropout=0.0)
+    fit(tmp_path, "async_sgd", module, callbacks=[saved], enable_checkpointing=True)
+    middle = tmp_path / "every" / "epoch=0-step=5.ckpt"
+    checkpoint = torch.load(middle, weights_only=True)
+    assert len(checkpoint["async_sgd"]["epochs"][0]["done"]) == 5
+    resumed = seeded(Classifier, "momentum", dropout=0.0)
+    notes = tmp_path / "notes"
+    resumed.notes = str(notes)
+    fit(tmp_path, "async_sgd", resumed, epochs=1, ckpt=middle)
+    done = {i for unit in checkpoint["async_sgd"]["epochs"][0]["done"] for i in units(checkpoint)[unit]}
+    lines = notes.read_text(encoding="utf-8").splitlines()
+    seen = [int(i) for line in lines for i in line.split()[2:]]
+    assert sorted(seen) == sorted(set(range(64)) - done)
+    first_epoch = torch.load(tmp_path / "every" / "epoch=1-step=10.ckpt", weights_only=True)
+    assert first_epoch["global_step"] == 10
+
+
+def units(checkpoint):
+    return checkpoint["async_sgd"]["epochs"][0]["units"]
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "match"),
+    [
+        (lambda: Classifier("lbfgs"), {}, "LBFGS evaluates the loss several times"),
+        (lambda: Classifier(), {"sync_batchnorm": True}, "synchronized batch norm waits for all workers"),
+    ],
+    ids=["lbfgs", "sync_batchnorm"],
+)
+def test_what_can_not_work_is_refused(tmp_path, build, options, match):
+    with pytest.raises(WorkerFailedError, match=match) as caught:
+        fit(tmp_path, "async_sgd", build(), **options)
+    assert isinstance(caught.value.__cause__, (ValueError, MisconfigurationException))
+
+
+def test_evaluation_runs_here_and_on_all_data(tmp_path):
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="async_sgd", logger=False, enable_progress_bar=False, barebones=False
+    )
+    found = trainer.validate(Classifier(), loader_of_validation(), verbose=False)[0]
+    assert found["val/count"] == 32
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {here!r})
+{first}
+{second}
+from {distribution}.strategies import StrategyRegistry
+assert "async_sgd" in StrategyRegistry
+strategy = StrategyRegistry.get("async_sgd")
+from {distribution}.strategies import Strategy
+assert isinstance(strategy, Strategy), type(strategy).__mro__
+import {distribution} as pl
+pl.Trainer(strategy="async_sgd", accelerator="cpu", devices=2, logger=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distribution", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_the_name_is_known_whatever_is_imported_first(tmp_path, distribution, order):
+    imports = ["import lightning_accel", f"import {distribution}"]
+    first, second = imports if order == "before" else imports[::-1]
+    script = SCRIPT.format(here=str(tmp_path), first=first, second=second, distribution=distribution)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
