@@ -21,7 +21,7 @@ def main() -> None:
         max_epochs=10,
         accelerator="cpu",
         callbacks=[
-            RankQuantization(ratio=2.0, method="fixed", when=1, on_loss="keep"),  # low-rank layers to act on
+            RankQuantization(ratio=2.0, method="fixed", when=1, on_loss="keep", exclude=["head"]),
             SequentialFreezing(period_epochs=1, final_trainable=1),  # the last epoch trains everything
         ],
         logger=False,
