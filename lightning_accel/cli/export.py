@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def export(cfg: DictConfig) -> None:
         _load_plain(fresh, out)
         off = max(off, _difference_of(fresh, model, inputs))
     elif cfg.format == "torch_export":
-        torch.export.save(torch.export.export(_Forward(model), inputs, dynamic_shapes=_any_batch(inputs)), out)
+        torch.export.save(torch.export.export(_Forward(model).eval(), inputs, dynamic_shapes=_any_batch(inputs)), out)
         off = max(off, _difference_of(torch.export.load(out).module(), model, inputs))
     else:
         off = max(off, _write_onnx(model, inputs, out))
@@ -91,8 +92,10 @@ def largest_difference(expected: object, actual: object) -> float:
     off = 0.0
     for a, b in pairs:
         if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
-            scale = max(float(a.abs().max()), torch.finfo(a.dtype).tiny)
-            off = max(off, float((a - b).abs().max()) / scale)
+            equal = (a == b) | (a.isnan() & b.isnan())
+            gap = (a - b).abs().masked_fill(equal, 0.0).nan_to_num(nan=math.inf, posinf=math.inf).max()
+            scale = max(float(a.abs().nan_to_num(0.0, posinf=0.0).max()), torch.finfo(a.dtype).tiny)
+            off = max(off, float(gap) / scale)
     return off
 
 
@@ -161,7 +164,7 @@ def _write_onnx(model: nn.Module, inputs: tuple[Any, ...], out: Path) -> float:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     shapes = _any_batch(inputs)
     torch.onnx.export(
-        _Forward(model), inputs, out, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
+        _Forward(model).eval(), inputs, out, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
     )
     evaluator = ReferenceEvaluator(str(out))
     tensors = [x.numpy() for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]

@@ -1,19 +1,24 @@
 """``plan``, ``bench`` and ``export``."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cli_calls import SMALL, call, folders
+from onnx.reference import ReferenceEvaluator
 
 from lightning_accel.cli import bench as bench_package
 from lightning_accel.cli.checkpoint import read_checkpoint
 from lightning_accel.cli.compose import UsageError
 from lightning_accel.cli.export import largest_difference
 from lightning_accel.cli.plan.sequential_freezing import frozen_phases
-from lightning_accel.low_rank import FreezingSchedule, RankPlan, decompose, low_rank_layers, make_plan
+from lightning_accel.low_rank import FreezingSchedule, RankPlan, decompose, low_rank_layers, make_plan, merge
 from lightning_accel.zoo import MLP
+
+export_module = importlib.import_module("lightning_accel.cli.export")
 
 SUITE = """
 from lightning_accel.evidence.rows import BenchRow
@@ -132,6 +137,39 @@ def test_export_writes_a_program(low_rank_checkpoint, low_rank, capsys):
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning:torch.*")
+def test_export_writes_onnx_that_computes_the_same_for_any_batch(low_rank_checkpoint):
+    path, model = low_rank_checkpoint
+    assert call("export", f"ckpt={path}", "out=model.onnx", "format=onnx", "low_rank=keep") == 0
+    x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    evaluator = ReferenceEvaluator("model.onnx")
+    (actual,) = evaluator.run(None, {evaluator.input_names[0]: x.numpy()})
+    torch.testing.assert_close(torch.as_tensor(actual), model(x).detach())
+
+
+def test_export_names_the_extra_for_onnx(low_rank_checkpoint, monkeypatch, capsys):
+    path, _ = low_rank_checkpoint
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert call("export", f"ckpt={path}", "out=model.onnx", "format=onnx") == 2
+    assert "pip install 'lightning-accel[onnx]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [("weight", 0.5), ("bias", float("nan"))])
+def test_export_refuses_to_write_what_computes_something_else(low_rank_checkpoint, monkeypatch, capsys, change):
+    path, _ = low_rank_checkpoint
+    name, value = change
+
+    def wrong_merge(model):
+        merged = merge(model)
+        getattr(model.head, name).data.fill_(value)
+        return merged
+
+    monkeypatch.setattr(export_module, "merge", wrong_merge)
+    assert call("export", f"ckpt={path}", "out=plain.ckpt") == 1
+    assert "ExportError: outputs differ by" in capsys.readouterr().err
+    assert not Path("plain.ckpt").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -165,6 +203,9 @@ def test_differences_are_relative_to_the_largest_output():
     actual = {"a": torch.tensor([1.0, 4.0]), "b": (torch.tensor([1]), torch.tensor([2.0]))}
     assert largest_difference(expected, actual) == 0.25
     assert largest_difference(expected, expected) == 0.0
+    infinite, broken = torch.tensor([1.0, -torch.inf]), torch.tensor([1.0, torch.nan])
+    assert largest_difference(infinite, infinite) == 0.0
+    assert largest_difference(infinite, broken) == torch.inf
 
 
 def test_plan_shows_when_which_factors_rest(capsys):
