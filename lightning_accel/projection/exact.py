@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_accel.projection.joint import Cut
 from lightning_accel.projection.kernels import clamp, excess, group_norms
 from lightning_accel.projection.layout import Blocks
-from lightning_accel.projection.rounding import inner_radius, require_finite, round_toward_zero
+from lightning_accel.projection.rounding import inner_radius, require_finite, round_bound
 
 _MAX_ITERATIONS = 100
 _COARSE = 1e-6  # relative change of the bounds at which float32 sums have nothing more to say
@@ -94,7 +94,7 @@ def project_exact(
         if bool(torch.isinf(bound).all()):
             block.leave()
         else:
-            clamp(block.source, round_toward_zero(bound, block.source.dtype), block.target)
+            clamp(block.source, round_bound(bound, block.source.dtype), block.target)
             block.finish()
     return Cut(norm, theta, pieces)
 

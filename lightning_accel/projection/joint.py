@@ -1,5 +1,6 @@
 """One budget over the groups of one tensor or of many, found for many budgets at once."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -62,9 +63,10 @@ def cut(teams: Sequence[Team], *, outer: Norm = "l1", nonfinite: str = "raise") 
         alike.setdefault((len(norms), roundings, norms.device), []).append(i)
     found: dict[int, Thresholds] = {}
     for (groups, roundings, _), members in alike.items():
-        rows = torch.stack([together[i] for i in members])
-        radii = torch.cat([teams[i].radius(together[i]) for i in members])
-        thresholds = outer_bounds(rows, radii, outer, groups + roundings)
+        alone = len(members) == 1
+        rows = together[members[0]].unsqueeze(0) if alone else torch.stack([together[i] for i in members])
+        radii = [teams[i].radius(together[i]) for i in members]
+        thresholds = outer_bounds(rows, radii[0] if alone else torch.cat(radii), outer, groups + roundings)
         if nonfinite == "raise":
             require_finite(thresholds.norm, ", ".join(teams[i].name for i in members))
         found |= {i: Thresholds(*(part[row] for part in thresholds)) for row, i in enumerate(members)}
@@ -90,13 +92,13 @@ def _living_tops(team: Team) -> list[Tensor]:
 
 
 def _write(team: Team, tops: Sequence[Tensor], found: Thresholds) -> Cut:
-    bounds = list(found.bounds.split([len(t) for t in tops]))
+    bounds = [found.bounds] if len(tops) == 1 else list(found.bounds.split([len(t) for t in tops]))
     masked = [m for m in team.dead if m is not None]
     if masked:
         finite = torch.isfinite(found.norm)
         bounds = [b if m is None else b.masked_fill(m & finite, 0.0) for b, m in zip(bounds, team.dead, strict=True)]
     # on GPU, looking would wait for the device; there infinite bounds do the same
-    unchanged = not masked and found.bounds.device.type == "cpu" and bool(torch.isinf(found.bounds[0]))
+    unchanged = not masked and found.bounds.device.type == "cpu" and float(found.bounds[0]) == math.inf
     for part, bound in zip(team.pyramids, bounds, strict=True):
         if unchanged:
             part.leave()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 16  # entries a thread works on at once: 256 KiB of float32
+_CHUNK = 1 << 17  # entries a thread works on at once: 512 KiB of float32
 _MAGNITUDE = 0x7FFF
 _SIGN = -0x8000
 _HALVES = (torch.float16, torch.bfloat16)
@@ -24,6 +24,9 @@ def group_max(x: Tensor) -> Tensor:
         return x.abs().amax((0, 2))
     if before == 1:
         return _max_of_rows(x[0])
+    if x.numel() <= _CHUNK and after == 1 and x.dtype not in _HALVES:  # few operations count more than few passes
+        columns = x.view(before, groups)
+        return torch.maximum(columns.amax(0), columns.amin(0).neg_())
     return _max_of_rows(_max_of_columns(x.view(before, groups * after)).view(groups, after))
 
 
@@ -106,7 +109,7 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> None:
     elif before == 1:
         _clamp_rows(source[0], bounds.unsqueeze(1), target[0])
     else:
-        bound = bounds.repeat_interleave(after).unsqueeze(0)
+        bound = (bounds if after == 1 else bounds.repeat_interleave(after)).unsqueeze(0)
         _clamp_rows(source.view(before, groups * after), bound, target.view(before, groups * after))
 
 
@@ -125,6 +128,9 @@ def _clamp_rows(source: Tensor, bound: Tensor, target: Tensor) -> None:
             torch.bitwise_or(out, sign, out=out)
         return
     floor = -bound
+    if not by_row and source.numel() <= _CHUNK:
+        torch.clamp(source, floor, bound, out=target)
+        return
     for rows in _row_slices(source):
         if by_row:  # `clamp` with a broadcast column is three times slower than its two halves
             torch.minimum(source[rows], bound[rows], out=target[rows])

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from lightning_accel.projection.exact import ExactState, project_exact
 from lightning_accel.projection.joint import Cut, Team, cut
 from lightning_accel.projection.multilevel import Method, Nonfinite
-from lightning_accel.projection.pyramid import Norm, Pyramid, check_levels, fibre_norms, pyramid
+from lightning_accel.projection.pyramid import MaxPyramid, Norm, Pyramid, check_levels, fibre_norms, pyramid
 from lightning_accel.projection.ramp import Ramp
 from lightning_accel.projection.rounding import check_nonfinite, check_radius, require_finite
 from lightning_accel.projection.sharded import GatheredPyramid, ShardedMaxPyramid, gather, scatter
@@ -118,6 +118,7 @@ class Projector:
     memories: dict[str, Memory] = field(default_factory=dict)
     last: dict[str, Cut] = field(default_factory=dict)
     unchecked: list[Tensor] = field(default_factory=list)
+    _layouts: dict[str, tuple[Any, MaxPyramid]] = field(default_factory=dict, repr=False)
 
     @torch.no_grad()
     def remember_first_norms(self) -> None:
@@ -227,6 +228,17 @@ class Projector:
         self.memories = {name: Memory(**_loaded(saved, devices.get(name))) for name, saved in state.items()}
 
     def _pyramid(self, x: Tensor, target: Target) -> Pyramid:
+        """Lay out a parameter; most layouts are good for as long as its memory is (norms are taken anew each time)."""
+        place = (x.data_ptr(), x.shape, x.stride(), x.dtype) if not isinstance(x, DTensor) else None
+        known = self._layouts.get(target.name)
+        if known is not None and place is not None and known[0] == place:
+            return known[1]
+        built = self._build(x, target)
+        if isinstance(built, MaxPyramid) and built.blocks.copied_dims is None:
+            self._layouts[target.name] = place, built
+        return built
+
+    def _build(self, x: Tensor, target: Target) -> Pyramid:
         dims = self.ball.dims or (target.group_dims, target.rest_dims)
         levels = check_levels(self.ball.norms, dims, x.ndim)
         if isinstance(x, DTensor):

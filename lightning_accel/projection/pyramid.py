@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_accel.projection.kernels import clamp, group_max
 from lightning_accel.projection.layout import Blocks, normalize_dims
-from lightning_accel.projection.rounding import round_toward_zero
+from lightning_accel.projection.rounding import round_bound, round_toward_zero
 from lightning_accel.projection.thresholds import l1_thresholds
 
 Norm = Literal["l1", "l2", "linf"]
@@ -84,7 +84,7 @@ class MaxPyramid:
 
     def cut(self, bounds: Tensor) -> None:
         """Clamp every group to its bound, rounded toward zero."""
-        clamp(self.blocks.source, round_toward_zero(bounds, self.blocks.source.dtype), self.blocks.target)
+        clamp(self.blocks.source, round_bound(bounds, self.blocks.source.dtype), self.blocks.target)
         self.blocks.finish()
 
     def leave(self) -> None:

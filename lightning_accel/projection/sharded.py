@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from lightning_accel.projection.pyramid import Pyramid
-from lightning_accel.projection.rounding import round_toward_zero
+from lightning_accel.projection.rounding import round_bound
 
 
 class ShardedMaxPyramid:
@@ -51,7 +51,7 @@ class ShardedMaxPyramid:
     def cut(self, bounds: Tensor) -> None:
         """Clamp the local shard."""
         shape = [1 if d in self.rest else n for d, n in enumerate(self.x.shape)]
-        bound = round_toward_zero(bounds, self.x.dtype).view(shape)
+        bound = round_bound(bounds, self.x.dtype).view(shape)
         mesh = self.x.device_mesh
         placements = [Replicate() if isinstance(p, Shard) and p.dim in self.rest else p for p in self.x.placements]
         whole = DTensor.from_local(bound, mesh, [Replicate()] * mesh.ndim)

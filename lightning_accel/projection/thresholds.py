@@ -1,5 +1,6 @@
 """The l1 threshold, on which every projection here rests: how much to take off each norm to reach the radius."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,8 @@ def l1_thresholds(norms: Tensor, radius: Tensor, *, terms: int | None = None) ->
     References:
         Condat, "Fast projection onto the simplex and the l1 ball", Math. Program. 158 (2016); Michelot (1986).
     """
+    if norms.shape[0] == 1 and norms.shape[1] > 0 and norms.device.type == "cpu":
+        return _single(norms, float(radius), terms or norms.shape[-1])
     norm = norms.sum(-1)
     if norms.shape[-1] == 0:
         return Thresholds(norms, torch.zeros_like(norm), norm)
@@ -55,6 +58,24 @@ def l1_thresholds(norms: Tensor, radius: Tensor, *, terms: int | None = None) ->
     kept *= (target / kept.sum(-1).clamp_min_(_TINY)).clamp_max_(1.0).unsqueeze(-1)
     bounds = kept.masked_fill_(unchanged.unsqueeze(-1), torch.inf)
     return Thresholds(bounds, (tau + top.squeeze(-1)).masked_fill_(unchanged, 0.0), norm)
+
+
+def _single(norms: Tensor, radius: float, terms: int) -> Thresholds:
+    """Do the same for one vector on CPU, where each small operation counts and looking at numbers is free."""
+    norm = norms.sum(-1)
+    size = float(norm)
+    if not size > radius or not math.isfinite(size):
+        return Thresholds(torch.full_like(norms, torch.inf), torch.zeros_like(norm), norm)
+    target = inner_radius(radius, terms)
+    top = norms.max()
+    below = norms - top
+    values = below[below > -target] if target > 0.0 else below[0]
+    tau = float(simplex_threshold(values.unsqueeze(0), values.new_tensor([target])))
+    kept = below.sub_(tau).clamp_min_(0.0)
+    rest = float(kept.sum())
+    if rest > target:
+        kept *= target / rest
+    return Thresholds(kept, norm.new_full((1,), float(top) + tau), norm)
 
 
 def simplex_threshold(values: Tensor, total: Tensor) -> Tensor:
