@@ -10,6 +10,7 @@ from lightning_accel.strategies.registration import register_by_name
 
 _HOMES = {
     "AsyncSGDStrategy": "lightning_accel.strategies",
+    "IntraStreamScheduling": "lightning_accel.callbacks",
     "L1InfProjection": "lightning_accel.callbacks",
     "MultilevelProjection": "lightning_accel.callbacks",
     "RankQuantization": "lightning_accel.callbacks",

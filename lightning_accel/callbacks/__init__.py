@@ -3,6 +3,10 @@
 from importlib import import_module
 
 _HOMES = {
+    "GroupSparsity": "group_sparsity",
+    "IntraStreamScheduling": "intra_stream_scheduling",
+    "L1InfProjection": "l1inf_projection",
+    "MultilevelProjection": "multilevel_projection",
     "RankQuantization": "rank_quantization",
     "SequentialFreezing": "sequential_freezing",
     "enable_low_rank_loading": "_structure",

@@ -9,6 +9,8 @@ _HOMES = {
     "CoupledGateLSTMCell": "cells",
     "Edge": "graph",
     "FeedbackLSTMCell": "cells",
+    "GraphCell": "graph_rnn",
+    "GraphRNN": "graph_rnn",
     "LayerNormLSTMCell": "cells",
     "MinGRUCell": "cells",
     "Node": "graph",
@@ -21,6 +23,8 @@ _HOMES = {
     "StepSchedule": "executor",
     "ZoneoutLSTMCell": "cells",
     "linear_scan": "scan",
+    "schedule_svg": "drawing",
+    "schedule_text": "drawing",
 }
 
 __all__ = list(_HOMES)

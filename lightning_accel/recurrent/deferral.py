@@ -55,13 +55,14 @@ class DeferredCells:
     Args:
         root: The model.
         schedule: For every cell.
+        apart_from: Names of modules that schedule the cells inside them themselves.
     Attributes:
         cells: What is deferred, by name.
         reasons: Why a cell that is called in a loop is not.
     """
 
-    def __init__(self, root: nn.Module, schedule: Schedule = "auto") -> None:
-        self.root, self.schedule = root, schedule
+    def __init__(self, root: nn.Module, schedule: Schedule = "auto", apart_from: tuple[str, ...] = ()) -> None:
+        self.root, self.schedule, self._apart_from = root, schedule, apart_from
         self.cells: dict[str, DeferredCell] = {}
         self.reasons: dict[str, str] = {}
         self._watches: dict[str, _Watch] | None = None
@@ -103,7 +104,8 @@ class DeferredCells:
         self._watches = {}
         handles = []
         for name, module in self.root.named_modules():
-            if name and _may_be_cell(module) and not _is_compiled(self.root, name):
+            apart = any(name == other or name.startswith(f"{other}.") for other in self._apart_from)
+            if name and not apart and _may_be_cell(module) and not _is_compiled(self.root, name):
                 self._watches[name] = watch = _Watch()
                 handles.append(module.register_forward_hook(_seeing(watch), with_kwargs=True))
         try:

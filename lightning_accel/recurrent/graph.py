@@ -5,6 +5,7 @@ once; only the strongly connected components (Tarjan) run step by step, and insi
 say what comes first.
 """
 
+import heapq
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
@@ -94,6 +95,8 @@ class Node:
     period: int = 0
 
     def __post_init__(self) -> None:
+        if not self.name or set(self.name) & set(".@> "):
+            raise ValueError(f"the name of a node must not be empty or contain any of `.@>` or a space, got {self.name!r}.")
         if self.size < 1:
             raise ValueError(f"`size` of node {self.name!r} must be >= 1, got {self.size}.")
         if self.activation not in ACTIVATIONS:
@@ -249,13 +252,12 @@ class RecurrentGraph:
             following[edge.source].append(edge.target)
             if edge.delay == 0:
                 at_once[edge.source].append(edge.target)
-        rank: dict[str, int] = {}
         for component in strongly_connected_components(self.nodes, at_once.__getitem__):
             if len(component) > 1 or component[0] in at_once[component[0]]:
                 raise ValueError(
                     f"the cycle through {', '.join(component)} has no delay; give one of its edges `delay: 1` or more."
                 )
-            rank[component[0]] = len(rank)
+        rank = self._step_ranks(at_once)
         stages: list[Stage] = []
         home: dict[str, int] = {}
         for component in strongly_connected_components(self.nodes, following.__getitem__):
@@ -265,3 +267,22 @@ class RecurrentGraph:
             after = {home[edge.source] for edge in self.edges if edge.target in names} - {len(stages)}
             stages.append(Stage(names, loop, tuple(sorted(after))))
         return tuple(stages)
+
+    def _step_ranks(self, at_once: Mapping[str, Sequence[str]]) -> dict[str, int]:
+        """Number the nodes so that edges without delay lead upwards; where they leave a choice, as they were given."""
+        place = {name: k for k, name in enumerate(self.nodes)}
+        waiting = dict.fromkeys(self.nodes, 0)
+        for targets in at_once.values():
+            for target in targets:
+                waiting[target] += 1
+        ready = [place[name] for name, count in waiting.items() if count == 0]
+        names, rank = list(self.nodes), dict[str, int]()
+        heapq.heapify(ready)
+        while ready:
+            name = names[heapq.heappop(ready)]
+            rank[name] = len(rank)
+            for target in at_once[name]:
+                waiting[target] -= 1
+                if waiting[target] == 0:
+                    heapq.heappush(ready, place[target])
+        return rank

@@ -15,6 +15,7 @@ _HOMES = {
     "CopyTask": "long_memory",
     "Digits": "digits",
     "GAN": "gan",
+    "GraphRegressor": "graph_regressor",
     "MLP": "mlp",
     "RecurrentRegressor": "recurrent_regressor",
     "ResNet18": "resnet",

@@ -77,6 +77,7 @@ def test_wrong_graphs_are_refused(edges, changes, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Node("a.b", 1), "the name of a node must not be empty or contain"),
         (lambda: Node("a", 0), "`size` of node 'a' must be >= 1"),
         (lambda: Node("a", 1, activation="cos"), "`activation` of node 'a'"),
         (lambda: Node("a", 1, aggregation="max"), "`aggregation` of node 'a'"),

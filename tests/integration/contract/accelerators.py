@@ -11,13 +11,28 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from contract_models import classification_data, convolutional, embedding_only, everything, image_data, mlp
+from contract_models import (
+    classification_data,
+    convolutional,
+    decoder,
+    embedding_only,
+    everything,
+    image_data,
+    loop_over_cell,
+    mlp,
+)
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import Strategy
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_accel.callbacks import L1InfProjection, MultilevelProjection, RankQuantization, SequentialFreezing
+from lightning_accel.callbacks import (
+    IntraStreamScheduling,
+    L1InfProjection,
+    MultilevelProjection,
+    RankQuantization,
+    SequentialFreezing,
+)
 from lightning_accel.low_rank import LayerPlan, RankPlan, decompose, eligible_layers, low_rank_layers
 
 
@@ -120,6 +135,12 @@ def has_zero_rows(patterns: tuple[str, ...]) -> Callable[[LightningModule], bool
     return look
 
 
+def has_recurrent_report(module: LightningModule) -> bool:
+    """Say whether the callback of the module's last Trainer says what its recurrent layers ran with."""
+    callbacks = module.trainer.callbacks
+    return any(callback.report for callback in callbacks if isinstance(callback, IntraStreamScheduling))
+
+
 ACCELERATORS = (
     Accelerator(
         name="rank_quantization",
@@ -203,6 +224,25 @@ ACCELERATORS = (
             "callbacks.multilevel_projection.norms=[l1,l2]",
             "callbacks.multilevel_projection.target_sparsity=0.4",
         ),
+    ),
+    Accelerator(
+        name="intra_stream_scheduling",
+        network=loop_over_cell,
+        callbacks=lambda: [IntraStreamScheduling("native")],
+        neutral=lambda: [IntraStreamScheduling("loop")],
+        acted=has_recurrent_report,
+        nothing_to_act_on="found no recurrent layer",
+        conf=("intra_stream_scheduling",),
+    ),
+    Accelerator(
+        name="intra_stream_scheduling_of_a_decoder",
+        network=decoder,
+        callbacks=lambda: [IntraStreamScheduling("intra_stream")],
+        neutral=lambda: [IntraStreamScheduling("loop")],
+        acted=has_recurrent_report,
+        nothing_to_act_on="found no recurrent layer",
+        steps_aside=lambda: [IntraStreamScheduling()],
+        aside_log="uses every step's result before the next step",
     ),
 )
 

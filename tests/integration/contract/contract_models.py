@@ -193,6 +193,36 @@ class _Everything(nn.Module):
         return self.head(self.dense(self.factored(x).relu()).relu())
 
 
+def loop_over_cell() -> nn.Module:
+    """A Python loop over `nn.LSTMCell`, and a layer on its outputs."""
+    return _LoopOverCell(feeds_back=False)
+
+
+def decoder() -> nn.Module:
+    """A loop that feeds its own output back, so that every step's result is needed before the next step."""
+    return _LoopOverCell(feeds_back=True)
+
+
+class _LoopOverCell(nn.Module):
+    def __init__(self, *, feeds_back: bool) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, 4)
+        self.cell = nn.LSTMCell(4, 16)
+        self.output = nn.Linear(16, 4)
+        self.head = nn.Linear(4, CLASSES)
+        self.feeds_back = feeds_back
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self.encoder(x.unflatten(1, (-1, 4)).transpose(0, 1))
+        state, y, hidden = None, torch.zeros_like(steps[0]), []
+        for step in steps:
+            state = self.cell(step + y if self.feeds_back else step, state)
+            if self.feeds_back:
+                y = self.output(state[0]).tanh()
+            hidden.append(state[0])
+        return self.head(self.output(torch.stack(hidden)).mean(0))
+
+
 def embedding_only() -> nn.Module:
     """A network of a kind no accelerator here can act on: a lookup and no layer."""
     return _Lookup()

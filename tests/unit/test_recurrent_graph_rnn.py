@@ -1,0 +1,110 @@
+"""GraphRNN: graphs from YAML compute what they describe, and their schedules can be read."""
+
+import importlib
+import xml.dom.minidom
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from lightning_accel.recurrent import GraphRNN, schedule_svg, schedule_text
+
+CONF = Path(importlib.import_module("lightning_accel.conf").__file__).parent / "model" / "recurrent_graph"
+NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
+T, B = 6, 3
+
+
+def graph_of(name, schedule="loop"):
+    config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    nodes = {n: {**v, "size": min(v["size"], 4)} for n, v in config["nodes"].items()}
+    torch.manual_seed(0)
+    return GraphRNN(nodes, config["edges"], config["inputs"], config["outputs"], schedule=schedule).double()
+
+
+def results(rnn, x, *state):
+    y, last = rnn(x, state[0] if state else None)
+    total = y.cos().sum() + sum((k + 2.0) * s.sin().sum() for k, s in enumerate(last))
+    return [y, *last, *torch.autograd.grad(total, [x, *rnn.parameters()])]
+
+
+def assert_equal(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert (a - e).abs().max() <= 1e-12 * max(1.0, e.abs().max())
+
+
+def test_the_configurations():
+    assert NAMES == ["clockwork", "feedback_stack", "gru", "lstm", "peephole_lstm"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_schedule_computes_what_the_loop_computes(name):
+    x = torch.randn(T, B, 2, dtype=torch.double, requires_grad=True)
+    assert_equal(results(graph_of(name, "intra_stream"), x), results(graph_of(name), x))
+
+
+def test_the_lstm_is_torchs():
+    rnn = graph_of("lstm")
+    reference = nn.LSTM(2, 4).double()
+    cell = rnn.rnn.cell
+    with torch.no_grad():
+        reference.weight_ih_l0.copy_(cell.weights["x@0"])
+        reference.weight_hh_l0.copy_(cell.weights["hidden@1"])
+        gates = ("input_gate", "forget_gate", "candidate", "output_gate")
+        reference.bias_ih_l0.copy_(torch.cat([cell.biases[f"{g}@bias"] for g in gates]))
+        reference.bias_hh_l0.zero_()
+    x = torch.randn(T, B, 2, dtype=torch.double)
+    torch.testing.assert_close(rnn(x)[0], reference(x)[0])
+
+
+def test_delays_of_two_and_three_mixed_and_a_shift_of_the_input():
+    arguments = (
+        {"x": {"size": 2}, "late": {"size": 2}, "a": {"size": 3, "activation": "tanh", "bias": True}, "b": {"size": 3}},
+        ["x -> late delay=2 identity", "late -> a", "a -> a delay=2", "b -> a delay=3", "a -> b", "x -> b"],
+        ["x"],
+        ["b", "late"],
+    )
+    torch.manual_seed(0)
+    loop = GraphRNN(*arguments, schedule="loop").double()
+    fast = GraphRNN(*arguments, schedule="intra_stream").double()
+    fast.load_state_dict(loop.state_dict())
+    x = torch.randn(T, B, 2, dtype=torch.double, requires_grad=True)
+    assert_equal(results(fast, x), results(loop, x))
+    y, state = loop(x)
+    torch.testing.assert_close(y[2:, :, 3:], x[:-2])
+    torch.testing.assert_close(loop(x[3:], loop(x[:3])[1])[0], y[3:])
+
+
+def test_clocks_tick_from_the_start_and_batch_first():
+    rnn = GraphRNN({"c": {"size": 1, "period": 3}, "x": {"size": 1}, "y": {"size": 1, "aggregation": "product"}},
+                   ["c -> y identity", "x -> y identity"], ["x"], ["y"], batch_first=True)  # fmt: skip
+    y, _ = rnn(torch.ones(2, 7, 1))
+    assert y[0, :, 0].tolist() == [1, 0, 0, 1, 0, 0, 1]
+
+
+def test_the_schedule_as_text():
+    text = schedule_text(graph_of("lstm").graph)
+    assert text.splitlines()[0].split() == ["1.", "all", "steps", "at", "once", "x"]
+    assert "2. step by step" in text
+    assert "hidden -> input_gate (1)" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_schedule_as_a_picture(name):
+    graph = graph_of(name).graph
+    svg = xml.dom.minidom.parseString(schedule_svg(graph))
+    texts = [t.firstChild.data for t in svg.getElementsByTagName("text")]
+    assert set(graph.nodes) <= set(texts)
+    assert texts.count("step by step") == sum(stage.loop for stage in graph.schedule)
+    arrows = [p for p in svg.getElementsByTagName("path") if p.getAttribute("marker-end")]
+    assert len(arrows) == len(graph.edges)
+
+
+@pytest.mark.parametrize(
+    ("edge", "message"),
+    [("x y", "must read `source -> target"), ("x -> y speed=2", "got 'speed=2'"), ("x -> y sparse", "`connection`")],
+)
+def test_wrong_texts_are_refused(edge, message):
+    with pytest.raises(ValueError, match=message):
+        GraphRNN({"x": {"size": 1}, "y": {"size": 1}}, [edge], ["x"], ["y"])
