@@ -39,6 +39,10 @@ def compare(cfg: DictConfig) -> float:
         Interrupted: On Ctrl-C; what was measured so far is reported and kept.
         OSError: If the folder cannot be written.
     """
+    if cfg.get("selection") is not None:  # experiments that compare accuracies, not times
+        from lightning_accel.cli.compare_selection import compare_selection
+
+        return compare_selection(cfg)
     check(cfg)
     chosen = arms(cfg)
     folder = Path(cfg.paths.output_dir)
