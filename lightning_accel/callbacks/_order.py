@@ -11,6 +11,11 @@ _log = logging.getLogger(__name__)
 ORDER: tuple[tuple[str, str], ...] = (
     # freezing looks for the low-rank layers that rank quantization makes at the same hook
     ("RankQuantization", "SequentialFreezing"),
+    # an average is projected after it was put into the checkpoint or over the module
+    ("WeightAveraging", "MultilevelProjection"),
+    ("WeightAveraging", "L1InfProjection"),
+    ("StochasticWeightAveraging", "MultilevelProjection"),
+    ("StochasticWeightAveraging", "L1InfProjection"),
 )
 """Pairs (first, later) of class names; pairs that are not listed may stand in any order."""
 
