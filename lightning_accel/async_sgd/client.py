@@ -58,7 +58,9 @@ class SharedMemoryStore:
         self._channel = Channel(sock)
         self._replies: deque[Message] = deque()
         self._leases: deque[Lease] = deque()
+        self._finished_as_coordinator: bool | None = None
         self._acknowledged = 0
+        self._outcome = ""  # of the push that was acknowledged last
         self._sequence = 0
         self._base_version = 0
         self._parameters = 0
@@ -75,6 +77,8 @@ class SharedMemoryStore:
     @property
     def is_coordinator(self) -> bool:
         """Whether this worker validates, checkpoints and reports."""
+        if self._finished_as_coordinator is not None:
+            return self._finished_as_coordinator
         return int(self._control[COORDINATOR]) == self.worker
 
     @property
@@ -171,12 +175,13 @@ class SharedMemoryStore:
         self._probe("after the bell")
         return self._sequence
 
-    def wait_for(self, sequence: int) -> None:
-        """Wait for the acknowledgement of a push."""
+    def wait_for(self, sequence: int) -> bool:
+        """Wait for the acknowledgement of a push; see `ParameterStore.wait_for`."""
         while self._acknowledged < sequence:
             self._receive()
         if 0 < sequence == self._sequence:
             self._probe("acknowledged")
+        return self._outcome != "refused"
 
     def wait_for_slack(self) -> None:
         """See `ParameterStore.wait_for_slack`; no message without ``max_staleness``."""
@@ -221,6 +226,11 @@ class SharedMemoryStore:
         """See `ParameterStore.idle`."""
         self._channel.send(Message("idle", {"idle": idle}))
 
+    def finish(self) -> bool:
+        """See `ParameterStore.finish`."""
+        self._finished_as_coordinator = self._ask(Message("finish")).values["coordinates"]
+        return self._finished_as_coordinator
+
     def stop(self, *, complete: bool = False) -> None:
         """See `ParameterStore.stop`."""
         self._ask(Message("stop", {"complete": complete}))
@@ -262,6 +272,7 @@ class SharedMemoryStore:
         for message in self._channel.wait():
             if message.kind == "ack":
                 self._acknowledged = message.values["sequence"]
+                self._outcome = message.values["outcome"]
             else:
                 self._replies.append(message)
 

@@ -18,8 +18,9 @@ from lightning_accel.async_sgd.store import Opening, Snapshot, Statistics
 
 OUTER = -1  # "optimizer" of a push that carries a way gone instead of a gradient
 NO_UPDATE = -2  # push that only commits leases
+ASSIGN = -3  # push of parameter values: counts only if nobody has stepped since they were read
 
-Outcome = Literal["applied", "dropped", "refused", "committed"]
+Outcome = Literal["applied", "dropped", "refused", "committed", "assigned"]
 
 
 @dataclass
@@ -143,6 +144,8 @@ class ParameterServer:
         if push.optimizer == NO_UPDATE or not push.finite:
             self.leases.commit(push.worker, push.leases)
             return "committed" if push.finite else "dropped"
+        if push.optimizer == ASSIGN:
+            return self._assign(push)
         staleness = staleness_of(self.version, push.base_version)
         rule, beyond = self.settings.staleness, self.settings.drop_beyond
         weight = learning_rate_weight(staleness, rule=rule, threshold=beyond)
@@ -190,6 +193,15 @@ class ParameterServer:
             ]
         step_optimizer(self.optimizers[push.optimizer], self.parameters, gradients, weight=weight)
         self.steps[push.optimizer] += 1
+
+    @torch.no_grad()
+    def _assign(self, push: Push) -> Outcome:
+        if push.base_version != self.version:
+            return "refused"
+        for parameter, value in zip(self.parameters, push.gradients, strict=True):
+            if value is not None:
+                parameter.copy_(value)
+        return "assigned"
 
     def _take_buffers(self, buffers: Sequence[Tensor], from_coordinator: bool) -> None:
         if not buffers or (self.settings.buffers == "coordinator" and not from_coordinator):

@@ -76,8 +76,9 @@ def _work(  # noqa: PLR0917  # a process is started with a flat list of argument
     store = SharedMemoryStore(worker, incarnation, sock, settings, parent=parent)
     try:
         result = pickle.dumps(function(store, *args))
+        coordinates = store.finish()
         store.report(result)
-        store.leave(stop=store.is_coordinator)
+        store.leave(stop=coordinates)
     except BaseException as exception:
         store.report_failure(exception, traceback.format_exc())
         raise SystemExit(1) from None

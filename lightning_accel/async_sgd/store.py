@@ -143,8 +143,8 @@ class ParameterStore(Protocol):
         """
         ...
 
-    def wait_for(self, sequence: int) -> None:
-        """Wait until push ``sequence`` has been applied, dropped or refused."""
+    def wait_for(self, sequence: int) -> bool:
+        """Wait until push ``sequence`` has been dealt with; for the last one, returns whether it was not refused."""
         ...
 
     def wait_for_slack(self) -> None:
@@ -180,6 +180,10 @@ class ParameterStore(Protocol):
 
     def idle(self, idle: bool) -> None:
         """Say that this worker does something else for a while (validates): nobody waits for its pushes."""
+        ...
+
+    def finish(self) -> bool:
+        """Say that this worker has ended its training; returns whether it coordinates, which no longer changes."""
         ...
 
     def stop(self, *, complete: bool = False) -> None:

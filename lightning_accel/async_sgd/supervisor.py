@@ -61,6 +61,7 @@ class _Peer:
     request: Message | None = None  # what it waits for
     epoch: int = -1
     idle: bool = False
+    done: bool = False  # has ended its training, and can take nothing over
     heartbeat: int = 0
     silent_seconds: float = 0.0
 
@@ -123,6 +124,7 @@ class Supervisor:
         self._order_asked: dict[int, int] = {}
         self._restarts = 0
         self._called_back = 0
+        self._deaths = 0
         self._first_version = 0
         self._stopped_at: float | None = None
         self._ticked = time.monotonic()
@@ -222,6 +224,7 @@ class Supervisor:
         self._drain(peer)
         code = peer.process.exitcode
         peer.state = "dead"
+        self._deaths += 1
         peer.request = None
         self._release(peer)
         freed = self.server.dismiss(peer.worker) if self.server is not None else 0
@@ -233,10 +236,14 @@ class Supervisor:
             self.peers[self.peers.index(peer)] = fresh = self._launch(peer.worker, peer.incarnation + 1)
             log.info("worker %d started again (process %s).", fresh.worker, fresh.process.pid)
         if self._words[COORDINATOR] == peer.worker and not stopping:
-            heirs = [p for p in self.peers if p.state == "joined"] or [p for p in self.peers if p.active]
-            if heirs:
-                self._words[COORDINATOR] = heirs[0].worker
-                log.warning("worker %d takes over as coordinator.", heirs[0].worker)
+            self._appoint()
+
+    def _appoint(self) -> None:
+        able = [peer for peer in self.peers if peer.active and not peer.done]
+        heirs = [peer for peer in able if peer.state == "joined"] or able
+        if heirs:
+            self._words[COORDINATOR] = heirs[0].worker
+            log.warning("worker %d takes over as coordinator.", heirs[0].worker)
 
     def _last_words(self, peer: _Peer) -> list[Message]:
         try:
@@ -321,6 +328,10 @@ class Supervisor:
             self._send(peer, Message("restore"))
         elif message.kind == "statistics" and self.server is not None:
             self._send(peer, Message("statistics", {"statistics": self.server.statistics()}))
+        elif message.kind == "finish":
+            # asked and answered at once, so that a worker never both ends and takes over
+            peer.done = True
+            self._send(peer, Message("finish", {"coordinates": int(self._words[COORDINATOR]) == peer.worker}))
         elif message.kind == "stop":
             if not (values["complete"] and self._unfinished()):
                 self._stop()
@@ -333,7 +344,8 @@ class Supervisor:
         self._stopped_at = self._stopped_at or time.monotonic()
 
     def _unfinished(self) -> bool:
-        return self.server is not None and self.server.leases.remaining() > 0
+        # whoever leaves an epoch unfinished by itself means it; only what the dead left is unfinished business
+        return self._deaths > 0 and self.server is not None and self.server.leases.remaining() > 0
 
     def _commit(self, peer: _Peer, leases: list[tuple[int, int]]) -> None:
         assert self.server is not None
@@ -351,18 +363,18 @@ class Supervisor:
         if not self._unfinished():
             self._stop()
             return
-        heirs = [p for p in self.peers if p.active]
-        if heirs:
-            self._words[COORDINATOR] = heirs[0].worker
+        self._appoint()
 
     def _call_back(self) -> None:
         """Start a worker again that has left, if another died with the last batches after this one was told of no more.
 
-        Only then is nobody left to train on them; it happens once a worker at most.
+        Only then is nobody left to train on them, or to end the run; it happens once a worker at most.
         """
+        if self._words[STOP] or any(peer.active for peer in self.peers) or self._called_back >= self._workers:
+            return
         left = [peer for peer in self.peers if peer.state == "left"]
-        over = self._words[STOP] or not self._unfinished() or any(peer.active for peer in self.peers)
-        if over or not left or self._called_back >= self._workers:
+        ended = any(peer.worker == self._words[COORDINATOR] for peer in left)
+        if not left or (ended and not self._unfinished()):
             return
         self._called_back += 1
         self._words[COORDINATOR] = left[0].worker
@@ -381,13 +393,13 @@ class Supervisor:
             coordinates = int(self._words[COORDINATOR]) == peer.worker
             over = bool(self._words[STOP]) and not coordinates  # the result is what the coordinator ended with
             outcome = self.server.refuse(push) if over else self.server.apply(push, from_coordinator=coordinates)
-            changed |= outcome == "applied" or (outcome == "committed" and bool(push.buffers))
-            done.append(peer.sequence)
+            changed |= outcome in ("applied", "assigned") or (outcome == "committed" and bool(push.buffers))
+            done.append((peer.sequence, outcome))
             peer.sequence += 1
         if changed:
             self._publish()
-        for sequence in done:
-            self._send(peer, Message("ack", {"sequence": sequence}))
+        for sequence, outcome in done:
+            self._send(peer, Message("ack", {"sequence": sequence, "outcome": outcome}))
 
     def _decode(self, peer: _Peer, meta: dict[str, Any], areas: list[Tensor]) -> Push:
         assert self.server is not None

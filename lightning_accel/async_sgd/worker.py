@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_accel.async_sgd.leases import LeaseId
-from lightning_accel.async_sgd.server import NO_UPDATE, OUTER, get_groups
+from lightning_accel.async_sgd.server import ASSIGN, NO_UPDATE, OUTER, get_groups
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.store import Membership, Opening, ParameterStore, Snapshot
 
@@ -97,10 +97,14 @@ class Worker:
 
     def attach(self) -> None:
         """Make ``step`` of every optimizer ours."""
+        if self._has_hooks() and self.settings.compression.name != "none":
+            raise ValueError(
+                "a step hook of the optimizer may change parameters, which go to the server as they are: "
+                "use `compression='none'`, or remove the hook."
+            )
         for index, optimizer in enumerate(self.optimizers):
             step = _step_of(self, index)
-            # `profile_hook_step` is what makes torch call the step hooks that are registered on an optimizer
-            hooked = step if self.settings.local_steps else Optimizer.profile_hook_step(step)
+            hooked = step if self.settings.local_steps else _with_hooks(self, step)
             hooked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # schedulers ask this to warn of no step
             optimizer.step = MethodType(hooked, optimizer)  # type: ignore[method-assign]
 
@@ -126,8 +130,35 @@ class Worker:
         shared = list(self.buffers.values()) if self.settings.buffers == "mean" else []
         self.version, self.steps = self.store.pull(self._tensors, shared)
         self._since_pull = 0
-        if self.settings.local_steps:
+        if self.settings.local_steps or self._has_hooks():
             self._base = [p.detach().clone() for p in self._tensors]
+
+    def settle(self, optimizer: Optimizer, attempts: int = 3) -> None:
+        """Give the server what step hooks (projections, masks) made of the parameters.
+
+        Counts only if nobody has stepped meanwhile; else the hooks run again on what is new. Alone it always counts.
+        """
+        hooks = _post_hooks(optimizer)
+        for attempt in range(attempts if hooks and self._base else 0):
+            pairs = zip(self._tensors, self._base, strict=True)
+            changed = [None if torch.equal(p, base) else p.detach() for p, base in pairs]
+            if all(value is None for value in changed) or self.store.wait_for(self._send(changed, ASSIGN)):
+                return
+            if attempt + 1 < attempts:
+                self.pull()
+                for hook in hooks:
+                    hook(optimizer, (), {})
+
+    def enforce(self) -> None:
+        """Run the step hooks once more, when the others have stopped: their last steps went without."""
+        self.pull()
+        for optimizer in self.optimizers:
+            for hook in _post_hooks(optimizer):
+                hook(optimizer, (), {})
+            self.settle(optimizer)
+
+    def _has_hooks(self) -> bool:
+        return any(_post_hooks(optimizer) for optimizer in self.optimizers)
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
@@ -184,7 +215,7 @@ class Worker:
 
     def _send(self, gradients: Sequence[Tensor | None], index: int) -> int:
         leases, self.pending = self.pending, []
-        update = index != NO_UPDATE
+        update = index not in (NO_UPDATE, ASSIGN)
         base = self._tensors if update and self.settings.staleness == "delay_compensation" else []
         return self.store.push(
             gradients,
@@ -231,6 +262,23 @@ def _step_of(worker: Worker, index: int) -> Callable[..., Any]:
         return worker.step(index, closure)
 
     return step
+
+
+def _with_hooks(worker: Worker, step: Callable[..., Any]) -> Callable[..., Any]:
+    # `profile_hook_step` is what makes torch call the step hooks that are registered on an optimizer
+    hooked = Optimizer.profile_hook_step(step)
+
+    def step_and_settle(optimizer: Optimizer, closure: Closure | None = None) -> Any:
+        result = hooked(optimizer, closure)
+        worker.settle(optimizer)
+        return result
+
+    return step_and_settle
+
+
+def _post_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
+    # what `register_step_post_hook` fills; torch has no way to ask
+    return list(optimizer._optimizer_step_post_hooks.values())
 
 
 def _places_of(optimizer: Optimizer, places: dict[int, int]) -> list[int]:

@@ -449,9 +449,11 @@ class AsyncSGDBody(_Base):
         if worker is None or store is None:
             return
         worker.flush()
-        if store.is_coordinator:
+        if store.finish():
             early = self._trainer.should_stop or 0 <= self._trainer.max_steps <= self._trainer.global_step
             store.stop(complete=not early)
+            if self.num_processes > 1:
+                worker.enforce()
             self._log_statistics(store, always=True)
             self._cut = store.snapshot()
             worker.load(self._cut)

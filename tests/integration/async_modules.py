@@ -101,6 +101,19 @@ class Adversaries(pl.LightningModule):
         return [critic, generator], [torch.optim.lr_scheduler.ExponentialLR(generator, 0.99)]
 
 
+class Clamped(pl.Callback):
+    """A projection: no weight leaves [-0.05, 0.05] after a step."""
+
+    def on_fit_start(self, trainer, pl_module):
+        def clamp(optimizer, args, kwargs):
+            with torch.no_grad():
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.clamp_(-0.05, 0.05)
+
+        trainer.optimizers[0].register_step_post_hook(clamp)
+
+
 class DiesOnce(pl.Callback):
     """Kill the process of one rank in the middle of the first epoch, the first time it gets there."""
 

@@ -123,8 +123,9 @@ def run_threads(workers, epochs, *, die, wait_for=(), **settings):
             store = SharedMemoryStore(worker, incarnation, sock, settings, parent=os.getppid())
             try:
                 train(store, epochs, die=die, wait_for=wait_for if worker == 0 and incarnation == 0 else ())
+                coordinates = store.finish()
                 store.report(b"result")
-                store.leave(stop=store.is_coordinator)
+                store.leave(stop=coordinates)
             finally:
                 store.close()
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_accel.async_sgd import LogEntry, Opening, ParameterServer, Push, Settings, replay
-from lightning_accel.async_sgd.server import NO_UPDATE, OUTER, OuterStep, get_groups, set_groups
+from lightning_accel.async_sgd.server import ASSIGN, NO_UPDATE, OUTER, OuterStep, get_groups, set_groups
 
 
 def opened(settings=None, *, momentum=0.9, buffers=()):
@@ -237,3 +237,13 @@ def test_a_late_comer_starts_at_the_clock_of_the_slowest():
     server.apply(push(1, worker=1, base=3))
     server.admit(2, 0)
     assert server.clocks == {0: 3, 1: 1, 2: 1}
+
+
+def test_values_count_only_if_nobody_has_stepped_since():
+    server = opened()
+    server.apply(push(1))
+    values = [None, torch.full((3,), 7.0)]
+    assert server.apply(push(1, worker=1, base=0, optimizer=ASSIGN, gradients=values)) == "refused"
+    assert server.apply(push(2, worker=1, base=1, optimizer=ASSIGN, gradients=values)) == "assigned"
+    assert server.parameters[1].tolist() == [7.0] * 3
+    assert server.version == 1
