@@ -15,6 +15,7 @@ _HOMES = {
     "MultilevelProjection": "lightning_accel.callbacks",
     "RankQuantization": "lightning_accel.callbacks",
     "SequentialFreezing": "lightning_accel.callbacks",
+    "StatefulStreams": "lightning_accel.callbacks",
     "enable_low_rank_loading": "lightning_accel.callbacks",
     "load_from_checkpoint": "lightning_accel.callbacks",
 }

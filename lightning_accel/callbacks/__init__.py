@@ -9,6 +9,7 @@ _HOMES = {
     "MultilevelProjection": "multilevel_projection",
     "RankQuantization": "rank_quantization",
     "SequentialFreezing": "sequential_freezing",
+    "StatefulStreams": "stateful_streams",
     "enable_low_rank_loading": "_structure",
     "load_from_checkpoint": "_structure",
 }

@@ -17,7 +17,7 @@ class InstanceForward:
     """
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
-        self.module, self.call = module, call
+        self.module, self.call, self._removed = module, call, False
         self.own = module.__dict__.get("forward")
         self.original: Callable[..., Any] = module.forward
         module.__dict__["forward"] = self
@@ -27,12 +27,15 @@ class InstanceForward:
         return self.call(*args, **kwargs)
 
     def remove(self) -> None:
-        """Put back what was there, unless somebody has replaced it since."""
-        if self.module.__dict__.get("forward") is self:
-            if self.own is None:
-                del self.module.__dict__["forward"]
-            else:
-                self.module.__dict__["forward"] = self.own
+        """Put back what was there; under another one, pass calls through until that one goes."""
+        self.call, self._removed = self.original, True
+        top = self.module.__dict__.get("forward")
+        while isinstance(top, InstanceForward) and top._removed:
+            top = top.own
+        if top is None:
+            self.module.__dict__.pop("forward", None)
+        else:
+            self.module.__dict__["forward"] = top
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         """Give the copy of the module its plain forward."""
@@ -47,5 +50,7 @@ class InstanceForward:
 
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
     """Return the module's forward without what `InstanceForward` put before it."""
-    forward = module.__dict__.get("forward")
-    return forward.original if isinstance(forward, InstanceForward) else module.forward
+    forward = module.forward
+    while isinstance(forward, InstanceForward):
+        forward = forward.original
+    return forward

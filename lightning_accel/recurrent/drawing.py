@@ -73,7 +73,7 @@ def lay_out(graph: RecurrentGraph) -> Picture:
         columns = _columns(graph, names) if looped else [names]
         tall = max(len(c) for c in columns)
         width = len(columns) * (_WIDTH + _GAP_X) - _GAP_X + 2 * _MARGIN
-        height = tall * (_HEIGHT + _GAP_Y) + _MARGIN + 12
+        height = tall * (_HEIGHT + _GAP_Y) + _MARGIN + (48 if looped else 12)
         title = "step by step" if looped else "all steps at once"
         frames.append(Frame(title, left, _MARGIN, width, height, looped))
         for k, column in enumerate(columns):
