@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import glob
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import nn
 
 from lightning_accel.callbacks._inputs import RecordedInputs
@@ -27,10 +30,12 @@ from lightning_accel.low_rank.factorize import empty_like
 from lightning_accel.low_rank.plan import Method, Weighting, factor_parameters
 from lightning_accel.measure import PairedRatio, compare_paired, time_interleaved
 
+_log = logging.getLogger(__name__)
+
 Ranks = Mapping[str, tuple[int, ...]]
 
 _PAIRS = 8  # few, but enough for the exact test to say "faster" although one pair disagrees
-_STEPS_TO_TRY = 2 * (_PAIRS + 2) + 1
+_STEPS_TO_TRY = 2 * (_PAIRS + 2) + 2
 _STEPS_TO_PLAN = 250.0  # what `make_plan` takes where layers are quick
 _SECONDS_A_LAYER = 3.0  # what it takes at most for one kind of layer
 
@@ -123,6 +128,8 @@ class RankChooser:
     def choose(self, trial: StepTrial, inputs: RecordedInputs) -> Choice:
         """Choose ranks by layer times, verify them by whole steps, and take back what does not pay."""
         started = time.perf_counter()
+        if unfit := self._unfit(trial):
+            return self._without(unfit, trial, inputs)
         run_batch = self._in_context(inputs)
         if not self.keep:
             quick = self._compare(trial, self.search.unmeasured_ranks(trial.module))
@@ -167,6 +174,30 @@ class RankChooser:
     def dense(self, why: str) -> Choice:
         """Leave the model as it is, without a plan."""
         return Choice(no_plan(), why)
+
+    def _unfit(self, trial: StepTrial) -> dict[str, str]:
+        """Return the layers with which the step fails when they are low rank, and how.
+
+        Some models ask for a layer's type or read its weight, and go another way if it is not the one they made.
+        """
+        layers, _ = eligible_layers(trial.module, include=self.search.include, exclude=self.search.exclude)
+        ranks = {name: theoretical_ranks(tuple(layer.weight.shape), 2.0) for name, layer in layers.items()}
+        if not ranks or (together := _failure(trial, ranks)) is None:
+            return self._agree({})
+        alone = {name: _failure(trial, {name: ranks[name]}) for name in ranks}
+        return self._agree(
+            {name: why for name, why in alone.items() if why is not None} or dict.fromkeys(ranks, together)
+        )
+
+    def _without(self, unfit: Mapping[str, str], trial: StepTrial, inputs: RecordedInputs) -> Choice:
+        """Choose among the other layers."""
+        if self.trainer.is_global_zero:
+            for name, why in unfit.items():
+                _log.warning("%s stays dense, because the training step fails with it low rank: %s", name, why)
+        search = dataclasses.replace(self.search, exclude=(*self.search.exclude, *map(glob.escape, unfit)))
+        if not eligible_layers(trial.module, include=search.include, exclude=search.exclude)[0]:
+            return self.dense("the training step fails with any of its layers low rank")
+        return dataclasses.replace(self, search=search).choose(trial, inputs)
 
     def _paid_back(self, choice: Choice, setup: float, saved: float) -> Choice:
         why = f"{choice.why}; set-up took {setup:.2f} s, the {self.remaining:.0f} remaining steps save {saved:.2f} s"
@@ -234,6 +265,17 @@ class Comparison:
         """Return the numbers for a log line."""
         interval = f"x{self.ratio.median:.2f} [{self.ratio.low:.2f}, {self.ratio.high:.2f}]"
         return f"a whole step takes {1e3 * self.low_rank:.2f} ms instead of {1e3 * self.dense:.2f} ms, {interval}"
+
+
+def _failure(trial: StepTrial, ranks: Ranks) -> str | None:
+    """Say how a step fails with these layers low rank, or return None."""
+    try:
+        trial.changed(functools.partial(with_shapes_of, ranks)).step()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:  # it is the model's own code that meets a layer it does not know
+        return f"{type(problem).__name__}: {problem}".splitlines()[0]
+    return None
 
 
 def with_shapes_of(ranks: Ranks, module: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_accel.callbacks._inputs import RecordedInputs
 from lightning_accel.callbacks._structure import exchange_layers
@@ -40,7 +41,8 @@ class StepTrial:
         with uncompiled(pl_module) as compile_like:
             if isinstance(pl_module.__dict__.get("training_step"), FunctionType):
                 raise TypeError("`training_step` was replaced on the instance; a copy would run the original")
-            self.module, self.optimizers = copy.deepcopy((pl_module, list(trainer.optimizers)))
+            with _GraphTensorsDetached():
+                self.module, self.optimizers = copy.deepcopy((pl_module, list(trainer.optimizers)))
         self._attach(compile_like)
 
     def _attach(self, compile_like: Callable[[Any], Any] | None) -> None:
@@ -58,7 +60,8 @@ class StepTrial:
     def changed(self, change: Callable[[nn.Module], Sequence[str]]) -> "StepTrial":
         """Return a second copy whose layers ``change`` has exchanged."""
         other = copy.copy(self)
-        other.module, other.optimizers = copy.deepcopy((self.module, self.optimizers))
+        with _GraphTensorsDetached():
+            other.module, other.optimizers = copy.deepcopy((self.module, self.optimizers))
         other._attach(self._compile_like)
         exchange_layers(other.module, other.optimizers, change)
         return other
@@ -108,6 +111,22 @@ class _QuietTrainer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trainer, name)
+
+
+class _GraphTensorsDetached(TorchFunctionMode):
+    """Copy without their history what modules keep of the last step (a loss, a metric's last value).
+
+    ``copy.deepcopy`` refuses tensors that stand inside an autograd graph.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
 
 
 def _silent(*_: object, **__: object) -> None:

@@ -205,6 +205,56 @@ def test_module_that_can_not_be_copied_is_judged_by_layers(tmp_path, caplog):
     assert module.steps == 12
 
 
+def test_module_that_keeps_its_last_loss_is_tried(tmp_path, caplog):
+    class Keeping(Classifier):
+        def training_step(self, batch, batch_idx):
+            self.last = super().training_step(batch, batch_idx)["loss"]
+            return self.last
+
+    module = Keeping()
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, [fixed(on_loss="keep", when=1)], tmp_path)
+    assert low_rank_layers(module)
+    assert "a whole step takes" in caplog.text
+
+
+class AsksForType(Classifier):
+    """Goes another way, a wrong one, where a layer is not what it made."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.asked = layers
+
+    def training_step(self, batch, batch_idx):
+        if not all(type(self.net[index]) is torch.nn.Linear for index in self.asked):
+            raise RuntimeError("shapes cannot be multiplied")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("asked", "low_rank"), [((0,), {"net.4"}), ((0, 4), set())])
+def test_layers_whose_type_the_model_asks_for_stay_dense(asked, low_rank, tmp_path, caplog):
+    module = AsksForType(asked)
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, [fixed(on_loss="keep")], tmp_path)
+    assert set(low_rank_layers(module)) == low_rank
+    assert "net.0 stays dense, because the training step fails with it low rank: RuntimeError: shapes" in caplog.text
+    assert ("with any of its layers low rank" in caplog.text) == (not low_rank)
+
+
+def test_layers_that_fail_together_stay_dense_together(tmp_path, caplog):
+    class AsksForOneOfTwo(Classifier):
+        def training_step(self, batch, batch_idx):
+            if not any(type(self.net[index]) is torch.nn.Linear for index in (0, 4)):
+                raise RuntimeError("no dense layer left")
+            return super().training_step(batch, batch_idx)
+
+    module = AsksForOneOfTwo()
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, [fixed(on_loss="keep")], tmp_path)
+    assert not low_rank_layers(module)
+    assert "net.4 stays dense, because the training step fails with it low rank: RuntimeError: no dense" in caplog.text
+
+
 def test_orphans_stay_dense(tmp_path, caplog):
     class Partly(Classifier):
         def configure_optimizers(self):
