@@ -14,7 +14,7 @@ from lightning_accel.projection.rounding import inner_radius, require_finite, ro
 _MAX_ITERATIONS = 100
 _COARSE = 1e-6  # relative change of the bounds at which float32 sums have nothing more to say
 _PRECISE = 1e-14  # and float64 sums
-_FINISHED = 1e-8  # after coarse iterations: the float64 step itself is below float32, its error is this squared
+_FINISHED = 1e-5  # after coarse iterations: the float64 step itself is below float32, its error is this squared
 _TINY = torch.finfo(torch.float64).tiny
 
 

@@ -5,6 +5,7 @@ cost one trip to memory; 16-bit floats are handled as integers there, whose orde
 sign bit is gone. On other devices an expression over the whole tensor does the same.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,7 @@ _CHUNK = 1 << 17  # entries a thread works on at once: 512 KiB of float32
 _MAGNITUDE = 0x7FFF
 _SIGN = -0x8000
 _HALVES = (torch.float16, torch.bfloat16)
+_LONG = 4096  # entries; from here on an operation a row costs less than the memory it spares
 _SHORT = 32  # entries; reducing shorter rows one by one is slow
 
 
@@ -128,15 +130,27 @@ def _clamp_rows(source: Tensor, bound: Tensor, target: Tensor) -> None:
             torch.bitwise_or(out, sign, out=out)
         return
     floor = -bound
-    if not by_row and source.numel() <= _CHUNK:
+    if not by_row:
         torch.clamp(source, floor, bound, out=target)
         return
-    for rows in _row_slices(source):
-        if by_row:  # `clamp` with a broadcast column is three times slower than its two halves
-            torch.minimum(source[rows], bound[rows], out=target[rows])
-            torch.maximum(target[rows], floor[rows], out=target[rows])
-        else:
-            torch.clamp(source[rows], floor, bound, out=target[rows])
+    if source.shape[1] >= _LONG and torch.get_num_threads() == 1 and 4 * int((bound == 0).sum()) > 3 * len(bound):
+        _clamp_few_rows(source, bound, target)
+        return
+    for rows in _row_slices(source):  # `clamp` with a broadcast column is three times slower than its two halves
+        torch.minimum(source[rows], bound[rows], out=target[rows])
+        torch.maximum(target[rows], floor[rows], out=target[rows])
+
+
+def _clamp_few_rows(source: Tensor, bound: Tensor, target: Tensor) -> None:
+    """Clamp row by row where most rows are cleared, which need not be read for that."""
+    in_place = source.data_ptr() == target.data_ptr()
+    for row, out, high in zip(source.unbind(0), target.unbind(0), bound[:, 0].tolist(), strict=True):
+        if high == 0.0:
+            out.zero_()
+        elif high < math.inf:
+            torch.clamp(row, -high, high, out=out)
+        elif not in_place:
+            out.copy_(row)
 
 
 def _max_of_rows(rows: Tensor) -> Tensor:
@@ -150,7 +164,13 @@ def _max_of_rows(rows: Tensor) -> Tensor:
         bits = rows.view(torch.int16)
         parts = [torch.bitwise_and(bits[s], _MAGNITUDE).amax(1) for s in _row_slices(bits)]
         return torch.cat(parts).view(rows.dtype)
-    return torch.cat([torch.maximum(rows[s].amax(1), rows[s].amin(1).neg_()) for s in _row_slices(rows)])
+    slices = _row_slices(rows)
+    scratch = rows[next(slices)].abs()
+    parts = [scratch.amax(1)]
+    for s in slices:
+        part = rows[s]
+        parts.append(torch.abs(part, out=scratch[: part.shape[0]]).amax(1))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _max_of_columns(rows: Tensor) -> Tensor:

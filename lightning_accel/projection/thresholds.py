@@ -39,7 +39,8 @@ def l1_thresholds(norms: Tensor, radius: Tensor, *, terms: int | None = None) ->
         radius: float64 ``(batch,)``, >= 0.
         terms: Roundings in the norm that must stay below ``radius``; by default ``n``.
 
-    Complexity: Sorting up to 5,000 norms and on GPU (no host synchronization); Michelot's algorithm beyond on CPU.
+    Complexity: One vector on CPU: Newton's method, a few passes over the norms. Several: sorting up to 5,000 norms and on
+        GPU (no host synchronization), Michelot's algorithm beyond.
 
     References:
         Condat, "Fast projection onto the simplex and the l1 ball", Math. Program. 158 (2016); Michelot (1986).
@@ -69,8 +70,7 @@ def _single(norms: Tensor, radius: float, terms: int) -> Thresholds:
     target = inner_radius(radius, terms)
     top = norms.max()
     below = norms - top
-    values = below[below > -target] if target > 0.0 else below[0]
-    tau = float(simplex_threshold(values.unsqueeze(0), values.new_tensor([target])))
+    tau = _newton(below if below.numel() <= SORT_UP_TO else below[below >= -target], target)
     kept = below.sub_(tau).clamp_min_(0.0)
     rest = float(kept.sum())
     if rest > target:
@@ -90,6 +90,20 @@ def simplex_threshold(values: Tensor, total: Tensor) -> Tensor:
     descending = values.sort(-1, descending=True).values
     count = torch.arange(1, values.shape[-1] + 1, dtype=values.dtype, device=values.device)
     return ((descending.cumsum(-1) - total.unsqueeze(-1)) / count).amax(-1)
+
+
+def _newton(values: Tensor, total: float) -> float:
+    """Newton's method from below; every step drops entries, so it ends with the exact set of those above."""
+    tau = (float(values.sum()) - total) / values.numel()
+    tau = max(tau, -total)  # the largest value is 0, and alone would be cut by this
+    previous = -1
+    while True:
+        above = (values - tau).clamp_min_(0.0)
+        count = int(torch.count_nonzero(above))
+        if count in (0, previous):
+            return tau
+        tau += (float(above.sum()) - total) / count
+        previous = count
 
 
 def _michelot(values: Tensor, total: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""Chunked passes equal the plain expressions on tensors of many chunks, in every layout they tell apart."""
+
+import pytest
+import torch
+
+from lightning_accel.projection.kernels import clamp, excess, group_max, group_norms
+
+SHAPES = {
+    "rows": (1, 40, 9_000),
+    "short rows": (1, 30_000, 9),
+    "columns": (700, 500, 1),
+    "in-channels": (60, 50, 90),
+    "few": (3, 4, 1),
+}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(shape, dtype):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_largest_magnitudes_are_exact_and_show_nan(name, dtype):
+    x = tensor(SHAPES[name], dtype)
+    assert torch.equal(group_max(x), x.abs().amax((0, 2)))
+    x[-1, 2, -1] = float("nan")
+    found = torch.isnan(group_max(x))
+    assert found.nonzero().flatten().tolist() == [2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_norms_are_those_of_float64_sums(name, dtype):
+    x = tensor(SHAPES[name], dtype)
+    largest, total = group_norms(x)
+    assert torch.equal(largest, x.double().abs().amax((0, 2)))
+    torch.testing.assert_close(total, x.double().abs().sum((0, 2)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("cleared", [0.3, 0.9])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_clamping_equals_the_plain_clamp_bit_for_bit(name, dtype, cleared, in_place):
+    x = tensor(SHAPES[name], dtype)
+    groups = x.shape[1]
+    bounds = torch.rand(groups, generator=torch.Generator().manual_seed(1)).to(dtype)
+    bounds[: int(cleared * groups)] = 0.0
+    bounds[-1] = float("inf")
+    expected = torch.clamp(x, -bounds.view(1, -1, 1), bounds.view(1, -1, 1))
+    target = x if in_place else torch.empty_like(x)
+    clamp(x, bounds, target)
+    assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_bounds_leave_nan_and_negative_zero_alone(dtype):
+    for shape in ((1, 2, 5_000), (5_000, 2, 1)):
+        x = tensor(shape, dtype)
+        x[0, 0, 0], x[-1, 1, -1] = float("nan"), -0.0
+        before = x.clone()
+        clamp(x, torch.full((2,), float("inf"), dtype=dtype), x)
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+        number = ~torch.isnan(before)
+        assert torch.equal(torch.isnan(x), ~number)
+        assert torch.equal(x[number].view(bits), before[number].view(bits))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("share", [0.2, 0.8])
+@pytest.mark.parametrize("precise", [True, False])
+def test_excess_over_a_level_for_some_groups(name, dtype, share, precise):
+    x = tensor(SHAPES[name], dtype)
+    groups = torch.arange(x.shape[1])[: max(1, int(share * x.shape[1]))]
+    mu = torch.rand(len(groups), generator=torch.Generator().manual_seed(1)).double()
+    sums, counts = excess(x, groups, mu, precise=precise)
+    above = (x.double().abs()[:, groups] - mu.view(1, -1, 1)).clamp_min(0.0)
+    torch.testing.assert_close(sums, above.sum((0, 2)), rtol=1e-5, atol=1e-5)
+    if precise:
+        assert torch.equal(counts, (above > 0).sum((0, 2)).double())
