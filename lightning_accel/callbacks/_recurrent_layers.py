@@ -30,9 +30,7 @@ class ScheduledLayers:
         self.padded: dict[str, int] = {}
         self._forwards: list[InstanceForward] = []
         self.deferred: DeferredCells | None = None
-        self._schedule_of = {
-            n: [choice.schedule for choice in layer.schedules] for n, layer in self.recurrent.items()
-        }
+        self._schedule_of = {n: [choice.schedule for choice in layer.schedules] for n, layer in self.recurrent.items()}
         for layer in self.recurrent.values():
             for choice in layer.schedules:
                 if choice.schedule == "auto":
@@ -80,16 +78,15 @@ class ScheduledLayers:
                 lines += [f"{name}: {used} ({key})" for key, used in choice.choices.items()]
         for name in self.layers:
             calls = self.padded.get(name, 0)
-            lines.append(f"{name}: {calls} packed calls run padded" if calls else f"{name}: torch's kernel, nothing to gain")
+            lines.append(
+                f"{name}: {calls} packed calls run padded" if calls else f"{name}: torch's kernel, nothing to gain"
+            )
         if self.deferred is not None:
             for name, cell in self.deferred.cells.items():
                 used = ", ".join(sorted(set(cell.choice.choices.values())))
                 speed = max(cell.choice.speed.values(), default=float("nan"))
-                lines.append(
-                    f"{name}: plain, {cell.reason}"
-                    if cell.reason
-                    else f"{name}: {cell.chains} chains of {cell.steps} steps, {used} (measured {speed:.1f} times the loop)"
-                )
+                said = f"{cell.chains} chains of {cell.steps} steps, {used} (measured {speed:.1f} times the loop)"
+                lines.append(f"{name}: plain, {cell.reason}" if cell.reason else f"{name}: {said}")
             lines += [f"{name}: plain, {reason}" for name, reason in self.deferred.reasons.items()]
         return lines
 

@@ -1,12 +1,14 @@
 """Run recurrent layers with intra-stream schedules while training."""
 
+# ruff: noqa: ARG002  # Lightning fixes the hooks' arguments
+
 import logging
 from contextlib import ExitStack
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_accel.callbacks._recurrent_layers import ScheduledLayers
 from lightning_accel.recurrent.choice import SCHEDULES

@@ -1,12 +1,14 @@
 """Truncated backpropagation through time over long streams."""
 
+# ruff: noqa: ARG002  # Lightning fixes the hooks' arguments
+
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_accel.recurrent.streams import CarriedState, recurrent_layers
@@ -49,8 +51,8 @@ class StatefulStreams(Callback):
         layers = recurrent_layers(pl_module)
         if not layers:
             raise MisconfigurationException(
-                f"StatefulStreams found no layer whose state can be carried in {type(pl_module).__name__}: no Recurrent, "
-                "nn.LSTM, nn.GRU or nn.RNN; remove the callback, or put the cell into a Recurrent."
+                f"StatefulStreams found no layer whose state can be carried in {type(pl_module).__name__}: "
+                "no Recurrent, nn.LSTM, nn.GRU or nn.RNN; remove the callback, or put the cell into a Recurrent."
             )
         self._carried = {name: CarriedState(layer, self.prefix_batches) for name, layer in layers.items()}
         if self._resumed:

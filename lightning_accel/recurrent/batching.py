@@ -86,14 +86,14 @@ def call_into(node: Node, name: Callable[[Node], str], out: str) -> str | None:
 def call_view(node: Node, source: str, *, block: bool) -> str:
     """Return the view of one step's value, or with ``block`` of a block's value, as an expression."""
     x, *args = node.args
-    assert isinstance(x, fx.Node)
     rank, lead = len(shape(x)), 1 if block else 0
 
     def dim(value: int, of: int = rank) -> int:
         return int(value) % of + lead
 
     if node.target is aten.slice.Tensor:
-        axis, start, end, step = (*args, *(0, None, None, 1)[len(args) :])
+        defaults: tuple[Any, ...] = (0, None, None, 1)
+        axis, start, end, step = tuple(args) + defaults[len(args) :]
         first, last, _ = slice(start, end, step).indices(shape(x)[int(axis) % rank])
         return f"{source}[{':, ' * dim(axis)}{first}:{last}:{step}]"
     if node.target is aten.select.int:
@@ -129,7 +129,8 @@ def call_block(node: Node, name: Callable[[Node], str], is_block: Callable[[Node
     if target in (aten.mm.default, aten.bmm.default):
         return f"torch.matmul({name(node.args[0])}, {name(node.args[1])})"
     if target is aten.addmm.default and not node.kwargs:
-        return f"torch.add({_aligned(node.args[0], name, is_block, 2)}, torch.matmul({name(node.args[1])}, {name(node.args[2])}))"
+        bias, a, b = node.args
+        return f"torch.add({_aligned(bias, name, is_block, 2)}, torch.matmul({name(a)}, {name(b)}))"
     if target is aten.cat.default:
         parts, axis = node.args[0], int(node.args[1]) if len(node.args) > 1 else 0
         blocks = [name(p) if is_block(p) else f"{name(p)}.expand(n, {_lengths(p)})" for p in parts]

@@ -86,7 +86,8 @@ def learn_layout(
     """Learn the form of a call whose arguments hold results of the call before; ``None`` if they hold none.
 
     Args:
-        args, kwargs: Of the call.
+        args: Of the call.
+        kwargs: Of the call.
         result: Of the call.
         previous: Leaves of the result of the call before.
     """

@@ -99,7 +99,9 @@ class DeferredCell:
             return tuple(made) if len(made) > 1 else made[0]
         return unflatten(self.layout.results, iter([made[slot] for slot in self.layout.unique]))
 
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    def _read(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
         if self.native:
             if kwargs and (len(kwargs) != 1 or "hx" not in kwargs):
                 return None
@@ -107,7 +109,7 @@ class DeferredCell:
                 return None
             x, hx = args[0], args[1] if len(args) > 1 else kwargs.get("hx")
             if hx is None:
-                if x.dim() != 2:  # noqa: PLR2004
+                if x.dim() != 2:
                     return None
                 hx = x.new_zeros(x.shape[0], self.shapes[0][0])
                 return (x,), (hx,) * len(self.layout.state_places)
@@ -119,7 +121,7 @@ class DeferredCell:
 
     def _fits(self, xs: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> bool:
         streams, dtype = xs[0].shape[0], states[0].dtype
-        if any(t.dim() < 2 for t in (*xs, *states)):  # noqa: PLR2004
+        if any(t.dim() < 2 for t in (*xs, *states)):
             return False
         if self.cell._backward_hooks or self.cell._backward_pre_hooks:
             return False
@@ -166,9 +168,13 @@ class DeferredCell:
         self.chains, self.steps = self.chains + 1, self.steps + steps
         self._short = self._short + 1 if steps < _SHORT else 0
         if self._short >= _PATIENCE:
-            self.remove(f"its loop uses every step's result before the next step: {self.chains} chains of {self.steps} steps")
+            self.remove(
+                f"its loop uses every step's result before the next step: {self.chains} chains of {self.steps} steps"
+            )
         elif steps >= _SHORT and self.choice.choices and set(self.choice.choices.values()) == {"loop"}:
-            self.remove(f"no schedule was faster than the loop (measured {max(self.choice.speed.values(), default=1.0):.2f})")
+            self.remove(
+                f"no schedule was faster than the loop (measured {max(self.choice.speed.values(), default=1.0):.2f})"
+            )
 
 
 def result_shapes(results: Any) -> list[tuple[int, ...]] | None:
@@ -180,6 +186,6 @@ def result_shapes(results: Any) -> list[tuple[int, ...]] | None:
         if not any(leaf is d for d in distinct):
             distinct.append(leaf)
     first = distinct[0]
-    if any(d.dim() < 2 or d.shape[0] != first.shape[0] or d.dtype != first.dtype for d in distinct):  # noqa: PLR2004
+    if any(d.dim() < 2 or d.shape[0] != first.shape[0] or d.dtype != first.dtype for d in distinct):
         return None
     return [tuple(d.shape[1:]) for d in distinct]

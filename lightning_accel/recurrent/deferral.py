@@ -56,6 +56,7 @@ class DeferredCells:
         root: The model.
         schedule: For every cell.
         apart_from: Names of modules that schedule the cells inside them themselves.
+
     Attributes:
         cells: What is deferred, by name.
         reasons: Why a cell that is called in a loop is not.

@@ -77,7 +77,9 @@ class DeferredTensor(torch.Tensor):
         return func(*_values(args), **{k: _values(v) for k, v in kwargs.items()})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # declared as an instance's method there
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Refuse: whoever comes here went past ``__torch_function__`` and would lose the gradients silently."""
         raise RuntimeError(
             f"{func} reached a recurrent cell's deferred output below torch's function interface; "

@@ -58,7 +58,7 @@ def lay_out(graph: RecurrentGraph) -> Picture:
     """Place stages from left to right by what they wait for, and a loop's nodes in the order of one step."""
     level: list[int] = []
     for stage in graph.schedule:
-        level.append(max((level[a] + 1 for a in stage.after), default=0))
+        level += [max((level[a] + 1 for a in stage.after), default=0)]
     groups: list[tuple[int, bool, list[str]]] = []
     for depth in range(max(level) + 1):
         loops = [s for s, at in zip(graph.schedule, level, strict=True) if at == depth and s.loop]
@@ -73,7 +73,7 @@ def lay_out(graph: RecurrentGraph) -> Picture:
         columns = _columns(graph, names) if looped else [names]
         tall = max(len(c) for c in columns)
         width = len(columns) * (_WIDTH + _GAP_X) - _GAP_X + 2 * _MARGIN
-        height = tall * (_HEIGHT + _GAP_Y) + _MARGIN + (48 if looped else 12)
+        height: float = tall * (_HEIGHT + _GAP_Y) + _MARGIN + (48 if looped else 12)
         title = "step by step" if looped else "all steps at once"
         frames.append(Frame(title, left, _MARGIN, width, height, looped))
         for k, column in enumerate(columns):
@@ -84,8 +84,8 @@ def lay_out(graph: RecurrentGraph) -> Picture:
                 boxes.append(Box(name, x, y, looped, _kind(graph, name)))
         left += width + _GAP_X
     arrows = tuple((e.source, e.target, e.delay) for e in graph.edges)
-    height = max(f.y + f.height for f in frames) + 2 * _MARGIN + 30
-    return Picture(left - _GAP_X + _MARGIN, height, tuple(boxes), tuple(frames), arrows)
+    bottom = max(f.y + f.height for f in frames) + 2 * _MARGIN + 30
+    return Picture(left - _GAP_X + _MARGIN, bottom, tuple(boxes), tuple(frames), arrows)
 
 
 def schedule_svg(graph: RecurrentGraph) -> str:
@@ -109,17 +109,23 @@ def schedule_svg(graph: RecurrentGraph) -> str:
         )
     for source, target, delay in picture.arrows:
         path, (label_x, label_y) = arrow_path(places[source], places[target], delay)
-        style = 'stroke="#c33" stroke-dasharray="5 3" marker-end="url(#late)"' if delay else 'stroke="#555" marker-end="url(#tip)"'
+        style = (
+            'stroke="#c33" stroke-dasharray="5 3" marker-end="url(#late)"'
+            if delay
+            else 'stroke="#555" marker-end="url(#tip)"'
+        )
         parts.append(f'<path d="{path}" fill="none" {style}/>')
         if delay:
             parts.append(f'<text x="{label_x:.0f}" y="{label_y:.0f}" fill="#c33" font-size="10">t-{delay}</text>')
     for box in picture.boxes:
-        parts.append(
-            f'<rect x="{box.x - _WIDTH / 2:.0f}" y="{box.y - _HEIGHT / 2:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="5" '
-            f'fill="white" stroke="#333"/><text x="{box.x:.0f}" y="{box.y - 1:.0f}" text-anchor="middle">'
-            f'{escape(box.name)}</text><text x="{box.x:.0f}" y="{box.y + 11:.0f}" text-anchor="middle" fill="#777" '
-            f'font-size="9">{escape(box.kind)}</text>'
-        )
+        left, top = box.x - _WIDTH / 2, box.y - _HEIGHT / 2
+        parts += [
+            f'<rect x="{left:.0f}" y="{top:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="5" '
+            'fill="white" stroke="#333"/>',
+            f'<text x="{box.x:.0f}" y="{box.y - 1:.0f}" text-anchor="middle">{escape(box.name)}</text>',
+            f'<text x="{box.x:.0f}" y="{box.y + 11:.0f}" text-anchor="middle" fill="#777" font-size="9">'
+            f"{escape(box.kind)}</text>",
+        ]
     note = "solid: within a time step; dashed: from an earlier time step"
     parts.append(f'<text x="{_MARGIN}" y="{picture.height - 10:.0f}" fill="#777">{note}</text></svg>')
     return "\n".join(parts)
@@ -139,7 +145,8 @@ def arrow_path(source: Box, target: Box, delay: int) -> tuple[str, tuple[float, 
     if source is target:
         x0 = source.x - half / 2
     low = max(y0, y1) + 20 + 7 * delay + abs(x1 - x0) / 14
-    return f"M{x0:.0f},{y0:.0f} C{x0:.0f},{low:.0f} {x1:.0f},{low:.0f} {x1:.0f},{y1:.0f}", ((x0 + x1) / 2, low - (low - max(y0, y1)) / 4 + 6)
+    label = ((x0 + x1) / 2, low - (low - max(y0, y1)) / 4 + 6)
+    return f"M{x0:.0f},{y0:.0f} C{x0:.0f},{low:.0f} {x1:.0f},{low:.0f} {x1:.0f},{y1:.0f}", label
 
 
 def _columns(graph: RecurrentGraph, names: list[str]) -> list[list[str]]:

@@ -104,15 +104,16 @@ class Generator:
             for n in self._outputs
             if self._state_of(n) is None and n not in self.step.xs
         ]
+        held = {j for j in map(self._state_of, self._outputs) if j is not None}
         slabs += [
             f"'state_{j}': torch.empty((n + 1, {_shape(self.step.states[j])}), "
             f"dtype={_dtype(self.step.states[j])}, device=device)"
-            for j in sorted({self._state_of(n) for n in self._outputs} - {None})
+            for j in sorted(held)
         ]
         return f"def make_slabs(n):\n{_INDENT}return {{{', '.join(slabs)}}}\n\n{body}"
 
     def output_names(self) -> list[tuple[str, str]]:
-        """Return, for each output, where it lies: (kind, name) with kind ``slab``, ``state``, ``input`` or ``constant``."""
+        """Return where each output lies: (kind, name) with kind ``slab``, ``state`` or ``constant``."""
         places = []
         for y in self.step.ys:
             state = self._state_of(y)
@@ -268,14 +269,13 @@ class Generator:
                         self._say(f"{name} = {product}")
                         continue
                 value = batching.call_block(node, self._name, self._is_block)
-                if node.target in batching.FAST and node not in self._outputs and value.endswith(")"):
-                    if torch.Tag.pointwise in node.target.tags:
-                        value = f"{value[:-1]}, out=ws.get('{node.name}'))"
-                        self._say(f"{name} = ws['{node.name}'] = {value}")
-                        continue
+                if _is_fast_pointwise(node) and node not in self._outputs:
+                    value = f"{value[:-1]}, out=ws.get('{node.name}'))"
+                    self._say(f"{name} = ws['{node.name}'] = {value}")
+                    continue
             if node in self._outputs and node not in self.step.xs:
-                fits = node.target in batching.FAST and torch.Tag.pointwise in node.target.tags
-                value = f"{value[:-1]}, out=slabs['{node.name}'])" if fits else f"slabs['{node.name}'].copy_({value})"
+                fast = _is_fast_pointwise(node)
+                value = f"{value[:-1]}, out=slabs['{node.name}'])" if fast else f"slabs['{node.name}'].copy_({value})"
             self._say(f"{name} = {value}")
             for part in self._parts(node):
                 got = batching.call(part, self._name)
@@ -315,7 +315,9 @@ class _Loop:
             pairs = zip(step.d_next_states, step.d_states, strict=True)
         else:
             pairs = zip(step.states, step.next_states, strict=True)
-        self.delays = [(j, p, n) for j, (p, n) in enumerate(pairs) if p in self.members and p is not None]
+        self.delays: list[tuple[int, Node, Node]] = [
+            (j, p, n) for j, (p, n) in enumerate(pairs) if p in self.members and p is not None
+        ]
         self.next_of = {n: j for j, _, n in self.delays}
 
     def write(self) -> None:
@@ -689,6 +691,10 @@ def _add_to(total: Tensor | None, part: Tensor) -> Tensor:
 
 def _tokens(source: str) -> list[tokenize.TokenInfo]:
     return list(tokenize.generate_tokens(io.StringIO(source).readline))
+
+
+def _is_fast_pointwise(node: Node) -> bool:
+    return node.target in batching.FAST and torch.Tag.pointwise in node.target.tags
 
 
 def _buffer(node: Node, lead: str = "") -> str:

@@ -96,7 +96,9 @@ class Node:
 
     def __post_init__(self) -> None:
         if not self.name or set(self.name) & set(".@> "):
-            raise ValueError(f"the name of a node must not be empty or contain any of `.@>` or a space, got {self.name!r}.")
+            raise ValueError(
+                f"the name of a node must not be empty or contain any of `.@>` or a space, got {self.name!r}."
+            )
         if self.size < 1:
             raise ValueError(f"`size` of node {self.name!r} must be >= 1, got {self.size}.")
         if self.activation not in ACTIVATIONS:

@@ -46,7 +46,9 @@ class GraphCell(nn.Module):
             self.weights[f"{source}@{delay}"] = nn.Parameter(torch.cat(rows))
         for edge in graph.edges:
             if edge.connection == "diagonal":
-                self.diagonals[_edge_name(edge)] = nn.Parameter(_uniform(fan_in[edge.target], graph.nodes[edge.target].size))
+                self.diagonals[_edge_name(edge)] = nn.Parameter(
+                    _uniform(fan_in[edge.target], graph.nodes[edge.target].size)
+                )
         for node in graph.nodes.values():
             if node.bias:
                 self.biases[f"{node.name}@bias"] = nn.Parameter(_uniform(fan_in[node.name], node.size))
@@ -99,10 +101,8 @@ class GraphCell(nn.Module):
                 value = value * self.diagonals[_edge_name(edge)]
             elif edge.connection == "broadcast":
                 value = value.expand(-1, node.size)
-            if total is None:
-                total = value
-            else:
-                total = total + value if node.aggregation == "sum" else total * value
+            join = torch.add if node.aggregation == "sum" else torch.mul
+            total = value if total is None else join(total, value)
         assert total is not None
         if node.bias:
             total = total + self.biases[f"{name}@bias"]
@@ -135,6 +135,7 @@ class GraphRNN(nn.Module):
         edges: Sequence[Mapping[str, Any] | str],
         inputs: Sequence[str],
         outputs: Sequence[str],
+        *,
         batch_first: bool = False,
         schedule: Schedule = "auto",
     ) -> None:
@@ -182,5 +183,7 @@ def _read_edge(text: str) -> Edge:
         elif not equals:
             settings["connection"] = word
         else:
-            raise ValueError(f"an edge may have `delay=N` and a connection behind its target, got {word!r} in {text!r}.")
+            raise ValueError(
+                f"an edge may have `delay=N` and a connection behind its target, got {word!r} in {text!r}."
+            )
     return Edge(source.strip(), words[0], **settings)

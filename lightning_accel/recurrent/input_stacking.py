@@ -32,7 +32,7 @@ def stack_inputs(inputs: Sequence[Tensor], whole_output: Callable[[Sequence[Tens
 def _common_base(inputs: Sequence[Tensor]) -> Tensor | None:
     first = inputs[0]
     base = first._base
-    if base is None or len(inputs) < 2 or base.requires_grad != first.requires_grad:  # noqa: PLR2004
+    if base is None or len(inputs) < 2 or base.requires_grad != first.requires_grad:
         return None
     offset, shape, stride = first.storage_offset(), first.shape, first.stride()
     step = inputs[1].storage_offset() - offset
@@ -45,7 +45,7 @@ def _common_base(inputs: Sequence[Tensor]) -> Tensor | None:
         moved = base.movedim(dim, 0)
         same = moved.shape[1:] == shape and moved.stride()[1:] == stride
         if same and step > 0 and base.stride(dim) == step:
-            start, rest = divmod(offset - base.storage_offset(), step)
+            start, rest = divmod(int(offset) - int(base.storage_offset()), int(step))
             if rest == 0 and 0 <= start <= base.shape[dim] - len(inputs):
                 return moved if len(inputs) == base.shape[dim] else moved.narrow(0, start, len(inputs))
     if step <= 0 or not base.is_contiguous():

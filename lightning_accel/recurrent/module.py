@@ -121,7 +121,8 @@ class Recurrent(nn.Module):
 
     def extra_repr(self) -> str:
         """Say what differs from the default."""
-        return f"batch_first={self.batch_first}, bidirectional={self.bidirectional}, schedule={self._choices[0].schedule!r}"
+        schedule = self._choices[0].schedule
+        return f"batch_first={self.batch_first}, bidirectional={self.bidirectional}, schedule={schedule!r}"
 
 
 def _reset(cell: nn.Module) -> nn.Module:

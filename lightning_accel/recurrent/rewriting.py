@@ -225,7 +225,6 @@ def _freeze(value: Any) -> Hashable:
 
 def _replace_split_part(graph: fx.Graph, node: Node) -> None:
     source, index = node.args
-    assert isinstance(source, fx.Node)
     if source.target in _SPLITS:
         x = source.args[0]
         dim = (source.args[2] if len(source.args) > 2 else 0) % len(shape(x))
@@ -273,16 +272,16 @@ def _relu(graph: fx.Graph, node: Node) -> Node:
     return make(graph, aten.clamp_min.default, node.args[0], 0)
 
 
-def _transpose_twice(graph: fx.Graph, node: Node) -> Node | None:
+def _transpose_twice(_: fx.Graph, node: Node) -> Node | None:
     inner = node.args[0]
     return inner.args[0] if inner.target is aten.t.default else None
 
 
-def _identity(graph: fx.Graph, node: Node) -> Node:
+def _identity(_: fx.Graph, node: Node) -> Node:
     return node.args[0]
 
 
-def _clone(graph: fx.Graph, node: Node) -> Node | None:
+def _clone(_: fx.Graph, node: Node) -> Node | None:
     # Nothing is changed in place, so a copy is only worth keeping where it changes the layout.
     return None if node.kwargs.get("memory_format") is not None else node.args[0]
 

@@ -113,7 +113,7 @@ def run_loop(
 
 
 def run_native(cell: nn.Module, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Run ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell`` over a sequence with the kernel of ``nn.LSTM`` and so on."""
+    """Run one of torch's cells over a sequence with the kernel of ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``."""
     assert isinstance(cell, (nn.LSTMCell, nn.GRUCell, nn.RNNCell))
     weights = [cell.weight_ih, cell.weight_hh]
     if cell.bias:

@@ -125,7 +125,7 @@ def trace_step(
             results = [*ys, *following]
             return [r for r in results if _is_differentiable(r)], [r for r in results if not _is_differentiable(r)]
 
-        smooth, pullback, rest = vjp(forward, *active, has_aux=True)
+        smooth, pullback, rest = vjp(forward, *active, has_aux=True)  # type: ignore[misc]  # typed for two results
         return smooth, rest, pullback(tangents)
 
     primals = [*x_values, *s_values, *values]
@@ -154,7 +154,7 @@ def trace_step(
 def as_function(
     module: nn.Module, step: Callable[..., Any], weights: Sequence[Tensor]
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Prepare ``functional_call(stepper, named, (xs, states))``: the step with other weights, parameters then buffers."""
+    """Prepare ``functional_call(stepper, named, (xs, states))``: a step with other parameters and buffers."""
     names = [n for n, _ in module.named_parameters()] + [n for n, _ in module.named_buffers()]
     return _Stepper(module, step), {f"module.{n}": w for n, w in zip(names, weights, strict=True)}
 
@@ -200,7 +200,8 @@ def _refuse_side_effects(traced: fx.GraphModule) -> None:
         where = f" (`{node.name}`)"
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             raise CannotScheduleError(
-                f"the step draws random numbers with {node.target}{where}; draw them before the loop and pass them as inputs."
+                f"the step draws random numbers with {node.target}{where}; "
+                "draw them before the loop and pass them as inputs."
             )
         if node.target._schema.is_mutable and not _make_functional(traced.graph, node):
             raise CannotScheduleError(f"the step changes a tensor in place with {node.target}{where}.")

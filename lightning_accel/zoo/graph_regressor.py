@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lightning_accel.recurrent import GraphRNN
+from lightning_accel.recurrent.graph_rnn import GraphRNN
 from lightning_accel.zoo.optimization import OptimizerName, ScheduleName
 from lightning_accel.zoo.recurrent_regressor import RecurrentRegressor
 
@@ -54,7 +54,7 @@ class GraphRegressor(RecurrentRegressor):
             schedule=schedule,
             warmup_steps=warmup_steps,
         )
-        self.recurrent = _Outputs(network)
+        self.recurrent = _Outputs(network)  # type: ignore[assignment]  # another layer of the same use
         self.head = nn.Linear(network.output_size, 1)
 
 

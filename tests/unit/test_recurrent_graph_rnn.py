@@ -71,7 +71,7 @@ def test_delays_of_two_and_three_mixed_and_a_shift_of_the_input():
     fast.load_state_dict(loop.state_dict())
     x = torch.randn(T, B, 2, dtype=torch.double, requires_grad=True)
     assert_equal(results(fast, x), results(loop, x))
-    y, state = loop(x)
+    y, _ = loop(x)
     torch.testing.assert_close(y[2:, :, 3:], x[:-2])
     torch.testing.assert_close(loop(x[3:], loop(x[:3])[1])[0], y[3:])
 

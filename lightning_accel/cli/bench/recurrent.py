@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -18,27 +18,29 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-import lightning_accel.conf
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import compare_paired, time_interleaved
-from lightning_accel.recurrent import (
+from lightning_accel.recurrent.cells import (
     CoupledGateLSTMCell,
     FeedbackLSTMCell,
-    GraphRNN,
     LayerNormLSTMCell,
     MinGRUCell,
     OutputGRUCell,
     PeepholeLSTMCell,
-    Recurrent,
-    RunPackedPadded,
-    linear_scan,
 )
 from lightning_accel.recurrent.choice import Schedule
 from lightning_accel.recurrent.deferral import DeferredCells
+from lightning_accel.recurrent.graph_rnn import GraphRNN
+from lightning_accel.recurrent.module import Recurrent
+from lightning_accel.recurrent.packed import RunPackedPadded
+from lightning_accel.recurrent.scan import linear_scan
 
 INPUT, HIDDEN = 128, 256
 _BATCHES = (1, 8, 32)
-_CELLS = {"peephole LSTM": PeepholeLSTMCell, "LayerNorm LSTM": LayerNormLSTMCell}
+_CELLS: dict[str, type[PeepholeLSTMCell] | type[LayerNormLSTMCell]] = {
+    "peephole LSTM": PeepholeLSTMCell,
+    "LayerNorm LSTM": LayerNormLSTMCell,
+}
 _TARGETS = {128: (4.5, 2.5, 1.3), 512: (4.0, 2.5, 1.2)}
 _MEMORY_BATCH = 32
 
@@ -59,11 +61,16 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
     yield from _auto_rows(rounds, device)
 
 
-def _cell_rows(
-    name: str, kind: type[nn.Module], steps: int, batches: tuple[int, ...], rounds: int, device: str
+def _cell_rows(  # noqa: PLR0917
+    name: str,
+    kind: type[PeepholeLSTMCell] | type[LayerNormLSTMCell],
+    steps: int,
+    batches: tuple[int, ...],
+    rounds: int,
+    device: str,
 ) -> Iterator[BenchRow]:
     for batch, target in zip(batches, _TARGETS[steps], strict=False):
-        cell = kind(INPUT, HIDDEN).to(device)  # type: ignore[call-arg]
+        cell = kind(INPUT, HIDDEN).to(device)
         x = torch.randn(steps, batch, INPUT, device=device)
         variants = {
             "loop": _training_step(_layer(cell, "loop"), x),
@@ -71,7 +78,9 @@ def _cell_rows(
             "nn.LSTM": _training_step(nn.LSTM(INPUT, HIDDEN).to(device), x),
             "floor": _floor(steps, batch, device),
         }
-        yield _row(f"{name}, H={HIDDEN}, T={steps}, B={batch}", "loop", "intra-stream", variants, rounds, device, target)
+        yield _row(
+            f"{name}, H={HIDDEN}, T={steps}, B={batch}", "loop", "intra-stream", variants, rounds, device, target
+        )
 
 
 def _graph_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
@@ -103,8 +112,8 @@ def _graph_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[
 
 def lstm_graph(schedule: Schedule) -> GraphRNN:
     """Build the LSTM of ``conf/model/recurrent_graph/lstm.yaml`` in the size of the benchmarks."""
-    path = Path(next(iter(lightning_accel.conf.__path__))) / "model" / "recurrent_graph" / "lstm.yaml"
-    config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
+    text = (files("lightning_accel.conf") / "model" / "recurrent_graph" / "lstm.yaml").read_text(encoding="utf-8")
+    config: Any = OmegaConf.to_container(OmegaConf.create(text))
     nodes = {n: node | {"size": INPUT if n == "x" else HIDDEN} for n, node in config["nodes"].items()}
     return GraphRNN(nodes, config["edges"], config["inputs"], config["outputs"], schedule=schedule)
 
@@ -168,7 +177,7 @@ def _packed_row(steps: int, rounds: int) -> BenchRow:
 
     variants = {"packed kernel": packed, "padded": padded, "nn.LSTM without lengths": _training_step(rnn, x)}
     case = f"packed nn.LSTM, H={HIDDEN}, T={steps}, B={batch}"
-    return _row(case, "packed kernel", "padded", variants, min(rounds, 5), "cpu", 8.0 if steps == 512 else None)  # noqa: PLR2004
+    return _row(case, "packed kernel", "padded", variants, min(rounds, 5), "cpu", 8.0 if steps == 512 else None)
 
 
 def _scan_rows(lengths: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
@@ -178,10 +187,16 @@ def _scan_rows(lengths: tuple[int, ...], rounds: int, device: str) -> Iterator[B
         gradient = torch.randn(steps, 1, HIDDEN, device=device)
         inputs = (a, b)
         variants = {
-            "unbind loop": lambda i=inputs, g=gradient: torch.autograd.grad(_unbind_loop(*i), i, g),
-            "scan": lambda i=inputs, g=gradient: torch.autograd.grad(linear_scan(*i), i, g),
+            "unbind loop": _gradients(_unbind_loop, inputs, gradient),
+            "scan": _gradients(linear_scan, inputs, gradient),
         }
         yield _row(f"h = a h + b, D={HIDDEN}, T={steps}, B=1", "unbind loop", "scan", variants, rounds, device, target)
+
+
+def _gradients(
+    recurrence: Callable[..., Tensor], inputs: tuple[Tensor, Tensor], gradient: Tensor
+) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(recurrence(*inputs), inputs, gradient)
 
 
 def _unbind_loop(a: Tensor, b: Tensor) -> Tensor:
@@ -198,7 +213,7 @@ def _auto_rows(rounds: int, device: str) -> Iterator[BenchRow]:
         CoupledGateLSTMCell, FeedbackLSTMCell, OutputGRUCell, MinGRUCell,
     )  # fmt: skip
     for kind in cells:
-        cell = kind(INPUT, HIDDEN).to(device)  # type: ignore[call-arg]
+        cell = kind(INPUT, HIDDEN).to(device)
         x = torch.randn(64, 8, INPUT, device=device)
         auto = _layer(cell, "auto")
         variants = {"loop": _training_step(_layer(cell, "loop"), x), "auto": _training_step(auto, x)}
@@ -218,7 +233,7 @@ def _memory_rows() -> Iterator[BenchRow]:
             ratio=compare_paired([float(peaks["intra_stream"])], [float(peaks["loop"])]),
             target=1.1,
             better="at most",
-            note=f"growth of the resident set in two training steps, {peaks['intra_stream']} over {peaks['loop']} KiB; no times",
+            note=f"growth of memory in two steps, {peaks['intra_stream']} over {peaks['loop']} KiB; no times",
         )
 
 
@@ -283,7 +298,7 @@ def _floor(steps: int, batch: int, device: str) -> Callable[[], object]:
     return products
 
 
-def _row(
+def _row(  # noqa: PLR0917
     case: str,
     baseline: str,
     variant: str,
