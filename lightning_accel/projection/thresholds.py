@@ -39,8 +39,8 @@ def l1_thresholds(norms: Tensor, radius: Tensor, *, terms: int | None = None) ->
         radius: float64 ``(batch,)``, >= 0.
         terms: Roundings in the norm that must stay below ``radius``; by default ``n``.
 
-    Complexity: One vector on CPU: Newton's method, a few passes over the norms. Several: sorting up to 5,000 norms and on
-        GPU (no host synchronization), Michelot's algorithm beyond.
+    Complexity: One vector on CPU: Newton's method, a few passes over the norms. Several: sorting up to 5,000 norms and
+        on GPU (no host synchronization), Michelot's algorithm beyond.
 
     References:
         Condat, "Fast projection onto the simplex and the l1 ball", Math. Program. 158 (2016); Michelot (1986).

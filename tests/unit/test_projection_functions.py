@@ -17,7 +17,7 @@ from lightning_accel.projection import (
     project_multilevel,
     radius_for_sparsity,
 )
-from lightning_accel.projection.thresholds import SORT_UP_TO, simplex_threshold
+from lightning_accel.projection.thresholds import SORT_UP_TO, l1_thresholds, simplex_threshold
 
 METHODS = ("bilevel", "exact")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -192,6 +192,19 @@ def test_threshold_by_dropping_equals_threshold_by_sorting():
         expected = ((descending.cumsum(0) - total) / count).max()
         tau = simplex_threshold(values, torch.tensor([total], dtype=torch.float64))
         torch.testing.assert_close(tau[0], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 100, SORT_UP_TO + 1])
+@pytest.mark.parametrize("fraction", [0.0, 1e-9, 0.01, 0.5, 0.999, 1.0])
+def test_one_vector_is_cut_like_one_of_several(groups, fraction):
+    norms = torch.rand(2, groups, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    radius = fraction * norms.sum(1)
+    both = l1_thresholds(norms, radius)
+    alone = l1_thresholds(norms[:1], radius[:1])
+    torch.testing.assert_close(alone.bounds, both.bounds[:1], rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(alone.tau, both.tau[:1], rtol=1e-9, atol=1e-12)
+    if fraction < 1.0:
+        assert math.fsum(alone.bounds[0].tolist()) <= float(radius[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
