@@ -258,7 +258,6 @@ class ParameterServer:
             apply_milliseconds=1e3 * statistics.median(self._apply_seconds or [0.0]),
             pull_milliseconds=1e3 * statistics.median(self._pull_seconds or [0.0]),
             worker_pushes=tuple(self._pushes[w] for w in range(max(self._pushes, default=-1) + 1)),
-            lost_batches=self.leases.remaining() if self.live == 0 else 0,
         )
 
 

@@ -11,7 +11,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -125,6 +125,7 @@ class Supervisor:
         self._restarts = 0
         self._called_back = 0
         self._deaths = 0
+        self._stopped_early = False
         self._first_version = 0
         self._stopped_at: float | None = None
         self._ticked = time.monotonic()
@@ -296,9 +297,10 @@ class Supervisor:
         server = self.server
         if server is None:
             return Ending(result, None, Statistics())
-        statistics = server.statistics()
-        if statistics.lost_batches:
-            log.warning("%d batches of the last epoch had nobody left to train on them.", statistics.lost_batches)
+        lost = server.leases.remaining() if self._unfinished() and not self._stopped_early else 0
+        statistics = replace(server.statistics(), lost_batches=lost)
+        if lost:
+            log.warning("%d batches of the last epoch had nobody left to train on them.", lost)
         return Ending(result, server.snapshot(), statistics, server.log)
 
     # --- what workers say
@@ -334,6 +336,7 @@ class Supervisor:
             self._send(peer, Message("finish", {"coordinates": int(self._words[COORDINATOR]) == peer.worker}))
         elif message.kind == "stop":
             if not (values["complete"] and self._unfinished()):
+                self._stopped_early = not values["complete"]
                 self._stop()
             self._send(peer, Message("stop"))
         elif message.kind == "leave":

@@ -328,9 +328,11 @@ class AsyncSGDBody(_Base):
         eager = alone and dataloader.num_workers == 0
         return lease_batches(dataloader, self._take, self._leases.append, eager=eager)
 
-    def _take(self, order: Callable[[], Any]) -> list[Lease]:
+    def _take(self, order: Callable[[], Any]) -> list[Lease] | None:
         trainer, store = self._trainer, self._store
         assert store is not None
+        if not isinstance(trainer.train_dataloader, DataLoader):
+            return None  # several loaders, and so one worker: leases know one order an epoch
         epoch = trainer.current_epoch
         if self._worker is not None and epoch != self._epoch:
             self._epoch = epoch

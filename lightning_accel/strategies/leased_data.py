@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from lightning_accel.async_sgd import Lease
 from lightning_accel.async_sgd.leases import LeaseId
 
-TakeBlock = Callable[[Callable[[], Sequence[Any]]], list[Lease]]
+TakeBlock = Callable[[Callable[[], Sequence[Any]]], list[Lease] | None]  # None: this loader is not leased
 
 
 class LeasedOrder:
@@ -30,10 +30,15 @@ class LeasedOrder:
         return len(self.order)  # type: ignore[arg-type]  # a sampler without a length raises as it always does
 
     def __iter__(self) -> Iterator[Any]:
-        while block := self._take(lambda: list(self.order)):
+        block = self._take(lambda: list(self.order))
+        if block is None:
+            yield from self.order
+            return
+        while block:
             for lease in block:
                 self.given.append(lease.id)
                 yield lease.unit
+            block = self._take(lambda: list(self.order))
 
 
 def lease_batches(
@@ -90,7 +95,8 @@ def _leased_class(
     def hand_out(made: Iterator[Any] | None, loader: DataLoader) -> Iterator[Any]:
         batches = base.__iter__(loader) if made is None else made
         for batch in batches:
-            started(order.given.popleft())
+            if order.given:
+                started(order.given.popleft())
             yield batch
 
     return type(base.__name__, (base,), {"__iter__": iterate, "__module__": base.__module__})

@@ -127,6 +127,14 @@ class DiesOnce(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class DiesAtTheEnd(pl.Callback):
+    """Kill the coordinator when training is over and only the result is missing."""
+
+    def on_fit_end(self, trainer, pl_module):
+        if trainer.strategy.is_global_zero:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class WaitForAll(pl.Callback):
     """Hold every worker at its first batch until all of them are there."""
 
@@ -141,7 +149,27 @@ class WaitForAll(pl.Callback):
                 store.kv(f"there {worker}")
 
 
-def fit(folder, strategy, module, *, devices=1, ckpt=None, epochs=2, callbacks=(), validate=True, size=64, **options):
+class TwoLoaders(Classifier):
+    """Trains on two loaders at once."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
+
+
+def fit(
+    folder,
+    strategy,
+    module,
+    *,
+    devices=1,
+    ckpt=None,
+    epochs=2,
+    callbacks=(),
+    validate=True,
+    size=64,
+    data=None,
+    **options,
+):
     """Fit from one seed; returns the Trainer."""
     torch.manual_seed(1)
     trainer = pl.Trainer(
@@ -155,7 +183,7 @@ def fit(folder, strategy, module, *, devices=1, ckpt=None, epochs=2, callbacks=(
         enable_model_summary=False,
         **{"logger": False, "enable_checkpointing": False, **options},
     )
-    trainer.fit(module, loader(size), loader(32, shuffle=False) if validate else None, ckpt_path=ckpt)
+    trainer.fit(module, data or loader(size), loader(32, shuffle=False) if validate else None, ckpt_path=ckpt)
     return trainer
 
 

@@ -7,7 +7,19 @@ from collections import Counter
 import lightning.pytorch as pl
 import pytest
 import torch
-from async_modules import Adversaries, Clamped, Classifier, DiesOnce, WaitForAll, fit, seeded
+from async_modules import (
+    Adversaries,
+    Clamped,
+    Classifier,
+    DiesAtTheEnd,
+    DiesOnce,
+    TwoLoaders,
+    WaitForAll,
+    fit,
+    loader,
+    seeded,
+)
+from async_other_distribution import Other, fit_other
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -99,8 +111,6 @@ def test_two_workers_share_the_data_validate_stop_and_checkpoint_together(tmp_pa
 
 
 def loader_of_validation():
-    from async_modules import loader
-
     return loader(32, shuffle=False)
 
 
@@ -159,6 +169,44 @@ def test_what_can_not_work_is_refused(tmp_path, build, options, match):
     with pytest.raises(WorkerFailedError, match=match) as caught:
         fit(tmp_path, "async_sgd", build(), **options)
     assert isinstance(caught.value.__cause__, (ValueError, MisconfigurationException))
+
+
+@pytest.mark.slow
+def test_several_loaders_are_refused_with_several_workers(tmp_path):
+    with pytest.raises(WorkerFailedError, match="several workers share out one DataLoader"):
+        fit(tmp_path, "async_sgd", TwoLoaders(), devices=2, data={"a": loader(), "b": loader()})
+    with pytest.raises(WorkerFailedError, match="Tensor is no torch DataLoader"):
+        fit(tmp_path, "async_sgd", Classifier(), devices=2, data=[torch.zeros(3)])
+
+
+@pytest.mark.slow
+def test_several_loaders_and_one_worker_are_plain_training(tmp_path):
+    plain, ours = seeded(TwoLoaders), seeded(TwoLoaders)
+    fit(tmp_path, "auto", plain, data={"a": loader(), "b": loader()})
+    fit(tmp_path, "async_sgd", ours, data={"a": loader(), "b": loader()})
+    assert equal(plain, ours) == []
+
+
+@pytest.mark.slow
+def test_the_server_snapshots_while_training(tmp_path):
+    fit(tmp_path, AsyncSGDStrategy(snapshot_every_n_steps=3), seeded(Classifier), epochs=1)
+    checkpoint = torch.load(tmp_path / "async_sgd.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6
+    assert len(checkpoint["async_sgd"]["epochs"][0]["done"]) == 6
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_dies_with_the_result_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(RuntimeError, match="the coordinator died when training was over"):
+        fit(tmp_path, "async_sgd", Classifier(), devices=2, epochs=1, callbacks=[WaitForAll(2), DiesAtTheEnd()])
+
+
+@pytest.mark.slow
+def test_the_other_distribution_trains_alike(tmp_path):
+    plain, ours = seeded(Other), seeded(Other)
+    fit_other(tmp_path, "auto", plain)
+    fit_other(tmp_path, "async_sgd", ours)
+    assert equal(plain, ours) == []
 
 
 def test_evaluation_runs_here_and_on_all_data(tmp_path):

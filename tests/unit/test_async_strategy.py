@@ -1,0 +1,178 @@
+"""Parts of the asynchronous strategy without processes: what it refuses, leases, shows, and how it is found."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, TensorDataset
+
+import lightning_accel
+from lightning_accel.async_sgd import Lease, Settings, Statistics, Supervisor, Worker
+from lightning_accel.async_sgd.client import SharedMemoryStore
+from lightning_accel.async_sgd.memory import ParameterPage, TensorSpec
+from lightning_accel.strategies.coordination import rewind_loops
+from lightning_accel.strategies.leased_data import lease_batches, refuse_unleasable
+from lightning_accel.strategies.live import live_table, render
+from lightning_accel.strategies.registration import register_by_name
+
+
+def test_importing_the_package_imports_neither_torch_nor_lightning():
+    script = "import sys, lightning_accel; assert not {'torch', 'lightning', 'pytorch_lightning'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+
+
+def test_registering_again_changes_nothing():
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    before, finders = StrategyRegistry["async_sgd"], list(sys.meta_path)
+    register_by_name()
+    assert StrategyRegistry["async_sgd"] is before
+    assert len(sys.meta_path) <= len(finders) + 1  # pytorch_lightning may still be waited for
+
+
+def test_an_unknown_public_name_is_an_attribute_error():
+    from lightning_accel import strategies
+
+    with pytest.raises(AttributeError, match="has no attribute 'SyncSGD'"):
+        _ = strategies.SyncSGD
+
+
+def test_constructor_refuses_and_survives_pickling():
+    import copy
+    import pickle
+
+    with pytest.raises(ValueError, match=r"`snapshot_every_n_steps` must be >= 1, or None for never, got 0"):
+        lightning_accel.AsyncSGDStrategy(snapshot_every_n_steps=0)
+    with pytest.raises(ValueError, match=r"`n_push` must be >= 1, got 0"):
+        lightning_accel.AsyncSGDStrategy(n_push=0)
+    strategy = lightning_accel.AsyncSGDStrategy(compression="topk", kept=0.5)
+    for other in (copy.deepcopy(strategy), pickle.loads(pickle.dumps(strategy))):
+        assert other.settings == strategy.settings
+
+
+def test_collectives_in_training_are_refused_and_harmless_in_evaluation():
+    class Stage:
+        training = True
+
+    strategy = lightning_accel.AsyncSGDStrategy()
+    tensor = torch.ones(2)
+    assert strategy.all_gather(tensor) is tensor
+    strategy._trainer = Stage()
+    with pytest.raises(RuntimeError, match=r"`all_gather` in training waits for all workers"):
+        strategy.all_gather(tensor)
+    assert strategy.reduce(tensor) is tensor
+    assert strategy.reduce_boolean_decision(False) is False
+    assert strategy.broadcast("x") == "x"
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(range(3))
+
+
+def test_data_that_can_not_be_shared_out_are_refused():
+    with pytest.raises(ValueError, match=r"an IterableDataset has no indices to share out"):
+        refuse_unleasable(DataLoader(Endless()))
+    dataset = TensorDataset(torch.arange(8))
+    split = DataLoader(dataset, sampler=DistributedSampler(dataset, num_replicas=2, rank=0))
+    with pytest.raises(ValueError, match=r"a DistributedSampler gives each process a fixed part"):
+        refuse_unleasable(split)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_leased_loader_hands_out_what_is_leased_and_says_so(workers):
+    dataset = TensorDataset(torch.arange(12))
+    plain = DataLoader(dataset, batch_size=3, num_workers=workers)
+    taken, blocks = [], []
+
+    def take(order):
+        if not blocks:
+            blocks.extend([[Lease(0, 2, order()[2])], [Lease(0, 0, order()[0]), Lease(0, 1, order()[1])], []])
+        return blocks.pop(0)
+
+    leased = lease_batches(plain, take, taken.append, eager=workers == 0)
+    assert isinstance(leased, DataLoader)
+    assert len(leased) == len(plain) == 4
+    batches = [batch[0].tolist() for batch in leased]
+    assert batches == [[6, 7, 8], [0, 1, 2], [3, 4, 5]]
+    assert taken == [(0, 2), (0, 0), (0, 1)]
+    assert isinstance(plain.batch_sampler, BatchSampler)
+
+
+def opened(parameters, optimizer):
+    return Worker(None, Settings(), parameters, {}, [optimizer])
+
+
+def test_an_optimizer_with_a_foreign_parameter_is_refused():
+    mine, foreign = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"SGD holds a parameter of shape \(3, 4\) that the module does not have"):
+        opened({"mine": mine}, torch.optim.SGD([mine, foreign], lr=0.1))
+
+
+def test_step_hooks_and_compression_exclude_each_other():
+    from lightning_accel.async_sgd import Compression
+
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: None)
+    worker = Worker(None, Settings(compression=Compression("fp16")), {"p": parameter}, {}, [optimizer])
+    with pytest.raises(ValueError, match=r"a step hook of the optimizer may change parameters"):
+        worker.attach()
+
+
+def test_the_opening_copies_optimizers_with_their_parameters():
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    opening = opened({"p": parameter}, optimizer).opening(version=1)
+    (copied,) = opening.optimizers
+    assert copied.param_groups[0]["params"][0] is opening.parameters[0]
+    assert copied.param_groups[0]["params"][0] is not parameter
+    assert torch.equal(copied.state[opening.parameters[0]]["momentum_buffer"], torch.ones(2))
+
+
+def test_workers_with_different_models_are_told_which_tensor():
+    store = SharedMemoryStore.__new__(SharedMemoryStore)
+    store.worker = 1
+    store._page = ParameterPage([TensorSpec("w", torch.Size([2]), torch.float32)], 1)
+    store.check([torch.zeros(2)], [])
+    with pytest.raises(ValueError, match=r"worker 1 built another model than the coordinator \(w differs\)"):
+        store.check([torch.zeros(3)], [])
+    with pytest.raises(ValueError, match=r"\(their number differs\)"):
+        store.check([torch.zeros(2), torch.zeros(2)], [])
+
+
+def test_a_run_needs_a_worker():
+    with pytest.raises(ValueError, match=r"`workers` must be >= 1, got 0"):
+        Supervisor(0, Settings(), lambda *_: None)
+
+
+def test_the_live_table_has_a_row_a_worker(capsys):
+    statistics = Statistics(version=9, worker_pushes=(6, 3), staleness_mean=0.5, live_workers=2)
+    table = render(statistics, 3)
+    assert table.row_count == 3
+    assert "step 9" in table.title
+    strategy = lightning_accel.AsyncSGDStrategy(live=True)
+    with live_table(strategy) as on_tick:
+        on_tick(statistics)
+    assert strategy.statistics is statistics
+    assert "step 9" in capsys.readouterr().out
+
+
+def test_loops_of_a_checkpoint_count_the_batches_of_all_workers():
+    from lightning_accel.async_sgd import Snapshot
+
+    def trackers(done):
+        return dict.fromkeys(("ready", "started", "processed", "completed"), done)
+
+    progress = {"current": trackers(3), "total": trackers(13)}
+    checkpoint = {"epoch": 1, "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}
+    epochs = [{"epoch": 1, "units": [[0], [1], [2], [3], [4], [5], [6], [7]], "done": [0, 1, 2, 5, 6]}]
+    cut = Snapshot(5, [5], [], [], [], epochs)
+    assert rewind_loops(checkpoint, cut, pending=1, batches=8) == {"epochs": epochs}
+    assert progress == {"current": trackers(6), "total": trackers(16)}
+    opaque = [{**epochs[0], "units": [("a",)] * 8}]
+    assert rewind_loops(checkpoint, Snapshot(5, [5], [], [], [], opaque), pending=0, batches=8) == {"epochs": []}
