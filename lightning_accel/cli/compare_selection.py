@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def compare_selection(cfg: DictConfig) -> float:
             raise UsageError("There is no data to select features of: choose some, e.g. data=classification.")
         return run.trainer, run.model, run.data
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # dozens of short fits
+    for name in ("lightning.pytorch", "lightning_accel"):  # dozens of short fits say the same
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
     runs: list[Selection] = []
     weights: dict[tuple[str, float], Tensor] = {}
     for run, weight in select_features(

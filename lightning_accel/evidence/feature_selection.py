@@ -46,17 +46,18 @@ class Selection:
 
 
 class _StepClock(Callback):
-    """Take the time from each batch to the next."""
+    """Take the time of each training step, its optimizer step and projection included."""
 
     def __init__(self) -> None:
-        self.last, self.seconds = 0.0, list[float]()
+        self.begin, self.seconds = 0.0, list[float]()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        """Read the clock; the first step of an epoch also starts it and is left out."""
-        now = time.perf_counter()
-        if batch_idx > 1:
-            self.seconds.append(now - self.last)
-        self.last = now
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start the clock."""
+        self.begin = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop the clock."""
+        self.seconds.append(time.perf_counter() - self.begin)
 
 
 def select_features(
@@ -102,8 +103,7 @@ def _train(
     informative = getattr(data, "informative", None)
     found = None if informative is None else len(set(kept) & set(informative.tolist()))
     accuracy = float(result["test/accuracy"])
-    seconds = statistics.median(clock.seconds) if clock.seconds else float("nan")
-    return Selection(method, sparsity, seed, accuracy, len(kept), found, seconds), weight
+    return Selection(method, sparsity, seed, accuracy, len(kept), found, statistics.median(clock.seconds)), weight
 
 
 @dataclass(frozen=True)
