@@ -1,6 +1,7 @@
 """What becomes low rank in a running fit, and what can not."""
 
 import logging
+import traceback
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_accel.callbacks._inputs import RecordedInputs
-from lightning_accel.low_rank import RankPlan, decompose, eligible_layers, input_second_moments
+from lightning_accel.low_rank import RankPlan, decompose, eligible_layers, input_second_moments, low_rank_layers
 
 _log = logging.getLogger(__name__)
 
@@ -50,3 +51,17 @@ def factor_as_planned(plan: RankPlan, inputs: RecordedInputs | None, module: nn.
     eligible, _ = eligible_layers(module)
     planned = {layer.name: eligible[layer.name] for layer in plan.layers if layer.ranks is not None}
     return decompose(module, plan, second_moments=input_second_moments(module, planned, inputs.replay))
+
+
+def explain_failure(module: nn.Module, names: Sequence[str], problem: BaseException) -> None:
+    """Log what to do where the first step with the layers ``names`` low rank failed, and in which one it did."""
+    layers = {id(layer): name for name, layer in low_rank_layers(module).items()}
+    frames = (frame for frame, _ in traceback.walk_tb(problem.__traceback__))
+    culprit = next((layers[id(f.f_locals["self"])] for f in frames if id(f.f_locals.get("self")) in layers), None)
+    _log.error(
+        "the first step with low-rank layers failed%s: %s. Models that ask for a layer's type or read its weight need "
+        "it as it was: give RankQuantization exclude=[...] with such layers. Low rank are: %s",
+        f" in {culprit}" if culprit else "",
+        problem,
+        ", ".join(names),
+    )

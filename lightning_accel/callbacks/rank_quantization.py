@@ -11,7 +11,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_accel.callbacks._decision import Decision, When
-from lightning_accel.callbacks._factoring import check_something_to_factor, factor_as_planned, keep_orphans_dense
+from lightning_accel.callbacks._factoring import (
+    check_something_to_factor,
+    explain_failure,
+    factor_as_planned,
+    keep_orphans_dense,
+)
 from lightning_accel.callbacks._order import correct_order
 from lightning_accel.callbacks._rank_choice import Choice, RankSearch
 from lightning_accel.callbacks._structure import (
@@ -106,6 +111,7 @@ class RankQuantization(pl.Callback):
         self.plan: RankPlan | None = None
         self._outcome: Literal["low rank", "dense"] | None = None
         self._switch_epoch: int | None = None
+        self._untried: Sequence[str] = ()  # made low rank in the step under way
 
     def structure_state(self) -> str:
         """Return ``"pending"``, ``"low rank"`` or ``"dense"``."""
@@ -166,6 +172,7 @@ class RankQuantization(pl.Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop watching the step that could not be tried."""
         self.decision.step_ended()
+        self._untried = ()
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -175,8 +182,11 @@ class RankQuantization(pl.Callback):
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        """Leave no hook behind."""
+        """Leave no hook behind; say what to do if the new layers may be the reason."""
         self.decision.step_ended()
+        if self._untried and isinstance(exception, Exception):
+            explain_failure(pl_module, self._untried, exception)
+        self._untried = ()
         structure_hook(pl_module).release()
 
     @override
@@ -197,6 +207,7 @@ class RankQuantization(pl.Callback):
         with isolate_rng():
             names = exchange_layers_in_fit(trainer, pl_module, change)
         self.decision.inputs = None
+        self._untried = names
         self._settle(trainer, pl_module, names, choice.why)
 
     def _settle(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: Sequence[str], why: str) -> None:

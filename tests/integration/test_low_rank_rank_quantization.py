@@ -241,6 +241,33 @@ def test_layers_whose_type_the_model_asks_for_stay_dense(asked, low_rank, tmp_pa
     assert ("with any of its layers low rank" in caplog.text) == (not low_rank)
 
 
+def test_failure_that_could_not_be_tried_before_is_explained(tmp_path, caplog):
+    class Narrow(Classifier):
+        def training_step(self, batch, batch_idx):
+            if type(self.net[4]) is not torch.nn.Linear:
+                self.net[4](torch.zeros(2, 3))
+            return super().training_step(batch, batch_idx)
+
+    module = Narrow(manual=True)
+    with caplog.at_level(logging.ERROR, logger="lightning_accel"), pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train(module, [fixed(on_loss="keep")], tmp_path)
+    assert "the first step with low-rank layers failed in net.4: mat1 and mat2 shapes" in caplog.text
+    assert "exclude=[...]" in caplog.text
+    assert "Low rank are: net.0, net.4" in caplog.text
+
+
+def test_later_failure_is_not_explained(tmp_path, caplog):
+    class FailsLate(Classifier):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3:
+                raise RuntimeError("on its own")
+            return super().training_step(batch, batch_idx)
+
+    with caplog.at_level(logging.ERROR, logger="lightning_accel"), pytest.raises(RuntimeError, match="on its own"):
+        train(FailsLate(), [fixed(on_loss="keep")], tmp_path)
+    assert "the first step with low-rank" not in caplog.text
+
+
 def test_layers_that_fail_together_stay_dense_together(tmp_path, caplog):
     class AsksForOneOfTwo(Classifier):
         def training_step(self, batch, batch_idx):
