@@ -16,9 +16,10 @@ from lightning_accel.async_sgd.channel import Channel, Message
 from lightning_accel.async_sgd.compression import ErrorFeedback
 from lightning_accel.async_sgd.leases import Lease, LeaseId
 from lightning_accel.async_sgd.memory import Mailbox, ParameterPage, Segment
+from lightning_accel.async_sgd.peers import mailbox_areas
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.store import Membership, Opening, Snapshot, Statistics
-from lightning_accel.async_sgd.supervisor import COORDINATOR, FIRST_HEARTBEAT, LIVE, STOP, mailbox_areas
+from lightning_accel.async_sgd.supervisor import COORDINATOR, FIRST_HEARTBEAT, LIVE, STOP
 
 _BEAT_SECONDS = 0.25
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_accel.async_sgd.client import SharedMemoryStore
+from lightning_accel.async_sgd.peers import WorkerProcess
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.store import Statistics
-from lightning_accel.async_sgd.supervisor import Ending, StartWorker, Supervisor, WorkerProcess
+from lightning_accel.async_sgd.supervisor import Ending, StartWorker, Supervisor
 
 WorkerFunction = Callable[..., Any]  # called with the store and the caller's arguments
 

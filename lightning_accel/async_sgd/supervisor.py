@@ -12,15 +12,14 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from lightning_accel.async_sgd.channel import Channel, ChannelClosedError, Message
 from lightning_accel.async_sgd.memory import Mailbox, ParameterPage, Segment, TensorSpec
+from lightning_accel.async_sgd.peers import Peer, WorkerProcess, mailbox_areas
 from lightning_accel.async_sgd.rules import has_slack
-from lightning_accel.async_sgd.server import LogEntry, ParameterServer, Push
+from lightning_accel.async_sgd.server import LogEntry, ParameterServer
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.store import Snapshot, Statistics
 
@@ -31,43 +30,11 @@ _GRACE_SECONDS = 5.0
 STOP, COORDINATOR, LIVE, FIRST_HEARTBEAT = 0, 1, 2, 8  # words of the control page
 
 
-class WorkerProcess(Protocol):
-    """What the supervisor needs of a process; `multiprocessing.Process` has it."""
-
-    @property
-    def pid(self) -> int | None: ...  # noqa: D102
-    @property
-    def exitcode(self) -> int | None: ...  # noqa: D102
-    def kill(self) -> None: ...  # noqa: D102
-    def join(self, timeout: float | None = None) -> None: ...  # noqa: D102
-
-
 StartWorker = Callable[[int, int, socket.socket], WorkerProcess]  # worker, incarnation, its end of the socket
 
 
 class WorkerFailedError(RuntimeError):
     """A worker raised an exception; its traceback is in the message and the exception is the cause."""
-
-
-@dataclass
-class _Peer:
-    worker: int
-    incarnation: int
-    process: WorkerProcess
-    channel: Channel
-    state: str = "starting"  # then "joined", and at the end "left" or "dead"
-    mailbox: Mailbox | None = None
-    sequence: int = 1  # of the push that comes next
-    request: Message | None = None  # what it waits for
-    epoch: int = -1
-    idle: bool = False
-    done: bool = False  # has ended its training, and can take nothing over
-    heartbeat: int = 0
-    silent_seconds: float = 0.0
-
-    @property
-    def active(self) -> bool:
-        return self.state in ("starting", "joined")
 
 
 @dataclass
@@ -129,8 +96,8 @@ class Supervisor:
         self._first_version = 0
         self._stopped_at: float | None = None
         self._ticked = time.monotonic()
-        self.peers: list[_Peer] = []
-        self._former: list[_Peer] = []  # left, and since then called back
+        self.peers: list[Peer] = []
+        self._former: list[Peer] = []  # left, and since then called back
         self._workers = workers
 
     def run(self) -> Ending:
@@ -155,7 +122,7 @@ class Supervisor:
     def _turn(self) -> None:
         pending = [peer for peer in self.peers if peer.active and not self._flush(peer)]
         for key, _ in self._selector.select(0.001 if pending else _TICK_SECONDS):
-            peer: _Peer = key.data
+            peer: Peer = key.data
             try:
                 messages = peer.channel.poll()
             except ChannelClosedError:
@@ -192,13 +159,13 @@ class Supervisor:
         if self._on_tick is not None and self.server is not None:
             self._on_tick(self.server.statistics())
 
-    def _flush(self, peer: _Peer) -> bool:
+    def _flush(self, peer: Peer) -> bool:
         try:
             return peer.channel.flush(wait=False)
         except ChannelClosedError:
             return True  # its death shows in its exit code
 
-    def _send(self, peer: _Peer, message: Message) -> None:
+    def _send(self, peer: Peer, message: Message) -> None:
         try:
             peer.channel.send(message)
         except ChannelClosedError:
@@ -206,17 +173,17 @@ class Supervisor:
 
     # --- life and death
 
-    def _launch(self, worker: int, incarnation: int) -> _Peer:
+    def _launch(self, worker: int, incarnation: int) -> Peer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             process = self._start(worker, incarnation, theirs)
         finally:
             theirs.close()
-        peer = _Peer(worker, incarnation, process, Channel(ours))
+        peer = Peer(worker, incarnation, process, Channel(ours))
         self._selector.register(peer.channel, selectors.EVENT_READ, peer)
         return peer
 
-    def _bury(self, peer: _Peer) -> None:
+    def _bury(self, peer: Peer) -> None:
         """See to it that what a dead worker has committed counts, and what it has not goes to others."""
         for message in self._last_words(peer):
             self._handle(peer, message)
@@ -246,7 +213,7 @@ class Supervisor:
             self._words[COORDINATOR] = heirs[0].worker
             log.warning("worker %d takes over as coordinator.", heirs[0].worker)
 
-    def _last_words(self, peer: _Peer) -> list[Message]:
+    def _last_words(self, peer: Peer) -> list[Message]:
         try:
             return peer.channel.poll()
         except (ChannelClosedError, OSError):
@@ -259,7 +226,7 @@ class Supervisor:
             self.server.live = live
             self.server.restarts = self._restarts
 
-    def _release(self, peer: _Peer) -> None:
+    def _release(self, peer: Peer) -> None:
         with contextlib.suppress(KeyError, ValueError):  # it is not registered if its end was seen before
             self._selector.unregister(peer.channel)
         peer.channel.close()
@@ -305,7 +272,7 @@ class Supervisor:
 
     # --- what workers say
 
-    def _handle(self, peer: _Peer, message: Message) -> None:
+    def _handle(self, peer: Peer, message: Message) -> None:
         values = message.values
         if message.kind == "bell":
             self._drain(peer)
@@ -350,11 +317,11 @@ class Supervisor:
         # whoever leaves an epoch unfinished by itself means it; only what the dead left is unfinished business
         return self._deaths > 0 and self.server is not None and self.server.leases.remaining() > 0
 
-    def _commit(self, peer: _Peer, leases: list[tuple[int, int]]) -> None:
+    def _commit(self, peer: Peer, leases: list[tuple[int, int]]) -> None:
         assert self.server is not None
         self.server.leases.commit(peer.worker, [i for i in leases if self.server.leases.holds(peer.worker, [i])])
 
-    def _leave(self, peer: _Peer, *, stop: bool) -> None:
+    def _leave(self, peer: Peer, *, stop: bool) -> None:
         self._drain(peer)
         peer.state = "left"
         if self.server is not None:
@@ -385,14 +352,14 @@ class Supervisor:
         self.peers[self.peers.index(left[0])] = self._launch(left[0].worker, left[0].incarnation + 1)
         self._former.append(left[0])
 
-    def _drain(self, peer: _Peer) -> None:
+    def _drain(self, peer: Peer) -> None:
         """Apply every committed push of a worker, publish once, then acknowledge."""
         if self.server is None or peer.mailbox is None:
             return
         done = []
         changed = False
         while (found := peer.mailbox.committed(peer.sequence)) is not None:
-            push = self._decode(peer, *found)
+            push = peer.decode(self.server, *found)
             coordinates = int(self._words[COORDINATOR]) == peer.worker
             over = bool(self._words[STOP]) and not coordinates  # the result is what the coordinator ended with
             outcome = self.server.refuse(push) if over else self.server.apply(push, from_coordinator=coordinates)
@@ -403,32 +370,6 @@ class Supervisor:
             self._publish()
         for sequence, outcome in done:
             self._send(peer, Message("ack", {"sequence": sequence, "outcome": outcome}))
-
-    def _decode(self, peer: _Peer, meta: dict[str, Any], areas: list[Tensor]) -> Push:
-        assert self.server is not None
-        parameters, buffers = self.server.parameters, self.server.buffers
-        gradients: list[Tensor | None] = [None] * len(parameters)
-        for i in meta["present"]:
-            shape, dtype = parameters[i].shape, parameters[i].dtype
-            gradients[i] = self.settings.compression.read(areas[i], shape=shape, dtype=dtype)
-        rest = areas[len(parameters) :]
-        sent = [a.view(b.dtype).view(b.shape) for a, b in zip(rest, buffers, strict=False)] if meta["buffers"] else []
-        rest = rest[len(buffers) :]
-        base = [a.view(p.dtype).view(p.shape) for a, p in zip(rest, parameters, strict=True)] if meta["base"] else []
-        return Push(
-            worker=peer.worker,
-            incarnation=peer.incarnation,
-            sequence=peer.sequence,
-            base_version=meta["base_version"],
-            optimizer=meta["optimizer"],
-            gradients=gradients,
-            finite=meta["finite"],
-            leases=meta["leases"],
-            groups=meta["groups"],
-            buffers=sent,
-            base=base,
-            pull_seconds=meta["pull_seconds"],
-        )
 
     def _publish(self) -> None:
         assert self.server is not None
@@ -443,14 +384,14 @@ class Supervisor:
             if peer.request is not None and peer.active:
                 self._answer(peer)
 
-    def _answer(self, peer: _Peer) -> None:
+    def _answer(self, peer: Peer) -> None:
         assert peer.request is not None
         answer = getattr(self, f"_answer_{peer.request.kind}")(peer, peer.request)
         if answer is not None:
             peer.request = None
             self._send(peer, answer)
 
-    def _answer_join(self, peer: _Peer, request: Message) -> Message | None:
+    def _answer_join(self, peer: Peer, request: Message) -> Message | None:
         if request.payload and self.server is None:
             opening = pickle.loads(request.payload)
             self.server = ParameterServer(opening, self.settings)
@@ -478,7 +419,7 @@ class Supervisor:
         }
         return Message("join", values, descriptors=[self._page.segment.fd, peer.mailbox.segment.fd])
 
-    def _answer_lease(self, peer: _Peer, request: Message) -> Message | None:
+    def _answer_lease(self, peer: Peer, request: Message) -> Message | None:
         assert self.server is not None
         epoch, book = request.values["epoch"], self.server.leases
         peer.epoch = max(peer.epoch, epoch)
@@ -510,7 +451,7 @@ class Supervisor:
     def _is_active(self, worker: int) -> bool:
         return any(peer.worker == worker and peer.active for peer in self.peers)
 
-    def _answer_slack(self, peer: _Peer, request: Message) -> Message | None:
+    def _answer_slack(self, peer: Peer, request: Message) -> Message | None:
         assert self.server is not None
         clocks = self.server.clocks
         counting = [
@@ -522,19 +463,10 @@ class Supervisor:
         free = bool(self._words[STOP]) or has_slack(mine, counting, max_staleness=self.settings.max_staleness)
         return Message(request.kind) if free else None
 
-    def _answer_kv(self, peer: _Peer, request: Message) -> Message | None:  # noqa: ARG002  # as its siblings
+    def _answer_kv(self, peer: Peer, request: Message) -> Message | None:  # noqa: ARG002  # as its siblings
         key, write = request.values["key"], request.values["write"]
         if write and (request.values["replace"] or key not in self._kv):
             self._kv[key] = request.payload
         if key in self._kv:
             return Message("kv", {"found": True}, self._kv[key])
         return None if request.values["wait"] and not self._words[STOP] else Message("kv", {"found": False})
-
-
-def mailbox_areas(specs: list[TensorSpec], parameters: int, settings: Settings) -> tuple[list[int], int]:
-    """Return the payload bytes of each tensor in a mailbox and the room for a push's description."""
-    areas = [settings.compression.nbytes(spec.shape.numel(), spec.dtype) for spec in specs[:parameters]]
-    areas += [spec.nbytes for spec in specs[parameters:]]
-    if settings.staleness == "delay_compensation":
-        areas += [spec.nbytes for spec in specs[:parameters]]
-    return areas, (1 << 16) + 64 * parameters

@@ -32,7 +32,7 @@ from lightning_accel.lightning_private import (
     restart_fetching,
     sync_batch_norm_requested,
 )
-from lightning_accel.strategies.coordination import Watchers, rewind_loops
+from lightning_accel.strategies.coordination import Watchers, log_statistics, rewind_loops, with_values_of
 from lightning_accel.strategies.leased_data import lease_batches, refuse_unleasable
 from lightning_accel.strategies.schedules import SharedPace, follow_pace, step_to_show
 
@@ -409,7 +409,7 @@ class AsyncSGDBody(_Base):
         elif store.is_coordinator:
             watchers.take_over()
             self._save_snapshot(worker)
-            self._log_statistics(store)
+            log_statistics(self._trainer, store)
         if self._leases:
             worker.pending.append(self._leases.pop(0))
 
@@ -456,25 +456,10 @@ class AsyncSGDBody(_Base):
             store.stop(complete=not early)
             if self.num_processes > 1:
                 worker.enforce()
-            self._log_statistics(store, always=True)
+            log_statistics(self._trainer, store, always=True)
             self._cut = store.snapshot()
             worker.load(self._cut)
         worker.detach()
-
-    def _log_statistics(self, store: SharedMemoryStore, *, always: bool = False) -> None:
-        trainer = self._trainer
-        every = trainer.log_every_n_steps
-        if not trainer.loggers or not (always or (every and trainer.fit_loop.total_batch_idx % every == 0)):
-            return
-        found = store.statistics()
-        metrics = {
-            f"async_sgd/{name}": float(getattr(found, name))
-            for name in ("staleness_mean", "staleness_p95", "updates_per_second", "live_workers", "dropped", "refused")
-        }
-        metrics["async_sgd/push_milliseconds"] = found.apply_milliseconds
-        metrics["async_sgd/pull_milliseconds"] = found.pull_milliseconds
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
 
     # --- checkpoints
 
@@ -485,16 +470,8 @@ class AsyncSGDBody(_Base):
         if worker is None or store is None:
             return state
         self._dumped = self._cut or store.snapshot()
-        mine = [*worker.parameters.values(), *worker.buffers.values()]
-        theirs = [*self._dumped.parameters, *self._dumped.buffers]
-        fresh = {t.data_ptr(): value for t, value in zip(mine, theirs, strict=True) if t.numel()}
         shared = self.settings.buffers == "mean" or self.num_processes > 1
-        owned = {t.data_ptr() for t in worker.parameters.values()}
-        for key, value in state.items():
-            found = fresh.get(value.data_ptr()) if isinstance(value, Tensor) and value.numel() else None
-            if found is not None and found.shape == value.shape and (shared or value.data_ptr() in owned):
-                state[key] = found
-        return state
+        return with_values_of(self._dumped, state, worker, buffers=shared)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the server's state of an optimizer, of the same cut as the module's state."""

@@ -6,8 +6,9 @@ from importlib import import_module
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
 
-from lightning_accel.async_sgd import SharedMemoryStore, Snapshot
+from lightning_accel.async_sgd import SharedMemoryStore, Snapshot, Worker
 
 _KEY = "coordinator"
 
@@ -81,6 +82,36 @@ class Watchers:
         plateaus = [c.scheduler for c in self._strategy.lr_scheduler_configs if c.reduce_on_plateau]
         for scheduler, found in zip(plateaus, state["plateaus"], strict=False):
             scheduler.load_state_dict(found)
+
+
+def log_statistics(trainer: Any, store: SharedMemoryStore, *, always: bool = False) -> None:
+    """Send the server's statistics to the Trainer's loggers, every ``log_every_n_steps`` batches of the coordinator."""
+    every = trainer.log_every_n_steps
+    if not trainer.loggers or not (always or (every and trainer.fit_loop.total_batch_idx % every == 0)):
+        return
+    found = store.statistics()
+    names = ("staleness_mean", "staleness_p95", "updates_per_second", "live_workers", "dropped", "refused")
+    metrics = {f"async_sgd/{name}": float(getattr(found, name)) for name in names}
+    metrics["async_sgd/push_milliseconds"] = found.apply_milliseconds
+    metrics["async_sgd/pull_milliseconds"] = found.pull_milliseconds
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def with_values_of(cut: Snapshot, state: dict[str, Any], worker: Worker, *, buffers: bool) -> dict[str, Any]:
+    """Return a module's state dict with the parameters (and buffers) of a cut in the place of the worker's own.
+
+    Entries are told by the memory they lie in, so tied parameters and keys that hooks have renamed are found as well.
+    """
+    mine: list[Tensor] = list(worker.parameters.values())
+    theirs = cut.parameters
+    if buffers:
+        mine, theirs = [*mine, *worker.buffers.values()], [*theirs, *cut.buffers]
+    fresh = {(t.data_ptr(), t.shape): value for t, value in zip(mine, theirs, strict=True) if t.numel()}
+    for key, value in state.items():  # in place: a state dict carries metadata
+        if isinstance(value, Tensor):
+            state[key] = fresh.get((value.data_ptr(), value.shape), value)
+    return state
 
 
 def rewind_loops(checkpoint: dict[str, Any], cut: Snapshot, *, pending: int, batches: float) -> dict[str, Any]:
