@@ -15,6 +15,7 @@ _MAX_ITERATIONS = 100
 _COARSE = 1e-6  # relative change of the bounds at which float32 sums have nothing more to say
 _PRECISE = 1e-14  # and float64 sums
 _FINISHED = 1e-5  # after coarse iterations: the float64 step itself is below float32, its error is this squared
+_FLOAT32_SUMS = 1e37  # l1 norms up to here surely do not overflow float32
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -121,7 +122,7 @@ class _Solver:
         if start is not None and start.shape == mu.shape:
             mu = torch.where(torch.isinf(start), mu, torch.minimum(start, self.largest))
         mu, totals = mu[alive], self.totals[alive]
-        coarse = all(s.dtype != torch.float64 for s in self.sources)
+        coarse = all(s.dtype != torch.float64 for s in self.sources) and bool(self.totals.max() < _FLOAT32_SUMS)
         tolerance = _COARSE if coarse else _PRECISE
         for self.iterations in range(1, _MAX_ITERATIONS + 1):
             at, above, count = self._excess(alive, torch.minimum(mu, self.largest[alive]), precise=not coarse)

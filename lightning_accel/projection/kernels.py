@@ -35,8 +35,17 @@ def group_max(x: Tensor) -> Tensor:
 def group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest magnitude and the l1 norm of each group, float64 ``(groups,)`` both.
 
-    The l1 norm is summed in the type of ``x`` (float32 for 16 bits) within a chunk and in float64 across chunks.
+    The l1 norm is summed in the type of ``x`` (float32 for 16 bits) within a chunk and in float64 across chunks; all in
+    float64 where float32 overflows.
     """
+    largest, total = _group_norms(x)
+    if x.device.type == "cpu" and bool(torch.isinf(total).any()) and bool(torch.isfinite(largest).all()):
+        every = torch.arange(x.shape[1])
+        total, _ = excess(x, every, torch.zeros(x.shape[1], dtype=torch.float64), precise=True)
+    return largest, total
+
+
+def _group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     before, groups, after = x.shape
     if x.device.type != "cpu":
         magnitude = x.abs()

@@ -176,6 +176,16 @@ def test_only_floating_point_tensors_are_projected(function, wrong):
         function(wrong, 1.0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(3, 40), (40, 3)])
+def test_large_float32_numbers_whose_sum_leaves_float32_are_projected(method, shape):
+    x = 3e38 * (0.5 + 0.5 * torch.rand(shape, generator=torch.Generator().manual_seed(0)))
+    small = project_l1inf(x.double(), 1e38, method=method)
+    kept = project_l1inf(x, 1e38, method=method)
+    assert norm_of(kept) <= 1e38
+    torch.testing.assert_close(kept.double(), small, rtol=1e-6, atol=1e31)
+
+
 def test_small_radius_of_a_large_tensor_loses_no_digits():
     x = 1e6 + torch.rand(50, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     radius = 1e-3
