@@ -19,9 +19,11 @@ class StepTimes(Callback):
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, *_: object) -> None:
+        """Begin."""
         self._begin = time.process_time()
 
     def on_train_batch_end(self, *_: object) -> None:
+        """End."""
         self.seconds.append(time.process_time() - self._begin)
 
 
@@ -31,7 +33,6 @@ def fit(*callbacks: Callback) -> tuple[float, float]:
     times = StepTimes()
     trainer = Trainer(
         max_steps=16,
-        limit_val_batches=0,
         accelerator="cpu",
         callbacks=[times, *callbacks],
         logger=False,
@@ -51,7 +52,8 @@ def main() -> None:
     scheduled_loss, scheduled_seconds = fit(scheduling)
     print(*scheduling.report, sep="\n")
     print(f"loss {loss:.4f} without, {scheduled_loss:.4f} with")
-    print(f"step {1e3 * seconds:.1f} ms without, {1e3 * scheduled_seconds:.1f} ms with: x{seconds / scheduled_seconds:.1f}")
+    ratio = seconds / scheduled_seconds
+    print(f"step {1e3 * seconds:.1f} ms without, {1e3 * scheduled_seconds:.1f} ms with: x{ratio:.1f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Run a staged step over a sequence: forward and backward block by block, as one differentiable function."""
 
+import gc
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -166,7 +168,7 @@ class _Run(torch.autograd.Function):
         steps, streams = xs[0].shape[0], xs[0].shape[1] if xs[0].dim() > 1 else 1
         code = schedule.code(wanted, streams)
         key = (wanted, "slabs", steps, streams) if wanted.any else None
-        with torch.autocast(xs[0].device.type, enabled=False):
+        with torch.autocast(xs[0].device.type, enabled=False), _collector_paused():
             inv = code["forward_constants"](weights)
             slabs = schedule.take(key) if key else None
             if slabs is None:
@@ -197,7 +199,7 @@ class _Run(torch.autograd.Function):
         code = schedule.code(wanted, streams)
         dys, bounds = gradients[:ny], list(gradients[ny:])
         sums: list[Tensor | None] = [None] * len(weights)
-        with torch.autocast(xs[0].device.type, enabled=False):
+        with torch.autocast(xs[0].device.type, enabled=False), _collector_paused():
             inv = code["backward_constants"](weights)
             made = code["make_gradient_slabs"](steps)
             for begin, end, ws in _blocks(schedule, "backward", wanted, steps, streams):
@@ -220,6 +222,19 @@ class _Run(torch.autograd.Function):
         for k, name in code["GRADIENT_PLACES"]:
             d_xs[k] = torch.zeros_like(xs[k]) if name is None else made[name]
         return None, None, None, None, *d_xs, *ends, *sums
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep Python's cycle collector from walking the whole heap because of thousands of views that go by themselves."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _differentiable_backward(ctx: Any, gradients: Sequence[Tensor]) -> Any:

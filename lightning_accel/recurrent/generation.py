@@ -20,7 +20,7 @@ from lightning_accel.recurrent.rewriting import VIEWS, Node, aten, shape
 from lightning_accel.recurrent.scan import scan_into
 from lightning_accel.recurrent.scan_lowering import affine_forms
 from lightning_accel.recurrent.staging import Segment, Stages
-from lightning_accel.recurrent.time_sums import TimeSums
+from lightning_accel.recurrent.time_sums import TimeSums, layer_norm_sums
 from lightning_accel.recurrent.tracing import CannotScheduleError
 
 _INDENT = "    "
@@ -151,7 +151,7 @@ class Generator:
         for k, statements in self._sums.statements(self._name, self._is_block).items():
             for statement in statements[:-1]:
                 self._say(statement)
-            self._say(f"sums[{k}] = add_to(sums[{k}], {statements[-1]})")
+            self._say(f"sums[{k}] = {statements[-1]}")
         ends = []
         for tangent, gradient in zip(self.step.d_next_states, self.step.d_states, strict=True):
             if gradient is None or tangent is None:
@@ -652,9 +652,11 @@ def compile_source(source: str, constants: dict[str, Tensor], device: torch.devi
         "inf": math.inf,
         "nan": math.nan,
         "scan_into": scan_into,
+        "layer_norm_sums": layer_norm_sums,
         "ws_get": _buffer_maker(device),
         "two_buffers": _pair_maker(device),
         "add_to": _add_to,
+        "add_product": _add_product,
     }
     try:
         exec(compile(source, "<recurrent schedule>", "exec"), space)
@@ -687,6 +689,10 @@ def _pair_maker(device: torch.device) -> Callable[..., list[Tensor]]:
 
 def _add_to(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left, right) if total is None else total.addmm_(left, right)
 
 
 def _tokens(source: str) -> list[tokenize.TokenInfo]:

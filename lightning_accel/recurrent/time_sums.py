@@ -8,6 +8,9 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lightning_accel.recurrent import batching
 from lightning_accel.recurrent.rewriting import VIEWS, Node, aten, shape
 from lightning_accel.recurrent.staging import Stages
@@ -16,6 +19,19 @@ Name = Callable[[Node], str]
 
 _LINEAR = {aten.neg.default, aten._to_copy.default, aten.clone.default}
 _LINEAR_IN_FIRST = {aten.slice_backward.default, aten.select_backward.default}
+
+
+def layer_norm_sums(
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dims: int, *, ws: dict[str, Any]
+) -> tuple[None, Tensor, Tensor]:
+    """Return the gradients of a LayerNorm's weight and bias, summed over all but the last ``dims`` dimensions.
+
+    Several times faster on CPU than torch's own kernel.
+    """
+    lead = list(range(g.dim() - dims))
+    key = f"normalized {tuple(x.shape)}"
+    ws[key] = scaled = torch.sub(x, mean, out=ws.get(key))
+    return None, scaled.mul_(rstd).mul_(g).sum(lead), g.sum(lead)
 
 
 class TimeSums:
@@ -36,14 +52,18 @@ class TimeSums:
             self.stages.read.add(leaf)
 
     def statements(self, name: Name, is_block: Callable[[Node], bool]) -> dict[int, list[str]]:
-        """Write, for each weight, statements of which the last is the expression of the sum."""
+        """Write, for each weight, statements of which the last is the sum, what earlier blocks gave included."""
         self._before: list[str] = []
         self._name, self._is_block = name, is_block
         self._made: set[Node] = set()
         texts = {}
         for weight, gradient in self._wanted.items():
             self._before = []
-            expression = self._sum(gradient)
+            before = f"sums[{weight}]"
+            if self._rule(gradient)[0] == "product":
+                expression = f"add_product({before}, {self._factors(gradient)})"
+            else:
+                expression = f"add_to({before}, {self._sum(gradient)})"
             texts[weight] = [*self._before, expression]
         return texts
 
@@ -110,7 +130,7 @@ class TimeSums:
                 return batching.call_view(node, operand(node.args[0]), block=False)
             return batching.call(node, operand)
         if rule == "product":
-            return self._product(node)
+            return f"torch.mm({self._factors(node)})"
         if rule == "sum":
             x, dims, *keep = node.args
             axes = [0] + [int(d) % len(shape(x)) + 1 for d in dims]
@@ -119,20 +139,22 @@ class TimeSums:
             source = node.args[0]
             if source not in self._made:
                 self._made.add(source)
-                self._before.append(f"v_{source.name} = {batching.call(source, name)}")
+                g, x, normalized, mean, rstd = source.args[:5]
+                values = ", ".join(name(v) for v in (g, x, mean, rstd))
+                self._before.append(f"v_{source.name} = layer_norm_sums({values}, {len(normalized)}, ws=ws)")
             return f"v_{source.name}[{node.args[1]}]"
         if rule == "embedding":
             return batching.call(node, lambda i: f"{name(i)}.flatten(0, 1)")
         return f"{name(node)}.sum(0)"
 
-    def _product(self, node: Node) -> str:
+    def _factors(self, node: Node) -> str:
         left, transposed = self._behind_transpose(node.args[0])
         right = node.args[1]
         flat_right = f"{self._name(right)}.reshape(-1, {shape(right)[1]})"
         if transposed:
-            return f"torch.mm({self._name(left)}.reshape(-1, {shape(left)[1]}).t(), {flat_right})"
+            return f"{self._name(left)}.reshape(-1, {shape(left)[1]}).t(), {flat_right}"
         rows = shape(left)[0]
-        return f"torch.mm({self._name(left)}.transpose(0, 1).reshape({rows}, -1), {flat_right})"
+        return f"{self._name(left)}.transpose(0, 1).reshape({rows}, -1), {flat_right}"
 
     def _behind_transpose(self, node: Any) -> tuple[Node, bool]:
         if node.target is aten.t.default and node.args[0] not in self.stages.invariant:
