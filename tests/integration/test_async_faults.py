@@ -102,6 +102,21 @@ def test_sigkill_of_a_process(stage, victim):
     assert not shm.exists() or set(os.listdir(shm)) <= before
 
 
+@pytest.mark.slow
+def test_a_worker_that_stands_still_is_ended_and_its_batches_go_to_others():
+    chosen = Settings(**SETTINGS, max_restarts=0, heartbeat_seconds=2.0)
+    _, ending = run_workers(train_and_stand_still, (2,), workers=2, settings=chosen)
+    check_ending(ending, 2)
+
+
+def train_and_stand_still(store, epochs):
+    def stand(store, pushes, now):
+        if store.worker == 1 and pushes == 2 and now == "half-way":
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return train(store, epochs, die=stand, wait_for=BOTH)
+
+
 def test_an_exception_in_a_worker_ends_the_run_and_is_the_cause():
     with pytest.raises(WorkerFailedError, match="ValueError: `epochs` is no number") as caught:
         run_workers(fail, workers=1, settings=Settings())

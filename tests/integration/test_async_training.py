@@ -21,6 +21,7 @@ from async_modules import (
 )
 from async_other_distribution import Other, fit_other
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_accel import AsyncSGDStrategy
@@ -188,8 +189,13 @@ def test_several_loaders_and_one_worker_are_plain_training(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_server_snapshots_while_training(tmp_path):
-    fit(tmp_path, AsyncSGDStrategy(snapshot_every_n_steps=3), seeded(Classifier), epochs=1)
+def test_the_server_snapshots_and_logs_while_training(tmp_path):
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    options = {"epochs": 1, "logger": logger, "log_every_n_steps": 4}
+    fit(tmp_path, AsyncSGDStrategy(snapshot_every_n_steps=3), seeded(Classifier), **options)
+    header = next(tmp_path.rglob("metrics.csv")).read_text(encoding="utf-8").splitlines()[0].split(",")
+    wanted = {"staleness_mean", "staleness_p95", "updates_per_second", "live_workers", "dropped", "pull_milliseconds"}
+    assert {f"async_sgd/{name}" for name in wanted} <= set(header)
     checkpoint = torch.load(tmp_path / "async_sgd.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 6
     assert len(checkpoint["async_sgd"]["epochs"][0]["done"]) == 6
