@@ -157,3 +157,17 @@ def go_to_epoch(trainer: Any, epoch: int) -> None:
     progress = trainer.fit_loop.epoch_progress
     for tracker in (progress.current, progress.total):
         tracker.ready = tracker.started = tracker.processed = tracker.completed = epoch
+
+
+def bring_back_progress(trainer: Any, state: dict[str, Any]) -> None:
+    """Load the progress of a fit that ran in another process, as if it had run in this one.
+
+    Loading marks every loop as resumed from a checkpoint, which changes how the next fit begins; a fit that ended
+    here would not have.
+    """
+    loops = [trainer.fit_loop]
+    loops[0].load_state_dict(state)
+    while loops:
+        loop = loops.pop()
+        loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
+        loops.extend(child for child in vars(loop).values() if hasattr(child, "_loaded_from_state_dict"))

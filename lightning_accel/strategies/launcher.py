@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from lightning_accel.async_sgd import SharedMemoryStore, run_workers
-from lightning_accel.lightning_private import launcher_module
+from lightning_accel.lightning_private import bring_back_progress, launcher_module
 from lightning_accel.strategies.live import live_table
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class AsyncSGDLauncherBody:
     def update_main_process_results(self, trainer: Any, extra: dict[str, Any]) -> None:
         """Bring progress and the callbacks' state into the caller's Trainer."""
         super().update_main_process_results(trainer, extra)  # type: ignore[misc]
-        trainer.fit_loop.load_state_dict(extra["fit_loop"])
+        bring_back_progress(trainer, extra["fit_loop"])
         for callback in trainer.callbacks:
             if state := extra["callbacks"].get(callback.state_key):
                 callback.load_state_dict(state)
@@ -92,6 +93,8 @@ def _fit_in_worker(  # noqa: PLR0917  # a process is started with a flat list of
         seed = int(torch.randint(2**31, ())) + 1009 * store.incarnation + store.worker
         torch.manual_seed(seed)
         random.seed(seed)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(seed % 2**32)
     args, kwargs = parts._disable_module_memory_sharing((args, kwargs))
     torch.set_num_threads(threads)
     os.environ["LOCAL_RANK"] = str(store.worker)

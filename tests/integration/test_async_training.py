@@ -189,6 +189,22 @@ def test_several_loaders_and_one_worker_are_plain_training(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_fits_with_one_trainer_are_two_plain_fits(tmp_path):
+    def twice(strategy):
+        module = seeded(Classifier, "momentum")
+        trainer = fit(tmp_path, strategy, module, epochs=1)
+        torch.manual_seed(2)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, loader(), loader_of_validation())
+        return module, trainer
+
+    plain, expected = twice("auto")
+    ours, actual = twice("async_sgd")
+    assert equal(plain, ours) == []
+    assert (actual.current_epoch, actual.global_step) == (expected.current_epoch, expected.global_step) == (2, 16)
+
+
+@pytest.mark.slow
 def test_the_server_snapshots_and_logs_while_training(tmp_path):
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
     options = {"epochs": 1, "logger": logger, "log_every_n_steps": 4}
