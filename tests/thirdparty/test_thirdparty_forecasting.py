@@ -1,5 +1,7 @@
 """Models of pytorch-forecasting: the caller's Trainer, gated networks with shared modules, LSTMs that pack inside."""
 
+import logging
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -7,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from thirdparty_watch import Watch, factored, low_rank_callbacks, parameters_of
 
 from lightning_accel import load_from_checkpoint
-from lightning_accel.callbacks import IntraStreamScheduling, L1InfProjection, SequentialFreezing
+from lightning_accel.callbacks import IntraStreamScheduling, L1InfProjection, RankQuantization, SequentialFreezing
 from lightning_accel.low_rank import merge
 
 EPOCHS, BATCHES = 3, 6
@@ -74,11 +76,11 @@ def n_beats(data):
     return NBeats.from_dataset(data, learning_rate=0.01, **sizes)
 
 
-def fit(model, data, *callbacks, **settings):
+def fit(model, data, *callbacks, epochs=EPOCHS, ckpt_path=None, **settings):
     """Train; return what was watched, and the Trainer."""
     watch = Watch()
     trainer = pl.Trainer(
-        max_epochs=EPOCHS,
+        max_epochs=epochs,
         limit_train_batches=BATCHES,
         callbacks=[*callbacks, watch],
         gradient_clip_val=0.1,
@@ -89,7 +91,8 @@ def fit(model, data, *callbacks, **settings):
         **settings,
     )
     pl.seed_everything(1, verbose=False)
-    trainer.fit(model, data.to_dataloader(train=True, batch_size=64, num_workers=0))
+    loader = data.to_dataloader(train=True, batch_size=64, num_workers=0)
+    trainer.fit(model, loader, ckpt_path=ckpt_path, weights_only=False)
     return watch, trainer
 
 
@@ -125,6 +128,31 @@ def test_layers_become_low_rank_and_rest_in_turns(make, covariates, univariate):
     assert torch.equal(predict(loaded, data), forecasts)
     assert set(merge(model)) == set(names)
     torch.testing.assert_close(predict(model, data), forecasts, rtol=1e-3, atol=1e-4)
+
+
+def test_resumed_run_keeps_its_layers_and_decides_nothing(univariate, caplog):
+    first, trainer = fit(n_beats(univariate), univariate, *low_rank_callbacks())
+    path = trainer.checkpoint_callback.best_model_path
+    resumed = n_beats(univariate)
+    quantization, freezing = low_rank_callbacks()
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        watch, _ = fit(resumed, univariate, quantization, freezing, epochs=EPOCHS + 1, ckpt_path=path)
+    assert "layers are low rank now" not in caplog.text
+    assert factored(resumed) == factored(trainer.lightning_module)
+    assert len(watch.losses) == BATCHES
+    assert max(watch.losses) < first.losses[0]
+    watch.check_turns(factored(resumed))
+
+
+def test_short_run_stays_as_it_is(univariate, caplog):
+    plain, untouched = n_beats(univariate), n_beats(univariate)
+    expected, _ = fit(plain, univariate)
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        watch, _ = fit(untouched, univariate, RankQuantization(), SequentialFreezing())
+    assert "the model stays dense: 12 steps remain" in caplog.text
+    assert "steps aside: RankQuantization left the model dense" in caplog.text
+    assert watch.losses == expected.losses
+    assert all(torch.equal(a, b) for a, b in zip(untouched.parameters(), plain.parameters(), strict=True))
 
 
 def test_projection_clears_groups_of_a_transformer(covariates):

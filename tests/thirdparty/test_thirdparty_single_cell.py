@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from thirdparty_watch import Watch, factored, low_rank_callbacks, parameters_of
 
-from lightning_accel.callbacks import L1InfProjection
+from lightning_accel.callbacks import IntraStreamScheduling, L1InfProjection
 from lightning_accel.low_rank import merge
 
 EPOCHS, CELLS, GENES, BATCH = 4, 100, 60, 64
@@ -93,6 +94,21 @@ def test_projection_selects_genes(cells):
     assert torch.equal(loaded.module.get_parameter(first), weight)
     means = latent(loaded)
     assert np.array_equal(means, latent(model))
+
+
+def test_ball_that_holds_everything_changes_nothing(cells):
+    plain, watches = vae(cells), (Watch(), Watch())
+    train(plain, watches[0])
+    projected = vae(cells)
+    steps = train(projected, L1InfProjection(1e9), watches[1])
+    assert len(watches[0].losses) == EPOCHS * steps
+    assert watches[0].losses == watches[1].losses
+    assert np.array_equal(latent(projected), latent(plain))
+
+
+def test_missing_recurrent_layers_are_said(cells):
+    with pytest.raises(MisconfigurationException, match="found no recurrent layer in TrainingPlan"):
+        train(vae(cells), IntraStreamScheduling())
 
 
 def test_all_together_under_manual_optimization(cells, caplog):
