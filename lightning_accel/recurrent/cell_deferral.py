@@ -160,7 +160,7 @@ class DeferredCell:
         return outputs + [None] * (len(self.shapes) - len(ys)), last
 
     def _run_inner(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        if not self.native:
+        if not self.native or self.choice.schedule == "native":
             return run_loop(self.layout, self.cell, xs, states)
         return self.choice.run(self.layout, xs, states)
 

@@ -14,6 +14,7 @@ from lightning_accel.recurrent.choice import Schedule, ScheduleChoice
 from lightning_accel.recurrent.deferred import custom_functions_get_values
 from lightning_accel.recurrent.stepping import is_torch_cell
 
+_SIDE_BY_SIDE = 4
 _LOOP = 3  # chained calls in one batch that make a loop
 
 
@@ -21,7 +22,7 @@ class _Watch:
     """What was seen of one module during the watched batch."""
 
     def __init__(self) -> None:
-        self.previous: list[Any] = []
+        self.recent: list[list[Any]] = []  # results of the last calls; several chains may run side by side
         self.layout: CallLayout | None = None
         self.chained = 0
         self.same = True
@@ -33,15 +34,17 @@ class _Watch:
         leaves: list[Any] = []
         flatten((args, kwargs), leaves)
         self.inputs += [(t, t._version) for t in leaves if isinstance(t, Tensor)]
-        if any(t is p for t in leaves for p in self.previous if isinstance(t, Tensor)):
-            layout = learn_layout(args, kwargs, result, self.previous)
+        before = next((r for r in self.recent if any(t is p for t in leaves for p in r if isinstance(t, Tensor))), None)
+        if before is not None:
+            layout = learn_layout(args, kwargs, result, before)
             self.chained += 1
             if self.layout is None:
                 self.layout, self.shapes = layout, result_shapes(result)
             self.same = self.same and layout == self.layout
             self.call = layout.split(leaves) if layout is not None else None
-        self.previous = []
-        flatten(result, self.previous)
+        results: list[Any] = []
+        flatten(result, results)
+        self.recent = [results, *self.recent[: _SIDE_BY_SIDE - 1]]
 
     @property
     def inputs_changed(self) -> bool:

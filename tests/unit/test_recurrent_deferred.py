@@ -1,0 +1,226 @@
+"""Deferred cells: what a user's loop may do with a cell's results, and what it may not."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_accel.recurrent import linear_scan
+from lightning_accel.recurrent.deferral import DeferredCells
+from lightning_accel.recurrent.deferred import DeferredTensor
+
+T, B, F, H = 8, 2, 3, 4
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+class Model(nn.Module):
+    """Run `use(cell, x)`, which returns a tensor."""
+
+    def __init__(self, use):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.use = nn.LSTMCell(F, H).double(), use
+
+    def forward(self, x):
+        return self.use(self.cell, x)
+
+
+def unroll(cell, x, each=lambda t, h, c: (h, c)):
+    state, hidden = None, []
+    for t in range(len(x)):
+        state = each(t, *cell(x[t], state))
+        hidden.append(state[0])
+    return hidden
+
+
+def scale_in_place(t, h, c):
+    if t == 4:
+        h.mul_(0.5)
+    return h, c
+
+
+def detach(t, h, c):
+    return (h.detach(), c.detach()) if t == 4 else (h, c)
+
+
+def shrink(cell, x):
+    h, c = cell(x[0])
+    for t in range(1, 5):
+        h, c = cell(x[t], (h, c))
+    h, c = cell(x[5, :1], (h[:1], c[:1]))
+    for t in range(6, T):
+        h, c = cell(x[t, :1], (h, c))
+    return h
+
+
+def both_directions(cell, x):
+    forward = backward = None
+    for t in range(T):
+        forward, backward = cell(x[t], forward), cell(x[T - 1 - t], backward)
+    return torch.cat([forward[0], backward[0]])
+
+
+def inner_memory(cell, x):
+    state, memory = None, []
+    for t in range(T):
+        state = cell(x[t], state)
+        memory.append(state[1])
+    return torch.stack(memory) + state[0] + memory[2]
+
+
+def hooked(cell, x):
+    hidden = unroll(cell, x)
+    hidden[3].register_hook(lambda g: g * 2)
+    return torch.stack(hidden)
+
+
+USES = {
+    "stack": lambda cell, x: torch.stack(unroll(cell, x), 1),
+    "last": lambda cell, x: unroll(cell, x)[-1],
+    "early exit": lambda cell, x: unroll(cell, x[:5])[-1],
+    "in place": lambda cell, x: torch.stack(unroll(cell, x, scale_in_place)),
+    "detach": lambda cell, x: torch.stack(unroll(cell, x, detach)),
+    "smaller batches": shrink,
+    "two chains": both_directions,
+    "inner memory": inner_memory,
+    "hook": hooked,
+    "custom function": lambda cell, x: Double.apply(unroll(cell, x)[-1]),
+    "batch first": lambda cell, x: torch.stack(unroll(cell, x.transpose(0, 1).contiguous().transpose(0, 1))),
+    "unbind": lambda cell, x: torch.stack(unroll(cell, x.unbind(0))),
+    "chunks": lambda cell, x: torch.stack(unroll(cell, [s * 1.0 for s in x])),
+    "shapes": lambda cell, x: torch.stack([h * h.shape[-1] * float(h.requires_grad) for h in unroll(cell, x)]),
+}
+
+
+def gradients(model, x):
+    y = model(x)
+    return [y, *torch.autograd.grad(y.sin().sum(), [x, *model.parameters()])]
+
+
+def sequence():
+    torch.manual_seed(1)
+    return torch.randn(T, B, F, dtype=torch.double, requires_grad=True)
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_loops_compute_what_they_computed(use):
+    model, x = Model(use), sequence()
+    expected = gradients(model, x)
+    cells = DeferredCells(model, "native")
+    with cells.watch():
+        gradients(model, x)
+    with cells.active():
+        actual = gradients(model, x)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+    assert cells.cells["cell"].chains >= 1
+    cells.remove()
+    assert "forward" not in model.cell.__dict__
+
+
+def deferred(use):
+    model = Model(lambda cell, x: torch.stack(unroll(cell, x)))
+    cells = DeferredCells(model, "native")
+    with cells.watch():
+        model(sequence())
+    model.use = use
+    return model, cells
+
+
+def change_parameter(cell, x):
+    hidden = unroll(cell, x)
+    with torch.no_grad():
+        cell.bias_hh.add_(1.0)
+    return torch.stack(hidden)
+
+
+def change_input(cell, x):
+    x = x.detach().clone()
+    hidden = unroll(cell, x)
+    x.zero_()
+    return torch.stack(hidden)
+
+
+def late_hook(cell, x):
+    hidden = unroll(cell, x)
+    hidden[-1].sum()
+    hidden[3].retain_grad()
+    return torch.stack(hidden)
+
+
+def below(cell, x):
+    with torch._C.DisableTorchFunctionSubclass():
+        return unroll(cell, x)[-1] + 1
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (change_parameter, "a parameter of a recurrent cell was changed"),
+        (change_input, "an input of a recurrent cell was changed in place"),
+        (late_hook, "a hook was put on a recurrent cell's output after"),
+        (below, "below torch's function interface"),
+    ],
+)
+def test_what_would_be_wrong_raises(use, message):
+    model, cells = deferred(use)
+    with cells.active(), pytest.raises(RuntimeError, match=message):
+        model(sequence())
+
+
+def test_results_have_no_value_until_one_is_needed():
+    seen = []
+    model, cells = deferred(lambda cell, x: torch.stack(seen.append(h := unroll(cell, x)) or h))
+    with cells.active():
+        model(sequence())
+    assert all(isinstance(h, DeferredTensor) for h in seen[0])
+    assert cells.cells["cell"].chains == 1
+
+
+def test_copies_and_pickles_of_a_deferred_model_are_plain():
+    model, cells = deferred(None)
+    del model.use
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with cells.active():
+            h, _ = twin.cell(torch.ones(1, F, dtype=torch.double))
+        assert type(h) is torch.Tensor
+        assert twin.cell is not model.cell
+        torch.testing.assert_close(h, model.cell(torch.ones(1, F, dtype=torch.double))[0])
+
+
+def test_cells_with_backward_hooks_are_left_alone():
+    model = Model(lambda cell, x: torch.stack(unroll(cell, x)))
+    model.cell.register_full_backward_hook(lambda *_: None)
+    cells = DeferredCells(model)
+    with cells.watch():
+        model(sequence())
+    assert not cells.cells
+
+
+def test_scans_of_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match="`a` and `b` must be of one shape"):
+        linear_scan(torch.ones(3, 1), torch.ones(2, 1))
+
+
+def test_scan_with_a_start_and_its_second_derivative():
+    torch.manual_seed(0)
+    a, b = (torch.rand(9, 2, dtype=torch.double, requires_grad=True) for _ in range(2))
+    h0 = torch.rand(2, dtype=torch.double, requires_grad=True)
+    state, expected = h0, []
+    for t in range(9):
+        state = a[t] * state + b[t]
+        expected.append(state)
+    torch.testing.assert_close(linear_scan(a, b, h0), torch.stack(expected))
+    assert torch.autograd.gradcheck(linear_scan, (a, b, h0))
+    assert torch.autograd.gradgradcheck(linear_scan, (a, b, h0))
