@@ -135,6 +135,7 @@ def test_a_killed_worker_loses_no_batch_and_the_run_ends_validated(tmp_path, ran
     assert best.best_model_path
 
 
+@pytest.mark.slow
 def test_a_run_resumed_in_the_middle_of_an_epoch_reads_what_is_left(tmp_path):
     saved = ModelCheckpoint(tmp_path / "every", every_n_train_steps=5, save_top_k=-1)
     module = seeded(Classifier, "momentum", dropout=0.0)
