@@ -28,8 +28,8 @@ def test_every_command_composes(name):
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_every_option_composes_and_names_things_that_exist(option, monkeypatch):
     monkeypatch.setenv("SQLALCHEMY_SILENCE_UBER_WARNING", "1")
-    group, name = option.parent, option.name
-    found = list(targets(plain("train", f"{group}=[{name}]" if str(group) in LISTS else f"{group}={name}")))
+    group, name = option.parts[0], "/".join(option.parts[1:])
+    found = list(targets(plain("train", f"{group}=[{name}]" if group in LISTS else f"{group}={name}")))
     assert found
     for target in found:
         assert callable(pkgutil.resolve_name(target)), target
