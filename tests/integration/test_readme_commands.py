@@ -35,15 +35,12 @@ def command_lines(page: Path) -> list[str]:
     """Return the lines of the page's ``bash`` blocks, continuation lines joined, comments dropped."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [re.split(r"\s+# ", line)[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [
+        " ".join(re.split(r"\s+# ", line)[0].split()) for line in lines if line.strip() and not line.startswith("#")
+    ]
 
 
-COMMANDS = [
-    pytest.param(line, id=f"{page.parent.name}: {line}"[:100])
-    for page in PAGES
-    for line in command_lines(page)
-    if line not in FRESH_MACHINE
-]
+COMMANDS = sorted({line for page in PAGES for line in command_lines(page)} - set(FRESH_MACHINE))
 
 
 def with_overrides(line: str) -> list[str]:
