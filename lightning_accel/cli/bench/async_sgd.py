@@ -53,7 +53,7 @@ class Outcome:
 def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
     """Yield throughput, time to accuracy, and the cost of a push and a pull."""
     yield _transfer(rounds=15 if quick else 60)
-    rounds, window = (3, 2.0) if quick else (7, 8.0)
+    rounds, window = (2, 1.0) if quick else (7, 8.0)
     slow = (_SLOWDOWN - 1.0) * _Task(device).step_seconds  # one delay for all, or the variants would not compare
     variants: dict[str, Callable[[], Outcome]] = {
         "one process": functools.partial(_one_process, window, device),
