@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_accel.recurrent.generation import Generator, Wanted, compile_source, generalize
+from lightning_accel.recurrent.compilation import compile_source, generalize
+from lightning_accel.recurrent.generation import Generator, Wanted
 from lightning_accel.recurrent.scan_lowering import is_affine
 from lightning_accel.recurrent.staging import Stages, rewrite, stage
 from lightning_accel.recurrent.stepping import run_loop

@@ -118,6 +118,22 @@ class Stages:
         """States that every step returns as they are."""
         return {s for s, n in zip(self.step.states, self.step.next_states, strict=True) if s is n}
 
+    @property
+    def looped_states(self) -> set[int]:
+        """Places of the states that change from step to step within a loop."""
+        return {j for j, state in enumerate(self.step.states) if self.in_loop(state)}
+
+    def in_loop(self, node: Node) -> bool:
+        """Whether a node runs step by step."""
+        return node in self.loop_of and node not in self.constant_states
+
+    def state_of(self, node: Node) -> int | None:
+        """Return which state's slab holds the node."""
+        for j, (state, following) in enumerate(zip(self.step.states, self.step.next_states, strict=True)):
+            if self.in_loop(state) and node in (state, following):
+                return j
+        return None
+
     def _delayed_sources(self) -> dict[Node, list[Node]]:
         return {target: [source] for source, target in delay_edges(self.step) if source is not target}
 
