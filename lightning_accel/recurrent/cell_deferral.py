@@ -71,6 +71,14 @@ class DeferredCell:
         self.active, self.reason = False, reason or self.reason
         self._forward.remove()
 
+    def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any], steps: int) -> None:
+        """Choose now how chains of ``steps`` calls like this one run, which else their first run does."""
+        found = self._read(args, kwargs)
+        if found is None or not self._fits(*found):
+            return
+        xs, states = ([t.detach() for t in group] for group in found)
+        self._run([x.expand(steps, *x.shape).contiguous() for x in xs], states)
+
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._forward.original(*args, **kwargs)

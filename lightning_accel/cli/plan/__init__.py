@@ -1,7 +1,8 @@
 """``lightning-accel plan``: what the accelerators would do to this model on this machine, without training it.
 
 One real training step is watched, and undone with the process. For each callback that is composed, the file of its
-name in this folder has the function ``sketch``, which shows what that callback would do.
+name in this folder has the function ``sketch``, which shows what that callback would do. One that has to watch the step
+itself has ``watch(module, settings)`` as well, a context manager around the step whose value is ``Scene.seen``.
 """
 
 import contextlib
@@ -81,6 +82,7 @@ class Scene:
         epochs: How long the training would be; ``None`` if it is not counted in epochs.
         folder: Where files go.
         console: Where tables go.
+        seen: What the sketch's own ``watch`` gave, if it has one.
     """
 
     module: LightningModule
@@ -90,6 +92,7 @@ class Scene:
     epochs: int | None
     folder: Path
     console: Console
+    seen: Any = None
 
 
 def plan(cfg: DictConfig) -> None:
@@ -125,10 +128,15 @@ class _FirstStep(Callback):
     def __init__(self, cfg: DictConfig, sketches: dict[str, ModuleType], folder: Path, console: Console) -> None:
         self._cfg, self._sketches, self._folder, self._console = cfg, sketches, folder, console
         self._inputs: SeenInputs | None = None
+        self._step = contextlib.ExitStack()
+        self._seen: dict[str, Any] = {}
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._inputs = SeenInputs(pl_module)
+        for name, sketch in self._sketches.items():
+            if hasattr(sketch, "watch"):
+                self._seen[name] = self._step.enter_context(sketch.watch(pl_module, self._settings(name)))
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -146,14 +154,17 @@ class _FirstStep(Callback):
         if inputs is None:
             return
         inputs.stop()
+        self._step.close()
+        epochs = self._cfg.trainer.get("max_epochs")
         for name, sketch in self._sketches.items():
-            settings = OmegaConf.to_container(self._cfg.callbacks[name], resolve=True)
-            assert isinstance(settings, dict)
-            settings.pop("_target_", None)
-            epochs = self._cfg.trainer.get("max_epochs")
-            scene = Scene(pl_module, trainer, inputs, settings, epochs, self._folder, self._console)  # type: ignore[arg-type]
-            sketch.sketch(scene)
+            settings, seen = self._settings(name), self._seen.get(name)
+            sketch.sketch(Scene(pl_module, trainer, inputs, settings, epochs, self._folder, self._console, seen))
         raise _AllShownError
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        settings = OmegaConf.to_container(self._cfg.callbacks[name], resolve=True)
+        assert isinstance(settings, dict)
+        return {str(k): v for k, v in settings.items() if k != "_target_"}
 
 
 def _sketch(name: str) -> ModuleType:
