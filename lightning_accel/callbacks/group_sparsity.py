@@ -25,7 +25,7 @@ class GroupSparsity(Metric):
     counts: Tensor
 
     def __init__(self, group_dims: Sequence[int] = (0,)) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)
         self.group_dims = tuple(group_dims)
         # zero groups, groups, zero entries, entries; float64 counts exactly up to 2**53
         self.add_state("counts", default=torch.zeros(4, dtype=torch.float64), dist_reduce_fx=None)
