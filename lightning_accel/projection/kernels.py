@@ -27,8 +27,7 @@ def group_max(x: Tensor) -> Tensor:
     if before == 1:
         return _max_of_rows(x[0])
     if x.numel() <= _CHUNK and after == 1 and x.dtype not in _HALVES:  # few operations count more than few passes
-        columns = x.view(before, groups)
-        return torch.maximum(columns.amax(0), columns.amin(0).neg_())
+        return torch.maximum(x.amax(0), x.amin(0).neg_()).view(groups)
     return _max_of_rows(_max_of_columns(x.view(before, groups * after)).view(groups, after))
 
 
@@ -115,8 +114,9 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> None:
         target: As ``source``, or ``source`` itself.
     """
     before, groups, after = source.shape
-    if source.device.type != "cpu":
-        torch.clamp(source, -bounds.view(1, groups, 1), bounds.view(1, groups, 1), out=target)
+    if source.device.type != "cpu" or (after == 1 and before > 1 and source.dtype not in _HALVES):
+        high = bounds.view(groups, 1)
+        torch.clamp(source, -high, high, out=target)
     elif before == 1:
         _clamp_rows(source[0], bounds.unsqueeze(1), target[0])
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_accel.projection.exact import ExactState, project_exact
-from lightning_accel.projection.joint import Cut, Team, cut
+from lightning_accel.projection.joint import Cut, Team, cut, cut_alone
 from lightning_accel.projection.multilevel import Method, Nonfinite
 from lightning_accel.projection.pyramid import MaxPyramid, Norm, Pyramid, check_levels, fibre_norms, pyramid
 from lightning_accel.projection.ramp import Ramp
@@ -144,6 +144,8 @@ class Projector:
         chosen = self.targets if targets is None or self.ball.scope == "global" else list(targets)
         if part == 0.0 or not chosen:
             return
+        if len(chosen) == 1 and self._project_alone(chosen[0], part):
+            return
         teams = [chosen] if self.ball.scope == "global" else [[target] for target in chosen]
         names = [team[0].name if len(team) == 1 else _ALL for team in teams]
         waits = all(t.view().device.type == "cpu" for t in chosen)
@@ -164,6 +166,18 @@ class Projector:
                 for target, bounds in zip(team, found.bounds, strict=True):
                     memory = self.memory(target)
                     memory.dead = bounds == 0.0 if memory.dead is None else memory.dead | (bounds == 0.0)
+
+    def _project_alone(self, target: Target, part: float) -> bool:
+        """Take the short way where one plain parameter on CPU is all there is to project; say whether it was."""
+        ball = self.ball
+        if ball.method == "exact" or ball.norms[0] != "l1" or ball.target_sparsity is not None:
+            return False
+        x = target.view()
+        if self.freeze_zero_groups or x.device.type != "cpu" or isinstance(x, DTensor):
+            return False
+        size, whole = self._size([target], part), self._pyramid(x, target)
+        self.last[target.name] = cut_alone(whole, size, nonfinite=ball.nonfinite, name=target.name)
+        return True
 
     @torch.no_grad()
     def hold(self, targets: Sequence[Target] | None = None) -> None:
@@ -255,10 +269,12 @@ class Projector:
     def _radius(self, targets: Sequence[Target], part: float, norms: Tensor) -> Tensor:
         if self.ball.target_sparsity is not None:
             return bilevel_radius(norms, self.ball.target_sparsity * part).reshape(1)
+        return torch.full((1,), self._size(targets, part), dtype=torch.float64, device=norms.device)
+
+    def _size(self, targets: Sequence[Target], part: float) -> float:
         first = math.fsum(self.memory(t).first_norm or 0.0 for t in targets)
         goal = self.ball.radius if self.ball.radius is not None else first * (self.ball.radius_fraction or 0.0)
-        size = goal if part == 1.0 else first + (goal - first) * part
-        return torch.full((1,), size, dtype=torch.float64, device=norms.device)
+        return goal if part == 1.0 else first + (goal - first) * part
 
     def _cut_exactly(self, targets: Sequence[Target], name: str, part: float, nonfinite: str) -> Cut:
         whole = [gather(t.view()) for t in targets]

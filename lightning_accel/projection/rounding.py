@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 2.0**-52  # unit roundoff of float64, doubled
-_SPARE_BITS = {torch.float32: 52 - 23, torch.bfloat16: 52 - 7}  # of a float64 mantissa; both have 8 exponent bits
+_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # both have exponents that float64 holds with ease
 Radius = TypeVar("Radius", float, Tensor)
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -34,12 +34,13 @@ def round_toward_zero(value: Tensor, dtype: torch.dtype) -> Tensor:
 def round_bound(bound: Tensor, dtype: torch.dtype) -> Tensor:
     """Do what `round_toward_zero` does to bounds (>= 0), in fewer operations; bounds too small to be normal become 0.
 
-    Clearing the bits that ``dtype`` has no place for rounds normal numbers toward zero.
+    Rounding to nearest adds less than one unit roundoff to a normal number, so as much is taken off first. Bounds that
+    ``dtype`` holds may end one step lower for it.
     """
-    if dtype not in _SPARE_BITS:
+    if dtype not in _ROUNDOFF:
         return round_toward_zero(bound, dtype)
-    cleared = torch.bitwise_and(bound.view(torch.int64), -1 << _SPARE_BITS[dtype]).view(torch.float64)
-    return torch.threshold_(cleared, torch.finfo(dtype).tiny, 0.0).to(dtype)
+    lower = bound * (1.0 - _ROUNDOFF[dtype])
+    return torch.threshold_(lower, torch.finfo(dtype).tiny, 0.0).to(dtype)
 
 
 def inner_radius(radius: Radius, terms: int) -> Radius:

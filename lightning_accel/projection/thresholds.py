@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.rounding import inner_radius
+from lightning_accel.projection.rounding import EPSILON, inner_radius
 
 SORT_UP_TO = 5_000  # groups; above, dropping what cannot survive is quicker than sorting
 _TINY = torch.finfo(torch.float64).tiny
@@ -46,7 +46,8 @@ def l1_thresholds(norms: Tensor, radius: Tensor, *, terms: int | None = None) ->
         Condat, "Fast projection onto the simplex and the l1 ball", Math. Program. 158 (2016); Michelot (1986).
     """
     if norms.shape[0] == 1 and norms.shape[1] > 0 and norms.device.type == "cpu":
-        return _single(norms, float(radius), terms or norms.shape[-1])
+        alone = single_threshold(norms[0], float(radius), terms or norms.shape[-1])
+        return Thresholds(*(part.unsqueeze(0) for part in alone))
     norm = norms.sum(-1)
     if norms.shape[-1] == 0:
         return Thresholds(norms, torch.zeros_like(norm), norm)
@@ -61,21 +62,48 @@ def l1_thresholds(norms: Tensor, radius: Tensor, *, terms: int | None = None) ->
     return Thresholds(bounds, (tau + top.squeeze(-1)).masked_fill_(unchanged, 0.0), norm)
 
 
-def _single(norms: Tensor, radius: float, terms: int) -> Thresholds:
-    """Do the same for one vector on CPU, where each small operation counts and looking at numbers is free."""
-    norm = norms.sum(-1)
+def single_threshold(norms: Tensor, radius: float, terms: int) -> Thresholds:
+    """Do what `l1_thresholds` does for one vector on CPU, where small operations cost and looking at numbers is free.
+
+    Newton's method from below drops norms that cannot survive until what is left sums to the radius, or until it drops
+    no more; its last sum is the one that the result is scaled by.
+
+    Args:
+        norms: float64 ``(n,)``, n >= 1.
+        radius: >= 0.
+        terms: As in `l1_thresholds`.
+
+    Returns:
+        `Thresholds` without the dimension of the batch.
+    """
+    norm = norms.sum()
     size = float(norm)
     if not size > radius or not math.isfinite(size):
         return Thresholds(torch.full_like(norms, torch.inf), torch.zeros_like(norm), norm)
     target = inner_radius(radius, terms)
-    top = norms.max()
+    top = float(norms.max())
     below = norms - top
-    tau = _newton(below if below.numel() <= SORT_UP_TO else below[below >= -target], target)
-    kept = below.sub_(tau).clamp_min_(0.0)
-    rest = float(kept.sum())
+    # the largest is 0 here, and alone would be cut by `target`; the mean is off by no more than what is taken off it
+    tau = max((size - target) / len(norms) - top - len(norms) * EPSILON * top, -target)
+    values = below if len(norms) <= SORT_UP_TO else below[below >= -target]
+    enough = target * (1.0 + EPSILON * len(values))
+    previous = -1
+    while True:
+        kept = (values - tau).clamp_min_(0.0)
+        rest = float(kept.sum())
+        if rest <= enough:
+            break
+        count = int(torch.count_nonzero(kept))
+        if count == previous:
+            break
+        tau += (rest - target) / count
+        previous = count
+    if values is not below:
+        kept = below.sub_(tau).clamp_min_(0.0)
+        rest = float(kept.sum())
     if rest > target:
         kept *= target / rest
-    return Thresholds(kept, norm.new_full((1,), float(top) + tau), norm)
+    return Thresholds(kept, norm.new_full((), top + tau), norm)
 
 
 def simplex_threshold(values: Tensor, total: Tensor) -> Tensor:
@@ -90,20 +118,6 @@ def simplex_threshold(values: Tensor, total: Tensor) -> Tensor:
     descending = values.sort(-1, descending=True).values
     count = torch.arange(1, values.shape[-1] + 1, dtype=values.dtype, device=values.device)
     return ((descending.cumsum(-1) - total.unsqueeze(-1)) / count).amax(-1)
-
-
-def _newton(values: Tensor, total: float) -> float:
-    """Newton's method from below; every step drops entries, so it ends with the exact set of those above."""
-    tau = (float(values.sum()) - total) / values.numel()
-    tau = max(tau, -total)  # the largest value is 0, and alone would be cut by this
-    previous = -1
-    while True:
-        above = (values - tau).clamp_min_(0.0)
-        count = int(torch.count_nonzero(above))
-        if count in (0, previous):
-            return tau
-        tau += (float(above.sum()) - total) / count
-        previous = count
 
 
 def _michelot(values: Tensor, total: Tensor) -> Tensor:
