@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 17  # entries a thread works on at once: 512 KiB of float32
+_SUMMED = 1 << 16  # the same for sums over rows, which put what they add up beside them
 _MAGNITUDE = 0x7FFF
 _SIGN = -0x8000
 _HALVES = (torch.float16, torch.bfloat16)
@@ -50,7 +51,7 @@ def _group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
         magnitude = x.abs()
         return magnitude.amax((0, 2)).double(), magnitude.sum((0, 2), dtype=torch.float64)
     if before == 1:
-        magnitudes = (_wide(x[0, rows]).abs() for rows in _row_slices(x[0]))
+        magnitudes = (_wide(x[0, rows]).abs() for rows in _slices(*x[0].shape, _SUMMED))
         pairs = [(m.amax(1), m.sum(1)) for m in magnitudes]
         return torch.cat([p[0] for p in pairs]).double(), torch.cat([p[1] for p in pairs]).double()
     columns = x.view(before, groups * after)
@@ -85,7 +86,7 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
         return above.sum((0, 2), dtype=torch.float64), (above > 0).sum((0, 2)).double()
     if before == 1:
         sums, counts = [], []
-        for rows in _slices(len(groups), after):
+        for rows in _slices(len(groups), after, _SUMMED):
             above = x[0].index_select(0, groups[rows]).to(wide).abs_().sub_(level[rows].unsqueeze(1)).clamp_min_(0.0)
             sums.append(above.sum(1))
             counts.append(above.sign_().sum(1))
@@ -208,7 +209,7 @@ def _row_slices(rows: Tensor) -> Iterator[slice]:
     return _slices(*rows.shape)
 
 
-def _slices(rows: int, columns: int) -> Iterator[slice]:
+def _slices(rows: int, columns: int, entries: int = _CHUNK) -> Iterator[slice]:
     """Cut ``(rows, columns)`` into slices of rows that fit into the caches of the threads."""
-    step = max(1, _CHUNK * torch.get_num_threads() // max(1, columns))
+    step = max(1, entries * torch.get_num_threads() // max(1, columns))
     return (slice(start, start + step) for start in range(0, rows, step))
