@@ -51,7 +51,7 @@ def _group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
         magnitude = x.abs()
         return magnitude.amax((0, 2)).double(), magnitude.sum((0, 2), dtype=torch.float64)
     if before == 1:
-        magnitudes = (_wide(x[0, rows]).abs() for rows in _slices(*x[0].shape, _SUMMED))
+        magnitudes = (_wide(x[0, rows]).abs() for rows in _slices(groups, after, _SUMMED))
         pairs = [(m.amax(1), m.sum(1)) for m in magnitudes]
         return torch.cat([p[0] for p in pairs]).double(), torch.cat([p[1] for p in pairs]).double()
     columns = x.view(before, groups * after)
