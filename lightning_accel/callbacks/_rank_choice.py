@@ -37,6 +37,7 @@ Ranks = Mapping[str, tuple[int, ...]]
 _PAIRS = 8  # few, but enough for the exact test to say "faster" although one pair disagrees
 _STEPS_TO_TRY = 2 * (_PAIRS + 2) + 2
 _STEPS_TO_PLAN = 250.0  # what `make_plan` takes where layers are quick
+_SMALL_SHARE = 0.01  # of the weight entries of all layers that could be factored
 _SECONDS_A_LAYER = 3.0  # what it takes at most for one kind of layer
 
 
@@ -64,6 +65,20 @@ class RankSearch:
         """Make the plan."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return make_plan(module, run_batch, **settings)
+
+    def unmeasured_plan(self, module: nn.Module, run_batch: Callable[[Any], object] | None) -> RankPlan:
+        """Make a plan of theoretical ranks, for want of time to measure.
+
+        Layers that would keep less than `min_energy` stay dense, and so do those too small to save much: nobody has
+        seen that they gain.
+        """
+        plan = dataclasses.replace(self, method="fixed").plan(module, run_batch)
+        chosen = [layer for layer in plan.layers if layer.ranks is not None]
+        entries = sum(layer.dense_parameters for layer in chosen)
+        poor = {layer.name for layer in chosen if layer.energy is not None and layer.energy < self.min_energy}
+        small = {layer.name for layer in chosen if layer.dense_parameters < _SMALL_SHARE * entries}
+        plan = plan.dense(poor, f"retains less than {self.min_energy:.0%} of its energy")
+        return plan.dense(small, f"has less than {_SMALL_SHARE:.0%} of the entries, and was not measured")
 
     def unmeasured_ranks(self, module: nn.Module) -> Ranks:
         """Return theoretical ranks, for a first look at what could be gained."""
@@ -136,25 +151,32 @@ class RankChooser:
             planning = self.search.planning_seconds(trial.module, quick.dense)
             allowed = self.remaining * max(self.max_overhead * quick.dense, 0.5 * quick.saved if quick.faster else 0.0)
             if self._agree(time.perf_counter() - started) + planning > allowed:
-                return self.dense(
+                why = (
                     f"with unmeasured ranks {quick}; measuring ranks would take about {planning:.1f} s, "
                     f"more than {self.remaining:.0f} remaining steps can be expected to give back"
                 )
-        plan = self._plan(trial.module, run_batch)
-        choice = Choice(plan, "")
+                if not quick.faster or self.search.ratio is None:
+                    return self.dense(why)
+                plan = self._plan(trial.module, run_batch, unmeasured=True)
+                return self._verified(Choice(plan, ""), trial, started, f"{why}, so theoretical ranks are taken; ")
+        return self._verified(Choice(self._plan(trial.module, run_batch), ""), trial, started)
+
+    def _verified(self, choice: Choice, trial: StepTrial, started: float, head: str = "") -> Choice:
+        """Try whole steps of a plan; take back what does not pay."""
+        plan = choice.plan
         if not choice.ranks:
-            return Choice(plan, "no layer gains by low rank, by its own time")
+            return Choice(plan, f"{head}no layer gains by low rank")
         verified = self._compare(trial, choice.ranks)
         if not self.keep and not verified.faster:
             decision = verify_plan(plan, functools.partial(self._time_variants, trial, choice.ranks))
             plan = apply_decision(plan, decision)
             if not decision.pays or not Choice(plan, "").ranks:
-                return Choice(plan, f"low rank does not pay: {verified}; {decision.reason}")
+                return Choice(plan, f"{head}low rank does not pay: {verified}; {decision.reason}")
             verified = self._compare(trial, Choice(plan, "").ranks)
             if not verified.faster:
-                return Choice(plan.dense(set(choice.ranks), str(verified)), f"low rank does not pay: {verified}")
+                return Choice(plan.dense(set(choice.ranks), str(verified)), f"{head}low rank does not pay: {verified}")
         setup = self._agree(time.perf_counter() - started)
-        return self._paid_back(Choice(plan, str(verified)), setup, self.remaining * verified.saved)
+        return self._paid_back(Choice(plan, f"{head}{verified}"), setup, self.remaining * verified.saved)
 
     def choose_by_layers(self, module: nn.Module, inputs: RecordedInputs, step_seconds: float, why: str) -> Choice:
         """Choose by the times of single layers, where whole steps can not be tried."""
@@ -205,11 +227,12 @@ class RankChooser:
             return Choice(choice.plan, why)
         return Choice(choice.plan.dense(set(choice.ranks), why), f"low rank does not pay back its set-up: {why}")
 
-    def _plan(self, module: nn.Module, run_batch: Callable[[Any], object]) -> RankPlan:
+    def _plan(self, module: nn.Module, run_batch: Callable[[Any], object], *, unmeasured: bool = False) -> RankPlan:
         result: str | ValueError = ""
+        make = self.search.unmeasured_plan if unmeasured else self.search.plan
         if self.trainer.is_global_zero:
             try:
-                result = self.search.plan(module, run_batch).to_json()
+                result = make(module, run_batch).to_json()
             except ValueError as problem:  # the other processes must hear of it, they wait for a plan
                 result = problem
         result = self._agree(result)

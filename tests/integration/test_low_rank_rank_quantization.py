@@ -102,6 +102,24 @@ def test_stays_dense_where_set_up_is_not_paid_back(tmp_path, monkeypatch, caplog
     assert "more than 12 remaining steps can be expected to give back" in caplog.text or "pay back" in caplog.text
 
 
+@pytest.mark.parametrize(("min_energy", "expected"), [(0.0, {"net.0", "net.4", "net.6"}), (1.0, set())])
+def test_theoretical_ranks_are_taken_where_measuring_takes_too_long(
+    min_energy, expected, tmp_path, monkeypatch, caplog
+):
+    fake_clock(monkeypatch, lambda name: 8.0 if name == "dense" else 4.0)
+    monkeypatch.setattr(_rank_choice, "_STEPS_TO_PLAN", 1e6)
+    monkeypatch.setattr(_rank_choice, "_SECONDS_A_LAYER", 1e6)
+    module = Classifier()
+    callback = RankQuantization(when="setup", min_energy=min_energy, max_overhead=2.0)
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, [callback], tmp_path)
+    assert set(low_rank_layers(module)) == expected
+    assert callback.plan.method == "fixed"
+    assert "so theoretical ranks are taken; " in caplog.text
+    if not expected:
+        assert {layer.reason for layer in callback.plan.layers} >= {"retains less than 100% of its energy"}
+
+
 def test_short_run_is_not_even_tried(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(_rank_choice, "time_interleaved", lambda *_, **__: pytest.fail("nothing is to be timed"))
     module = Classifier()
