@@ -59,7 +59,8 @@ class RankQuantization(pl.Callback):
         plan: Apply this `RankPlan` (or the JSON file of one) and measure nothing.
         on_loss: ``"revert"``: stay dense where low rank does not pay in the steps that remain. ``"keep"``: only say so.
         max_overhead: Share of the remaining time that measuring may take before a gain is proven, >= 0. Where measuring
-            ranks would not be paid back but whole steps with the theoretical ranks of ``ratio`` are faster, those serve.
+            ranks would not be paid back but whole steps with the theoretical ranks of ``ratio`` are faster, those are
+            taken.
         min_energy: Least energy each layer retains, in [0, 1].
         weighting: ``"activation"`` weighs energies by the layers' inputs.
         include: Shell patterns of module names to consider.
