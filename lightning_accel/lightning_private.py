@@ -115,8 +115,13 @@ def expect_uncertain_end(trainer: Any, workers: int) -> None:
     With several workers nobody knows beforehand how many batches fall to whom. The loop's fetcher looks one batch
     ahead when it knows no length, and validation at the end of an epoch is tied to the last batch for loaders without
     one; but the length itself must stay known for learning-rate schedules. There is no public switch for either.
+
+    Nor may the epoch end with as many batches as its length: a worker that gets those of a dead one from the epoch
+    before has more, and would end without its last batch, and so without validation.
     """
     fit_loop = trainer.fit_loop
+    progress = fit_loop.epoch_loop.batch_progress
+    fit_loop.epoch_loop._num_ready_batches_reached = lambda: progress.is_last_batch
     setup_data = fit_loop.setup_data
 
     def setup_data_of_worker() -> None:

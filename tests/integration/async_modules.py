@@ -127,6 +127,32 @@ class DiesOnce(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class LeavesMoreThanAnEpoch(pl.Callback):
+    """Kill the coordinator when the other worker is in the second epoch, which so gets more batches than it has.
+
+    The one started again waits until the other has gone past the length of the epoch.
+    """
+
+    def setup(self, trainer, pl_module, stage):
+        store = trainer.strategy._store
+        if store is not None and store.incarnation > 0:
+            store.kv("started again", b"yes")
+            store.kv("past the length")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        store = trainer.strategy._store
+        if store.incarnation > 0:
+            return
+        if store.worker == 0 and batch_idx == 1:
+            store.kv("second epoch")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if store.worker == 1 and trainer.current_epoch == 1 and batch_idx == 0:
+            store.kv("second epoch", b"yes")
+            store.kv("started again")
+        if store.worker == 1 and batch_idx == trainer.num_training_batches:
+            store.kv("past the length", b"yes")
+
+
 class DiesAtTheEnd(pl.Callback):
     """Kill the coordinator when training is over and only the result is missing."""
 

@@ -13,6 +13,7 @@ from async_modules import (
     Classifier,
     DiesAtTheEnd,
     DiesOnce,
+    LeavesMoreThanAnEpoch,
     TwoLoaders,
     WaitForAll,
     fit,
@@ -129,6 +130,23 @@ def test_a_killed_worker_loses_no_batch_and_the_run_ends_validated(tmp_path, ran
         enable_checkpointing=True,
     )
     assert trainer.strategy.statistics.restarts == 1
+    leases = Counter(lease for entry in trainer.strategy.ending.log for lease in entry.leases)
+    assert leases == Counter((epoch, i) for epoch in range(2) for i in range(8))
+    assert trainer.callback_metrics["val/count"] == 32
+    assert best.best_model_path
+
+
+@pytest.mark.slow
+def test_a_worker_that_takes_over_with_more_batches_than_the_epoch_has_trains_on_all_and_validates(tmp_path):
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/loss")
+    trainer = fit(
+        tmp_path,
+        AsyncSGDStrategy(deterministic_replay=True),
+        seeded(Classifier, "momentum", "plateau"),
+        devices=2,
+        callbacks=[WaitForAll(2), LeavesMoreThanAnEpoch(), best],
+        enable_checkpointing=True,
+    )
     leases = Counter(lease for entry in trainer.strategy.ending.log for lease in entry.leases)
     assert leases == Counter((epoch, i) for epoch in range(2) for i in range(8))
     assert trainer.callback_metrics["val/count"] == 32
