@@ -169,8 +169,9 @@ class WaitForAll(pl.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         store = trainer.strategy._store
-        if batch_idx == 0 and trainer.current_epoch == 0 and store.incarnation == 0:
+        if batch_idx == 0:  # a worker that was started again says so, too: the first may have died before it could
             store.kv(f"there {store.worker}", b"yes")
+        if batch_idx == 0 and trainer.current_epoch == 0 and store.incarnation == 0:
             for worker in range(self.workers):
                 store.kv(f"there {worker}")
 

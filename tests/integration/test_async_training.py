@@ -123,7 +123,7 @@ def test_a_killed_worker_loses_no_batch_and_the_run_ends_validated(tmp_path, ran
     best = ModelCheckpoint(tmp_path / "best", monitor="val/loss")
     trainer = fit(
         tmp_path,
-        AsyncSGDStrategy(deterministic_replay=True),
+        AsyncSGDStrategy(deterministic_replay=True, heartbeat_seconds=300.0),  # a busy machine is no death
         seeded(Classifier, "momentum", "plateau", notes=str(notes)),
         devices=2,
         callbacks=[WaitForAll(2), DiesOnce(str(tmp_path / "died"), rank), best],
@@ -141,7 +141,7 @@ def test_a_worker_that_takes_over_with_more_batches_than_the_epoch_has_trains_on
     best = ModelCheckpoint(tmp_path / "best", monitor="val/loss")
     trainer = fit(
         tmp_path,
-        AsyncSGDStrategy(deterministic_replay=True),
+        AsyncSGDStrategy(deterministic_replay=True, heartbeat_seconds=300.0),  # a busy machine is no death
         seeded(Classifier, "momentum", "plateau"),
         devices=2,
         callbacks=[WaitForAll(2), LeavesMoreThanAnEpoch(), best],
