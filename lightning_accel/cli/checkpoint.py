@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_accel.cli.compose import UsageError
+from lightning_accel.cli.errors import UsageError
 from lightning_accel.low_rank import adapt_structure
 
 

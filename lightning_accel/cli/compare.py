@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lightning_accel.cli.compare_arms import ACCELERATED, PLAIN, PLAIN_AGAIN, arms, fingerprint
 from lightning_accel.cli.compare_progress import RunProgress
-from lightning_accel.cli.compose import UsageError
+from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.launch import Interrupted
 from lightning_accel.cli.results import cleaned, cleaned_override, save_configuration
 from lightning_accel.evidence.comparison import Comparison, compare_runs

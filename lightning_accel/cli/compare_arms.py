@@ -12,8 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_accel import __version__
-from lightning_accel.cli.compose import UsageError
-from lightning_accel.cli.errors import parameters
+from lightning_accel.cli.errors import UsageError, parameters
 from lightning_accel.evidence.runs import Fit
 from lightning_accel.evidence.workers import Arm
 from lightning_accel.measure import environment

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_accel.cli.compose import UsageError
+from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.fit import build
 from lightning_accel.cli.results import save_configuration
 from lightning_accel.evidence.feature_selection import (

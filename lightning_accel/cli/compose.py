@@ -8,14 +8,12 @@ import hydra
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_accel.cli.errors import UsageError, annotations, defined_name, refused
+
 _NUMBERS = (int, float, bool, type(None))
 CONFIG_PATH = "pkg://lightning_accel.conf"
 # 1.4 deprecates `version_base` and asks which targets code may be built from; 1.3 knows no such question.
 _HYDRA_1_3 = tuple(int(part) for part in re.findall(r"\d+", hydra.__version__)[:2]) < (1, 4)
-
-
-class UsageError(Exception):
-    """The user can mend this on the command line. The message says what is wrong and what to do."""
 
 
 def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -54,8 +52,6 @@ def instantiate(node: DictConfig, *, name: str, **given: object) -> Any:
     try:
         return hydra_instantiate(node, _convert_="all", **allowed, **given)
     except Exception as error:  # 1.3 wraps what a constructor raises, 1.4 does not
-        from lightning_accel.cli.errors import refused
-
         failure = refused(error, node, name=name)
         if failure is error:
             raise
@@ -64,8 +60,6 @@ def instantiate(node: DictConfig, *, name: str, **given: object) -> Any:
 
 def _names(node: DictConfig) -> list[str]:
     """Return the targets of a configuration, under the names they are asked for and those they were defined by."""
-    from lightning_accel.cli.errors import defined_name
-
     asked = set(targets(OmegaConf.to_container(node, resolve=True)))
     return sorted(asked | {defined_name(target) for target in asked})
 
@@ -83,8 +77,6 @@ def targets(plain: object) -> Iterator[str]:
 
 def _refuse_words(node: DictConfig, name: str) -> None:
     """Refuse a word where the target's annotation takes numbers only: few constructors look, and fail far later."""
-    from lightning_accel.cli.errors import annotations
-
     for key, (annotation, kinds) in annotations(str(node.get("_target_"))).items():
         value = node.get(key)
         if isinstance(value, str) and all(kind in _NUMBERS for kind in kinds):

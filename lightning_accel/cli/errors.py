@@ -15,11 +15,13 @@ from hydra import errors as hydra_errors
 from omegaconf import DictConfig, OmegaConf
 from omegaconf import errors as omegaconf_errors
 
-from lightning_accel.cli.compose import UsageError
-
 FAILED, NOT_UNDERSTOOD, INTERRUPTED = 1, 2, 130
 _EXTRAS = {"optuna": "optuna", "matplotlib": "examples", "sklearn": "examples", "onnx": "onnx", "ray": "ray"}
 _FEW = 12  # so many names still make a readable list
+
+
+class UsageError(Exception):
+    """The user can mend this on the command line. The message says what is wrong and what to do."""
 
 
 def explain(error: BaseException, overrides: Iterable[str] = ()) -> tuple[str, int]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_accel.cli.checkpoint import load_weights, prepare_layers
-from lightning_accel.cli.compose import UsageError, instantiate
+from lightning_accel.cli.compose import instantiate
+from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.fit import example_input
 from lightning_accel.low_rank import low_rank_layers, merge
 from lightning_accel.measure import compare_paired, time_interleaved

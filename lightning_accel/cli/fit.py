@@ -22,7 +22,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from lightning_accel.cli.compose import UsageError, instantiate
+from lightning_accel.cli.compose import instantiate
+from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.launch import Interrupted
 from lightning_accel.cli.speed import Speed
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_accel.cli import OWN_COMMAND_VARIABLE
-from lightning_accel.cli.compose import UsageError
+from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.factory import CALLBACKS_VARIABLE, TAKEN_VARIABLE
 from lightning_accel.cli.results import save_configuration
 

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from lightning_accel.cli.compose import UsageError
+from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.fit import Run, best_checkpoint, build, fit
 from lightning_accel.cli.results import save_configuration, save_metrics
 

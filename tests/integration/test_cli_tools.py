@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from lightning_accel.cli import bench as bench_package
 from lightning_accel.cli.checkpoint import read_checkpoint
-from lightning_accel.cli.compose import UsageError
+from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.export import largest_difference
 from lightning_accel.cli.plan.sequential_freezing import frozen_phases
 from lightning_accel.low_rank import FreezingSchedule, RankPlan, decompose, low_rank_layers, make_plan, merge

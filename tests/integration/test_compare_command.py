@@ -17,8 +17,8 @@ from rich.console import Console
 from lightning_accel.cli.compare import check, compare, shown_messages, usage_errors
 from lightning_accel.cli.compare_arms import ConfiguredFit, FreezeBottomHalf, arms, fingerprint
 from lightning_accel.cli.compare_progress import RunProgress
-from lightning_accel.cli.compose import UsageError, compose
-from lightning_accel.cli.errors import parameters
+from lightning_accel.cli.compose import compose
+from lightning_accel.cli.errors import UsageError, parameters
 from lightning_accel.evidence.ledger import RunLedger
 from lightning_accel.evidence.pairs import Step
 from lightning_accel.evidence.runs import Run

@@ -8,8 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightning_accel.cli import COMMANDS, OWN_COMMAND_VARIABLE, hydra_overrides, main
-from lightning_accel.cli.compose import UsageError, compose, instantiate, targets
-from lightning_accel.cli.errors import did_you_mean, explain
+from lightning_accel.cli.compose import compose, instantiate, targets
+from lightning_accel.cli.errors import UsageError, did_you_mean, explain
 from lightning_accel.cli.launch import split_flags
 from lightning_accel.cli.results import cleaned, cleaned_override
 

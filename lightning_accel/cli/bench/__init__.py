@@ -13,8 +13,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lightning_accel.cli.compose import UsageError
-from lightning_accel.cli.errors import did_you_mean
+from lightning_accel.cli.errors import UsageError, did_you_mean
 from lightning_accel.evidence.plots import MissingPackageError, plot_bench
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.evidence.tables import bench_table, write_bench

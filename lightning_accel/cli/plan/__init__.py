@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_accel.cli.checkpoint import load_weights
-from lightning_accel.cli.compose import UsageError
+from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.fit import build, build_callbacks, fit, quiet
 from lightning_accel.cli.results import save_configuration
 from lightning_accel.low_rank import eligible_layers

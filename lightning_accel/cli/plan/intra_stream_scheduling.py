@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_accel.callbacks._recurrent_layers import ScheduledLayers
 from lightning_accel.callbacks.intra_stream_scheduling import IntraStreamScheduling
-from lightning_accel.cli.compose import UsageError
+from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.plan import Scene
 from lightning_accel.recurrent.cell_deferral import DeferredCell
 from lightning_accel.recurrent.choice import ScheduleChoice

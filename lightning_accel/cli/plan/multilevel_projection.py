@@ -10,7 +10,7 @@ from rich.table import Table
 from lightning_accel.callbacks._projected_training import Timing
 from lightning_accel.callbacks.l1inf_projection import L1InfProjection
 from lightning_accel.callbacks.multilevel_projection import MultilevelProjection
-from lightning_accel.cli.compose import UsageError
+from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.plan import Scene
 from lightning_accel.measure import time_interleaved, undisturbed
 from lightning_accel.projection.projector import Ball, Projector

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from lightning_accel.cli.compose import UsageError
+from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.plan import Scene
 from lightning_accel.evidence.plots import MissingPackageError, plot_rank_plan
 from lightning_accel.low_rank import LayerPlan, RankPlan, default_cache_dir, make_plan
