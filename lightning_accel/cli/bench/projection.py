@@ -6,7 +6,6 @@ reads twice. Times are CPU time of the one thread, so that other programs distur
 """
 
 import contextlib
-import copy
 import logging
 import os
 import statistics
@@ -14,29 +13,24 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel.callbacks.l1inf_projection import L1InfProjection
+from lightning_accel.cli.bench._shrink_rows import shrink_rows
 from lightning_accel.evidence.rows import BenchRow
-from lightning_accel.measure import compare_paired, synchronize, time_interleaved
-from lightning_accel.projection import ExactState, project_l1inf, radius_for_sparsity, shrink
-from lightning_accel.projection.targets import find_targets
+from lightning_accel.measure import compare_paired, synchronize
+from lightning_accel.projection import ExactState, project_l1inf, radius_for_sparsity
 from lightning_accel.zoo.autoencoder import SupervisedAutoencoder
-from lightning_accel.zoo.mlp import MLP
-from lightning_accel.zoo.resnet import ResNet18
-from lightning_accel.zoo.vit import ViT
 
 _SHAPES = ((1_000, 10_000), (10_000, 10_000))
 _CONVOLUTION = (512, 512, 3, 3)
 _NAMES = {0: "rows", 1: "columns"}
 _IN_PLACE = {0: 1.3, 1: 1.5}
 _EXACT = {0.5: 6.0, 0.9: 4.0, 0.99: 2.5}
-_SHRINK = {0.5: 2.0, 0.9: 5.0}
 _EAGER = "chunked eager operations, nothing is compiled"
 
 
@@ -55,7 +49,7 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
     if device == "cpu" and (os.cpu_count() or 1) > 1:
         yield from _two_threads((500, 2_000) if quick else _SHAPES[0], pairs=pairs)
     yield _overhead(pairs=20 if quick else 300, device=device)
-    yield from _shrunk(width=256 if quick else 4096, pairs=pairs, device=device)
+    yield from shrink_rows(width=256 if quick else 4096, pairs=pairs, device=device, clock=_clock(device))
 
 
 def _clock(device: str) -> Callable[[], float]:
@@ -226,46 +220,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _shrunk(*, width: int, pairs: int, device: str) -> Iterator[BenchRow]:
-    cases: tuple[tuple[str, nn.Module, tuple[int, ...], tuple[str, ...], bool], ...] = (
-        (f"MLP width {width}, batch 256", MLP(in_features=64, width=width), (256, 64), ("head",), True),
-        ("ResNet-18 width 64, 32x32, batch 16", ResNet18(), (16, 3, 32, 32), ("fc",), False),
-        ("ViT d384, batch 16", ViT(), (16, 3, 32, 32), ("head",), False),
-        (
-            "autoencoder 1000-100-2-100-1000, batch 256",
-            SupervisedAutoencoder(in_features=1_000),
-            (256, 1_000),
-            ("encoder.2", "decoder.2"),
-            False,
-        ),
-    )
-    for case, model, shape, outputs, has_target in cases:
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-        for sparsity, target in _SHRINK.items():
-            sparse = copy.deepcopy(model).to(device).eval()
-            for found in find_targets(sparse):
-                if found.name.removesuffix(".weight") not in outputs:
-                    radius = radius_for_sparsity(found.view(), sparsity)
-                    project_l1inf(found.view(), radius, out=found.view())
-            small = shrink(sparse, x)
-            with torch.inference_mode():
-                seconds = time_interleaved(
-                    {"with zeros": partial(sparse, x), "shrunk": partial(small.model, x)},
-                    rounds=pairs,
-                    warmup=2,
-                    device=device,
-                    clock=_clock(device),
-                )
-            yield BenchRow(
-                suite="projection",
-                case=f"{case}, inference",
-                variant=f"shrunk, {sparsity:.0%} zero rows",
-                baseline="with zeros",
-                ratio=compare_paired(seconds["with zeros"], seconds["shrunk"]),
-                seconds={name: statistics.median(values) for name, values in seconds.items()},
-                target=target if has_target else None,
-                note=f"{small.parameters_before:,} -> {small.parameters_after:,} parameters; outputs differ by "
-                f"{small.largest_difference:.0e}",
-            )
