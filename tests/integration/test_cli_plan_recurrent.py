@@ -38,8 +38,10 @@ def test_plan_draws_the_schedule_of_a_graph(capsys):
     assert call("plan", "model=recurrent_graph/lstm", *SEQUENCES) == 0
     out = capsys.readouterr().out
     assert "recurrent.network.rnn: " in out
-    assert " 2. step by step        input_gate -> forget_gate" in out
-    assert "delayed by time steps: hidden -> input_gate (1)" in out
+    assert (
+        " 2. step by step, a step in this order, after 1\n      input_gate  = sigmoid(W x + W hidden[t-1] + b)" in out
+    )
+    assert "for all time steps at once: W x of input_gate, forget_gate, candidate, output_gate" in out
     (folder,) = folders("plan")
     drawing = xml.dom.minidom.parse(str(folder / "schedule_recurrent.network.rnn.svg"))
     assert "hidden" in {node.firstChild.data for node in drawing.getElementsByTagName("text")}

@@ -83,11 +83,56 @@ def test_clocks_tick_from_the_start_and_batch_first():
     assert y[0, :, 0].tolist() == [1, 0, 0, 1, 0, 0, 1]
 
 
+LSTM_SCHEDULE = """\
+ 1. all time steps at once
+      x           = input of 2
+    before stage 2, for all time steps at once: W x of input_gate, forget_gate, candidate, output_gate
+ 2. step by step, a step in this order, after 1
+      input_gate  = sigmoid(W x + W hidden[t-1] + b)
+      forget_gate = sigmoid(W x + W hidden[t-1] + b)
+      candidate   = tanh(W x + W hidden[t-1] + b)
+      output_gate = sigmoid(W x + W hidden[t-1] + b)
+      write       = input_gate * candidate
+      keep        = forget_gate * cell[t-1]
+      cell        = write + keep
+      squashed    = tanh(cell)
+      hidden      = output_gate * squashed
+"""
+
+
 def test_the_schedule_as_text():
-    text = schedule_text(graph_of("lstm").graph)
-    assert text.splitlines()[0].split() == ["1.", "all", "steps", "at", "once", "x"]
-    assert "2. step by step" in text
-    assert "hidden -> input_gate (1)" in text
+    assert schedule_text(graph_of("lstm").graph).startswith(LSTM_SCHEDULE)
+
+
+def test_the_schedule_of_the_feedback_stack_is_one_loop_over_both_layers():
+    text = schedule_text(graph_of("feedback_stack").graph)
+    assert "lower_candidate   = tanh(W x + W lower_hidden[t-1] + W upper_hidden[t-1] + b)" in text
+    assert "upper_candidate   = tanh(W lower_hidden + W upper_hidden[t-1] + b)" in text
+    assert text.count("step by step") == 1
+
+
+def test_every_kind_of_node_and_edge_as_text():
+    rnn = GraphRNN(
+        {
+            "x": {"size": 1}, "tick": {"size": 2, "period": 3}, "rest": {"size": 2, "activation": "one_minus"},
+            "a": {"size": 2, "activation": "one_minus"}, "b": {"size": 2, "aggregation": "product"},
+        },
+        ["tick -> rest identity", "x -> a broadcast", "a -> a delay=2 diagonal", "rest -> b", "a -> b delay=3"],
+        ["x"],
+        ["b"],
+    )  # fmt: skip
+    lines = [line.strip() for line in schedule_text(rnn.graph).splitlines()]
+    assert "tick = 1 at every 3 steps, else 0" in lines
+    assert "rest = 1 - tick" in lines
+    assert "a    = 1 - (x + w * a[t-2])" in lines
+    assert "b    = (W rest) * (W a[t-3])" in lines
+
+
+def boxes_of(svg):
+    """Left, top, right and bottom of every node."""
+    rects = [r for r in svg.getElementsByTagName("rect") if r.getAttribute("fill") == "white" and r.getAttribute("rx")]
+    places = [[float(r.getAttribute(a)) for a in ("x", "y", "width", "height")] for r in rects]
+    return [(x, y, x + w, y + h) for x, y, w, h in places]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,6 +144,30 @@ def test_the_schedule_as_a_picture(name):
     assert texts.count("step by step") == sum(stage.loop for stage in graph.schedule)
     arrows = [p for p in svg.getElementsByTagName("path") if p.getAttribute("marker-end")]
     assert len(arrows) == len(graph.edges)
+    late = {f"{e.source}, {e.delay} step{'s' * (e.delay > 1)} earlier" for e in graph.edges if e.delay}
+    assert late <= set(texts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_in_the_picture_covers_a_node(name):
+    graph = graph_of(name).graph
+    svg = xml.dom.minidom.parseString(schedule_svg(graph))
+    boxes = boxes_of(svg)
+    assert len(boxes) == len(graph.nodes)
+    for k, (left, top, right, bottom) in enumerate(boxes):
+        assert all(right < a or c < left or bottom < b or d < top for a, b, c, d in boxes[k + 1 :])
+    for path in svg.getElementsByTagName("path"):
+        if not path.getAttribute("stroke-dasharray"):
+            continue
+        x = y = 0.0
+        for word in path.getAttribute("d").split():
+            to = [float(v) for v in word[1:].split(",")]
+            ends = (to[0], to[1]) if word[0] == "M" else (to[0], y) if word[0] == "H" else (x, to[0])
+            if word[0] != "M":
+                low, high = sorted((x, ends[0])), sorted((y, ends[1]))
+                for left, top, right, bottom in boxes:
+                    assert low[1] <= left or low[0] >= right or high[1] <= top or high[0] >= bottom
+            x, y = ends
 
 
 @pytest.mark.parametrize(
