@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # torch's own custom
 
+from lightning_accel.low_rank.pointwise import multiplies, pointwise
+
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
@@ -120,6 +122,7 @@ class _FactoredConv(nn.Module):
         self.dilation = tuple(dilation) if dilation is not None else (1,) * dimensions
         self.padding_mode = padding_mode
         self._padding_before = _padding_for_pad(self.padding, self.kernel_size, self.dilation)
+        self._picks_positions = math.prod(self.kernel_size) == 1 and not any(self._padding_before)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Convolve with the dense layer's stride, padding and dilation."""
@@ -127,12 +130,11 @@ class _FactoredConv(nn.Module):
         if self.padding_mode != "zeros":
             x = F.pad(x, self._padding_before, mode=self.padding_mode)
             padding = (0,) * len(self.kernel_size)
+        if self._picks_positions and multiplies(x):
+            return pointwise(x[(..., *(slice(None, None, step) for step in self.stride))].contiguous(), weight, bias)
         if len(self.kernel_size) == 1:
             return F.conv1d(x, weight, bias, self.stride, padding, self.dilation)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation)
-
-    def _pointwise(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv1d(x, weight, bias) if len(self.kernel_size) == 1 else F.conv2d(x, weight, bias)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -231,7 +233,7 @@ class LowRankConv(_FactoredConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in, *spatial) to (batch, out, *spatial)."""
-        return self._pointwise(self._convolve(x, self.factor_in), self.factor_out, self.bias)
+        return pointwise(self._convolve(x, self.factor_in), self.factor_out, self.bias)
 
 
 class TuckerConv(_FactoredConv):
@@ -302,8 +304,8 @@ class TuckerConv(_FactoredConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in, *spatial) to (batch, out, *spatial)."""
-        hidden = self._convolve(self._pointwise(x, self.factor_in), self.core)
-        return self._pointwise(hidden, self.factor_out, self.bias)
+        hidden = self._convolve(pointwise(x, self.factor_in), self.core)
+        return pointwise(hidden, self.factor_out, self.bias)
 
 
 LOW_RANK_TYPES = (LowRankLinear, LowRankConv, TuckerConv)
