@@ -11,8 +11,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_accel.callbacks._projection_errors import nothing_found
 from lightning_accel.callbacks.group_sparsity import GroupSparsity
-from lightning_accel.lightning_private import averaged_modules, load_checkpoint_file
+from lightning_accel.lightning_private import averaged_modules, callbacks_of, load_checkpoint_file
 from lightning_accel.projection.projector import Ball, Projector
 from lightning_accel.projection.ramp import Ramp
 from lightning_accel.projection.sharded import gather
@@ -113,7 +114,8 @@ class ProjectedTraining:
 
     Attributes:
         name: Of the callback's class.
-        projections: How often an optimizer step was followed by a projection.
+        projections: How often an optimizer step was followed by a projection; a step that a gradient scaler skipped
+            counts, as it does in ``global_step``, and its projection changes no bit unless a ramp has moved on.
         steps: Of each optimizer that owns targets, by its place in the Trainer's list.
     """
 
@@ -132,10 +134,12 @@ class ProjectedTraining:
     _owned: dict[int, list[Target]] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
     _averages: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _begun: set[int] = field(default_factory=set)
+    _waits: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a run: hooks, and the model that targets point to."""
-        empty: dict[str, Any] = {"projector": None, "_owned": {}, "_handles": [], "_averages": []}
+        empty: dict[str, Any] = {"projector": None, "_owned": {}, "_handles": [], "_averages": [], "_begun": set()}
         return self.__dict__ | empty
 
     @property
@@ -158,11 +162,7 @@ class ProjectedTraining:
         self.projector = Projector([], self.ball, self.ramp, self.freeze_zero_groups)
         self.resolve(trainer, module)
         if not self.projector.targets:
-            raise MisconfigurationException(
-                f"{self.name} found no parameter to project in {type(module).__name__}: looked for trained parameters "
-                f"named {self.selection.parameters} of modules {self.selection.module_types or 'of any type'}. Pass "
-                "`parameters` and `module_types` that fit the model."
-            )
+            self._expect_layers(trainer, module)
         if self._restored is None:
             self.projections, self.steps, self.masked = 0, {}, False
             self.first_weights = None
@@ -179,7 +179,7 @@ class ProjectedTraining:
         """Find the targets (anew, after layers were exchanged) that some optimizer trains."""
         if self.projector is None:
             return
-        self._owned = {}
+        self._owned, had = {}, bool(self.projector.targets)
         found = self.selection.find(module)
         for index, optimizer in enumerate(trainer.optimizers):
             owned = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
@@ -188,24 +188,34 @@ class ProjectedTraining:
                 self._owned[index] = mine
         trained = {id(t) for mine in self._owned.values() for t in mine}
         self.projector.targets = [t for t in found if id(t) in trained]
-        if trainer.is_global_zero:
-            names = ", ".join(t.name for t in self.projector.targets) or "nothing any more"
-            _log.info("%s projects %s.", self.name, names)
+        names = ", ".join(t.name for t in self.projector.targets)
+        if trainer.is_global_zero and (names or had):
+            _log.info("%s projects %s.", self.name, names or "nothing any more")
 
     def change_layers(self, trainer: "pl.Trainer", module: nn.Module) -> None:
         """Follow an exchange of layers in the middle of a run."""
         self.resolve(trainer, module)
         if self.projector is not None:
+            self._waits = self._waits and not self.projector.targets
             self.projector.remember_first_norms()
 
     def stop(self) -> None:
         """Stop watching the optimizers."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._begun, self._waits = [], set(), False
+
+    def before_step(self, trainer: "pl.Trainer", optimizer: torch.optim.Optimizer) -> None:
+        """Note that a step begins: one that a gradient scaler skips never gets to the optimizer's own hook."""
+        if self._handles:
+            index = [id(other) for other in trainer.optimizers].index(id(optimizer))
+            if index in self._begun:  # several steps a batch, by hand
+                self._after_step(optimizer, (), {}, index=index)
+            self._begun.add(index)
 
     def _after_step(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any, *, index: int) -> None:
         """Project what this optimizer has just moved."""
+        self._begun.discard(index)
         mine = self._owned.get(index)
         if not mine or self.projector is None:
             return
@@ -234,6 +244,10 @@ class ProjectedTraining:
         epochs = self.timing.every_n_epochs
         if self.projector is None:
             return
+        for index in sorted(self._begun):
+            self._after_step(trainer.optimizers[index], (), {}, index=index)
+        if self._waits:
+            self._expect_layers(trainer, trainer.lightning_module)
         if epochs is not None and trainer.is_last_batch and (trainer.current_epoch + 1) % epochs == 0:
             self.projector.project(self._last_step())
         if trainer.is_last_batch or trainer.global_step % 50 == 0:
@@ -291,7 +305,7 @@ class ProjectedTraining:
                 if name in parameters:
                     parameters[name].data.copy_(value)
 
-    def log(self, log_dict: Callable[[dict[str, Any]], None], prefix: str) -> None:
+    def log(self, log_dict: Callable[..., None], prefix: str) -> None:
         """Log norm, tau, zero groups and zero entries of each parameter, and the zero groups of all."""
         if self.projector is None or not self.projector.targets:
             return
@@ -305,7 +319,8 @@ class ProjectedTraining:
         values |= {f"{prefix}/{k}": v.float() for k, v in overall.compute().items()}
         for name, found in self.projector.last.items():
             values |= {f"{prefix}/{name}/norm": found.norm.float(), f"{prefix}/{name}/tau": found.tau.float()}
-        log_dict(values)
+        # every process has the same values: the maximum is theirs, to the bit
+        log_dict(values, sync_dist=True, reduce_fx="max")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
@@ -325,6 +340,17 @@ class ProjectedTraining:
             self._restored = state
             self.projections, self.steps = state["projections"], dict(state["steps"])
             self.masked, self.first_weights = state["masked"], state["first_weights"]
+
+    def _expect_layers(self, trainer: "pl.Trainer", module: nn.Module) -> None:
+        """Refuse to project nothing, unless another callback is still to make layers."""
+        self._waits = True
+        states = [getattr(callback, "structure_state", None) for callback in callbacks_of(trainer)]
+        if any(state() == "pending" for state in states if state is not None):
+            return
+        chosen = self.selection
+        raise MisconfigurationException(
+            nothing_found(self.name, module, chosen.parameters, chosen.module_types, chosen.groups)
+        )
 
     def _last_step(self) -> int:
         return max(self.steps.values(), default=0)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from typing_extensions import override
 
 from lightning_accel.callbacks._order import correct_order
@@ -51,7 +52,8 @@ class MultilevelProjection(pl.Callback):
         nonfinite: ``"raise"`` or ``"skip"`` where a parameter holds NaN or infinity.
 
     Attributes:
-        projections: Optimizer steps that were followed by a projection.
+        projections: Optimizer steps that were followed by a projection; equals ``trainer.global_step`` where all
+            optimizers own some of the parameters and every step is projected.
 
     Raises:
         ValueError: If a value is out of range or values exclude each other; in ``fit``, for NaN and infinity.
@@ -132,6 +134,13 @@ class MultilevelProjection(pl.Callback):
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Begin retraining where it is due."""
         self._run.at_epoch_start(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Count steps that a gradient scaler then skips."""
+        self._run.before_step(trainer, optimizer)
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:

@@ -16,7 +16,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_accel.callbacks import L1InfProjection, MultilevelProjection
+from lightning_accel.callbacks import L1InfProjection, MultilevelProjection, RankQuantization
+from lightning_accel.low_rank import RankPlan
 
 FEATURES, HIDDEN = 12, 16
 
@@ -24,12 +25,12 @@ FEATURES, HIDDEN = 12, 16
 class Net(LightningModule):
     """A small classifier with every way to optimize."""
 
-    def __init__(self, optimization="automatic", batch_norm=False, bad_step=None):
+    def __init__(self, optimization="automatic", batch_norm=False, bad_step=None, hidden=HIDDEN):
         super().__init__()
         torch.manual_seed(0)
-        norm = [nn.BatchNorm1d(HIDDEN)] if batch_norm else []
-        self.first = nn.Linear(FEATURES, HIDDEN)
-        self.body = nn.Sequential(*norm, nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 3))
+        norm = [nn.BatchNorm1d(hidden)] if batch_norm else []
+        self.first = nn.Linear(FEATURES, hidden)
+        self.body = nn.Sequential(*norm, nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 3))
         self.optimization, self.bad_step, self.optimizer_steps = optimization, bad_step, 0
         self.automatic_optimization = optimization == "automatic"
 
@@ -131,31 +132,52 @@ def test_projections_equal_global_step_with_two_optimizers_by_hand():
     assert all(l1inf(w) <= 2.0 for w in weights(net).values())
 
 
-def test_a_step_that_amp_skips_is_followed_by_no_projection():
-    steps = []
-    net = Net(bad_step=1)
-    callback = L1InfProjection(2.0)
-    net.on_train_start = lambda: net.trainer.optimizers[0].register_step_post_hook(lambda *_: steps.append(1))
+@pytest.mark.parametrize("optimization", ["automatic", "manual"])
+@pytest.mark.parametrize("settings", [{"radius": 2.0}, {"target_sparsity": 0.5, "freeze_zero_groups": True}])
+def test_projections_equal_global_step_when_amp_skips_steps(optimization, settings):
+    steps, before, kept = [], {}, []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            before.update(weights(pl_module))
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                kept.append(all(torch.equal(w, before[n]) for n, w in weights(pl_module).items()))
+
+    net, callback = Net(optimization, bad_step=1), L1InfProjection(**settings)
+    net.on_train_start = lambda: [o.register_step_post_hook(lambda *_: steps.append(1)) for o in net.trainer.optimizers]
     amp = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
-    trainer = fit(net, callback, plugins=[amp])
-    # two batches overflow; Lightning counts their steps, the optimizer does not take them
-    assert callback.projections == len(steps) == trainer.global_step - 2 == 10
-    assert all(l1inf(w) <= 2.0 for w in weights(net).values())
+    trainer = fit(net, callback, Watch(), plugins=[amp])
+    # two batches overflow: Lightning counts their steps, the optimizer does not take them; projecting again is free
+    assert callback.projections == trainer.global_step == len(steps) + 2
+    assert trainer.global_step == (12 if optimization == "automatic" else 18)
+    if optimization == "automatic":
+        assert kept == [True, True]
 
 
-@pytest.mark.parametrize("method", ["bilevel", "exact"])
+BALLS = {
+    "bi-level": lambda **ball: L1InfProjection(**ball),
+    "exact": lambda **ball: L1InfProjection(method="exact", **ball),
+    "l1,2": lambda **ball: MultilevelProjection(norms=("l1", "l2"), **ball),
+    "l1,1": lambda **ball: MultilevelProjection(norms=("l1", "l1"), **ball),
+}
+
+
+@pytest.mark.parametrize("ball", BALLS)
 @pytest.mark.parametrize("scope", ["parameter", "global"])
-@pytest.mark.parametrize("sparsity", [0.5, 0.9])
-def test_target_sparsity_is_met_within_one_group(method, scope, sparsity):
-    net = Net()
-    fit(net, L1InfProjection(target_sparsity=sparsity, method=method, scope=scope))
-    found = weights(net)
+@pytest.mark.parametrize("groups", ["rows", "columns"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("when", [{}, {"mode": "project_then_retrain", "retrain_epoch": 1}])
+def test_target_sparsity_is_met_within_one_group(ball, scope, groups, sparsity, when):
+    net = Net(hidden=150)
+    fit(net, BALLS[ball](target_sparsity=sparsity, scope=scope, groups=groups, **when))
+    dim = ("rows", "columns").index(groups)
+    found = {name: (zero_rows(w, dim=dim), w.shape[dim]) for name, w in weights(net).items()}
     if scope == "global":
-        total = sum(len(w) for w in found.values())
-        assert abs(sum(map(zero_rows, found.values())) - sparsity * total) <= 1
-    else:
-        for name, weight in found.items():
-            assert abs(zero_rows(weight) - sparsity * len(weight)) <= 1, name
+        found = {"all": tuple(map(sum, zip(*found.values(), strict=True)))}
+    for name, (cleared, total) in found.items():
+        assert abs(cleared - round(sparsity * total)) <= 1, name
 
 
 def test_columns_and_names_choose_what_is_projected():
@@ -345,8 +367,25 @@ def test_what_the_user_has_frozen_stays_frozen():
 
 @pytest.mark.parametrize("kind", [L1InfProjection, MultilevelProjection])
 def test_nothing_to_project_is_an_error_that_says_what_was_looked_for(kind):
-    with pytest.raises(MisconfigurationException, match=r"found no parameter to project .* named \('decoder\.\*',\)"):
+    with pytest.raises(MisconfigurationException, match=r"found no parameter to project .* named 'decoder\.\*'"):
         fit(Net(), kind(1.0, parameters="decoder.*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"parameters": "frist.weight"}, r"No name fits\. There are first\.weight.* Pass `parameters` that fit"),
+        ({"parameters": "layer9"}, r"There are first\.weight, body\.1\.weight, body\.3\.weight, last\.weight\."),
+        ({"module_types": ["Conv2d"]}, r"not the modules: first\.weight of a Linear, .* Pass `module_types`, or null"),
+        ({"groups": [2]}, r"with groups \(2,\)\. .* too few dimensions for the groups: first\.weight \(16, 12\)"),
+        ({"parameters": "last.*"}, r"All of those are frozen: last\.weight, last\.bias"),
+    ],
+)
+def test_nothing_to_project_names_what_comes_close(settings, match):
+    net = Net()
+    net.last = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(MisconfigurationException, match=match):
+        fit(net, L1InfProjection(1.0, **settings))
 
 
 def test_strategies_that_take_parameters_apart_are_refused():
@@ -417,3 +456,32 @@ def test_names_of_what_is_projected_go_to_the_log(caplog):
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
         fit(Net(), L1InfProjection(1.0, parameters="first.*"))
     assert "L1InfProjection projects first.weight." in caplog.text
+
+
+def low_rank(**settings):
+    return RankQuantization(**{"ratio": 2.0, "method": "fixed", "when": 1, "on_loss": "keep"} | settings)
+
+
+def test_factors_that_another_callback_makes_later_are_projected(caplog):
+    net = Net(hidden=64)
+    mine = L1InfProjection(target_sparsity=0.5, parameters="*factor_in", module_types=None)
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        fit(net, mine, low_rank(), epochs=3)
+    factors = {name: p for name, p in net.named_parameters() if name.endswith("factor_in")}
+    assert factors
+    for name, factor in factors.items():
+        assert zero_rows(factor.detach()) == len(factor) // 2, name
+    assert "nothing any more" not in caplog.text
+
+
+def test_layers_that_are_factored_away_end_the_projection(caplog):
+    net = Net(hidden=64)
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        fit(net, L1InfProjection(target_sparsity=0.5, parameters="body.1.weight"), low_rank(), epochs=3)
+    assert "L1InfProjection projects nothing any more." in caplog.text
+
+
+def test_factors_that_never_come_are_an_error():
+    plan = RankPlan(layers=(), method="fixed", target="ratio", value=1.0)
+    with pytest.raises(MisconfigurationException, match=r"found no parameter to project .* No name fits"):
+        fit(Net(), L1InfProjection(1.0, parameters="*factor_in"), RankQuantization(plan=plan, when=1), epochs=3)
