@@ -143,7 +143,8 @@ class ScheduleChoice:
         key = (name, step, specs, state_specs, modes, dtypes, cast)
         if key not in self._made:
             try:
-                self._made[key] = self._make(name, step, specs, state_specs)
+                with torch.inference_mode(mode=False):  # what is traced and kept serves training as well
+                    self._made[key] = self._make(name, step, specs, state_specs)
             except CannotScheduleError as refusal:
                 self._made[key] = None
                 self.refusals.setdefault(name, str(refusal))

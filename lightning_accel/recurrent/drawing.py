@@ -128,8 +128,13 @@ def lay_out(graph: RecurrentGraph) -> Picture:
     late, lanes = _delayed_arrows(graph, boxes, frames)
     frames = [replace(f, height=f.height + _LANE * lanes.get(k, 0)) for k, f in enumerate(frames)]
     bottom = max(f.y + f.height for f in frames) + _LANE * lanes.get(-1, 0)
-    width = max(left - _GAP_X + _MARGIN, 620)
-    return Picture(width, bottom + 44, tuple(boxes.values()), tuple(frames), (*_direct_arrows(graph, boxes), *late))
+    return Picture(
+        max(left - _GAP_X + _MARGIN, 620.0),
+        bottom + 44,
+        tuple(boxes.values()),
+        tuple(frames),
+        (*_direct_arrows(graph, boxes), *late),
+    )
 
 
 def schedule_svg(graph: RecurrentGraph) -> str:
