@@ -1,5 +1,6 @@
 """Messages between server and worker over a Unix socket: small, ordered, and never a reason to wait for the dead."""
 
+import array
 import pickle
 import socket
 import struct
@@ -8,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _PREFIX = struct.Struct("!QQ")  # bytes of the body, number of descriptors
-_CHUNK = 1 << 18
-_MOST_DESCRIPTORS = 16
+_RING = _PREFIX.pack(0, 0)  # a message without a body
+_CHUNK = 1 << 16
+_ANCILLARY_BYTES = socket.CMSG_LEN(16 * array.array("i").itemsize)  # room for 16 descriptors
 
 
 class ChannelClosedError(ConnectionError):
@@ -34,6 +36,7 @@ class Channel:
     """
 
     def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(True)  # each call says itself whether it waits
         self._socket = sock
         self._incoming = bytearray()
         self._descriptors: deque[int] = deque()
@@ -51,8 +54,13 @@ class Channel:
         """Queue a message and send what goes without waiting; `flush` sends the rest."""
         body = pickle.dumps((message.kind, message.values, message.payload))
         prefix = _PREFIX.pack(len(body), len(message.descriptors))
-        # descriptors ride on the first byte of their message
+        # descriptors ride on the first byte of their message (`socket.send_fds` forgets its flags)
         self._outgoing.append((memoryview(prefix + body), message.descriptors))
+        self.flush(wait=False)
+
+    def ring(self) -> None:
+        """Send the shortest of messages, of kind ``"bell"``: look into what we share."""
+        self._outgoing.append((memoryview(_RING), []))
         self.flush(wait=False)
 
     def flush(self, *, wait: bool) -> bool:
@@ -61,14 +69,15 @@ class Channel:
         Raises:
             ChannelClosedError: If the other end is gone.
         """
-        self._socket.setblocking(wait)
+        flags = 0 if wait else socket.MSG_DONTWAIT
         while self._outgoing:
             data, descriptors = self._outgoing[0]
             try:
                 if descriptors:
-                    sent = socket.send_fds(self._socket, [data[:_CHUNK]], descriptors)
+                    carried = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+                    sent = self._socket.sendmsg([data[:_CHUNK]], [carried], flags)
                 else:
-                    sent = self._socket.send(data[:_CHUNK])
+                    sent = self._socket.send(data[:_CHUNK], flags)
             except BlockingIOError:
                 return False
             except OSError as error:
@@ -84,13 +93,13 @@ class Channel:
         Raises:
             ChannelClosedError: If the other end is gone and no complete message is left.
         """
-        self._socket.setblocking(False)
-        closed = False
-        while not closed:
+        received = _CHUNK
+        while received == _CHUNK:  # less than was asked for: the socket is empty now
             try:
-                closed = not self._fill()
-            except BlockingIOError:  # noqa: PERF203  # the socket is empty
-                break
+                received = self._fill(socket.MSG_DONTWAIT)
+            except BlockingIOError:  # noqa: PERF203  # it ends the loop
+                received = -1
+        closed = received == 0
         messages = self._complete()
         if closed and not messages:
             raise ChannelClosedError("the other end of the channel is gone.")
@@ -103,22 +112,24 @@ class Channel:
             ChannelClosedError: If the other end is gone.
         """
         self.flush(wait=True)
-        self._socket.setblocking(True)
         while not (messages := self._complete()):
-            if not self._fill():
+            if not self._fill(0):
                 raise ChannelClosedError("the other end of the channel is gone.")
         return messages
 
-    def _fill(self) -> bool:
+    def _fill(self, flags: int) -> int:
+        """Receive once; returns the number of bytes, 0 at the end."""
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._socket, _CHUNK, _MOST_DESCRIPTORS)
+            data, ancillary, _, _ = self._socket.recvmsg(_CHUNK, _ANCILLARY_BYTES, flags)
         except BlockingIOError:
             raise
         except OSError:
-            return False
-        self._descriptors.extend(descriptors)
+            return 0
+        for level, kind, carried in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._descriptors.extend(array.array("i", carried))
         self._incoming += data
-        return bool(data)
+        return len(data)
 
     def _complete(self) -> list[Message]:
         messages = []
@@ -127,6 +138,10 @@ class Channel:
             end = _PREFIX.size + length
             if len(self._incoming) < end:
                 break
+            if not length:
+                del self._incoming[:end]
+                messages.append(Message("bell"))
+                continue
             kind, values, payload = pickle.loads(bytes(self._incoming[_PREFIX.size : end]))
             del self._incoming[:end]
             messages.append(Message(kind, values, payload, [self._descriptors.popleft() for _ in range(descriptors)]))

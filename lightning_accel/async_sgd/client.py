@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lightning_accel.async_sgd.channel import Channel, Message
 from lightning_accel.async_sgd.compression import ErrorFeedback
+from lightning_accel.async_sgd.control import ControlPage
 from lightning_accel.async_sgd.leases import Lease, LeaseId
-from lightning_accel.async_sgd.memory import Mailbox, ParameterPage, Segment
-from lightning_accel.async_sgd.peers import mailbox_areas
+from lightning_accel.async_sgd.memory import Mailbox, ParameterPage, copy_all
+from lightning_accel.async_sgd.peers import mailbox_areas, typed
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.store import Membership, Opening, Snapshot, Statistics
-from lightning_accel.async_sgd.supervisor import COORDINATOR, FIRST_HEARTBEAT, LIVE, STOP
 
 _BEAT_SECONDS = 0.25
 
@@ -58,21 +58,18 @@ class SharedMemoryStore:
         self._probe = probe
         self._channel = Channel(sock)
         self._replies: deque[Message] = deque()
-        self._leases: deque[Lease] = deque()
         self._finished_as_coordinator: bool | None = None
-        self._acknowledged = 0
-        self._outcome = ""  # of the push that was acknowledged last
         self._sequence = 0
         self._base_version = 0
         self._parameters = 0
         self._page: ParameterPage | None = None
         self._mailbox: Mailbox | None = None
+        self._slots: list[list[Tensor]] = []  # both slots of the mailbox as tensors, where nothing is compressed
         self._feedback = ErrorFeedback(settings.compression)
         self._pull_seconds: float | None = None
         self._closed = threading.Event()
         welcome = self._ask(Message("hello"))
-        size = 8 * (FIRST_HEARTBEAT + welcome.values["workers"])
-        self._control = Segment(size, welcome.descriptors[0]).bytes.view(torch.int64)
+        self._control = ControlPage(welcome.values["workers"], welcome.descriptors[0])
         threading.Thread(target=self._beat, args=(parent,), daemon=True, name="heartbeat").start()
 
     @property
@@ -80,17 +77,17 @@ class SharedMemoryStore:
         """Whether this worker validates, checkpoints and reports."""
         if self._finished_as_coordinator is not None:
             return self._finished_as_coordinator
-        return int(self._control[COORDINATOR]) == self.worker
+        return self._control.coordinator == self.worker
 
     @property
     def stopped(self) -> bool:
         """Whether the run is over for everybody."""
-        return bool(self._control[STOP])
+        return self._control.stopped
 
     @property
     def live_workers(self) -> int:
         """Workers taking part."""
-        return max(1, int(self._control[LIVE]))
+        return max(1, self._control.live)
 
     def join(self, opening: Callable[[], Opening]) -> Membership:
         """Enter the run; see `ParameterStore.join`."""
@@ -101,6 +98,8 @@ class SharedMemoryStore:
         specs, self._parameters = reply.values["specs"], reply.values["parameters"]
         self._page = ParameterPage(specs, reply.values["counters"], page)
         self._mailbox = Mailbox(*mailbox_areas(specs, self._parameters, self.settings), mailbox)
+        if self.settings.compression.name == "none":
+            self._slots = [typed(self._mailbox.areas(slot), specs[: self._parameters]) for slot in range(2)]
         return Membership(self.worker, self.incarnation, reply.values["epoch"])
 
     def check(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
@@ -144,8 +143,9 @@ class SharedMemoryStore:
         assert self._mailbox is not None, "join first"
         self._sequence += 1
         self.wait_for(self._sequence - 2)  # whoever is two ahead would write over a push not yet read
+        here = [gradient for gradient in gradients if gradient is not None]
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        finite = is_finite([g for g in gradients if g is not None])
+        finite = is_finite(here)
         meta: dict[str, Any] = {
             "base_version": self._base_version,
             "optimizer": optimizer,
@@ -160,29 +160,42 @@ class SharedMemoryStore:
         self._pull_seconds = None
         self._probe("before")
         with self._mailbox.writing(self._sequence, meta, self._probe) as areas:
-            for count, i in enumerate(meta["present"]):
-                if count == len(present) // 2:
-                    self._probe("half-way")
-                gradient = gradients[i]
-                assert gradient is not None
-                self._feedback.write(i, gradient, areas[i])
+            middle = len(present) // 2
+            self._write(present[:middle] if finite else [], here[:middle], areas)
+            self._probe("half-way")
+            self._write(present[middle:] if finite else [], here[middle:], areas)
             rest = areas[self._parameters :]
             for tensor, area in zip(buffers, rest, strict=False):
                 area.view(tensor.dtype).view(tensor.shape).copy_(tensor)
             for tensor, area in zip(base, rest[len(rest) - len(base) :], strict=True):
                 area.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
         self._probe("after the flag")
-        self._channel.send(Message("bell"))
+        self._channel.ring()
         self._probe("after the bell")
         return self._sequence
 
+    @torch.no_grad()
+    def _write(self, places: Sequence[int], gradients: Sequence[Tensor], areas: Sequence[Tensor]) -> None:
+        if self._slots:
+            slot = self._slots[self._sequence % 2]
+            copy_all([slot[i] for i in places], gradients[: len(places)])
+            return
+        for i, gradient in zip(places, gradients, strict=False):
+            self._feedback.write(i, gradient, areas[i])
+
     def wait_for(self, sequence: int) -> bool:
         """Wait for the acknowledgement of a push; see `ParameterStore.wait_for`."""
-        while self._acknowledged < sequence:
-            self._receive()
+        acknowledged, outcome = self._control.acknowledged(self.worker)
+        while acknowledged < sequence:
+            self._control.wait(self.worker, waiting=True)
+            acknowledged, outcome = self._control.acknowledged(self.worker)
+            if acknowledged < sequence:
+                self._receive()  # sleeps; the server rings whoever waits
+                acknowledged, outcome = self._control.acknowledged(self.worker)
+            self._control.wait(self.worker, waiting=False)
         if 0 < sequence == self._sequence:
             self._probe("acknowledged")
-        return self._outcome != "refused"
+        return outcome != "refused"
 
     def wait_for_slack(self) -> None:
         """See `ParameterStore.wait_for_slack`; no message without ``max_staleness``."""
@@ -270,23 +283,22 @@ class SharedMemoryStore:
         return self._replies.popleft()
 
     def _receive(self) -> None:
-        for message in self._channel.wait():
-            if message.kind == "ack":
-                self._acknowledged = message.values["sequence"]
-                self._outcome = message.values["outcome"]
-            else:
-                self._replies.append(message)
+        self._replies.extend(message for message in self._channel.wait() if message.kind != "bell")
 
     def _beat(self, parent: int) -> None:
         while not self._closed.wait(_BEAT_SECONDS):
-            self._control[FIRST_HEARTBEAT + self.worker] += 1
+            self._control.beat(self.worker)
             if os.getppid() != parent:
                 os._exit(1)  # orphaned: nobody is left to report to
 
 
 def is_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element is NaN or infinite; one pass, one host synchronization."""
-    if not tensors:
+    """Whether no element is NaN or infinite; one pass where all is well, one host synchronization."""
+    filled = [t.detach() for t in tensors if t.numel()]
+    if not filled:
         return True
-    extremes = [extreme for t in tensors if t.numel() for extreme in torch.aminmax(t.detach())]
-    return bool(torch.stack([e.double() for e in extremes]).isfinite().all()) if extremes else True
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm(filled)])
+    if norms.isfinite().all():
+        return True
+    # large finite elements overflow a norm, too
+    return all(bool(t.isfinite().all()) for t in filled)

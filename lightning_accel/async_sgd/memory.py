@@ -52,7 +52,16 @@ class Segment:
     def __init__(self, nbytes: int, fd: int | None = None) -> None:
         self.nbytes = nbytes
         self.fd = _anonymous_file(nbytes) if fd is None else fd
-        self.bytes = torch.frombuffer(mmap.mmap(self.fd, nbytes), dtype=torch.uint8)
+        self._map = mmap.mmap(self.fd, nbytes)
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def words(self, begin: int, end: int) -> memoryview:
+        """Return bytes ``[begin, end)`` as int64 words; reading or writing one costs no tensor."""
+        return memoryview(self._map)[begin:end].cast("q")
+
+    def raw(self, begin: int, end: int) -> memoryview:
+        """Return bytes ``[begin, end)``."""
+        return memoryview(self._map)[begin:end]
 
     def close(self) -> None:
         """Give up the descriptor. The memory itself goes with the last tensor on it."""
@@ -103,44 +112,53 @@ class ParameterPage:
         body = sum(_aligned(spec.nbytes) for spec in specs)
         self.segment = Segment(head + 2 * (meta + body), fd)
         raw = self.segment.bytes
-        self._header = raw[: 8 * _HEADER].view(torch.int64)  # [announced, completed]
-        self._meta: list[Tensor] = []
+        self._header = self.segment.words(0, 8 * _HEADER)  # [announced, completed]
+        self._meta: list[memoryview] = []
         self._tensors: list[list[Tensor]] = []
         offset = head
         for _ in range(2):
-            self._meta.append(raw[offset : offset + 8 * (1 + counters)].view(torch.int64))
+            self._meta.append(self.segment.words(offset, offset + 8 * (1 + counters)))
             offset += meta
             self._tensors.append([])
             for spec in specs:
                 self._tensors[-1].append(_view(raw, offset, spec))
                 offset += _aligned(spec.nbytes)
 
+    @torch.no_grad()
     def publish(self, tensors: Sequence[Tensor], version: int, counters: Sequence[int]) -> None:
         """Make tensors, version and counters visible at once."""
-        number = int(self._header[1]) + 1
+        number = self._header[1] + 1
         self._header[0] = number
         fence()
-        for target, tensor in zip(self._tensors[number % 2], tensors, strict=True):
-            target.copy_(tensor)
-        self._meta[number % 2].copy_(torch.tensor([version, *counters], dtype=torch.int64))
+        copy_all(self._tensors[number % 2], tensors)
+        for place, value in enumerate((version, *counters)):
+            self._meta[number % 2][place] = value
         fence()
         self._header[1] = number
 
+    @torch.no_grad()
     def read_into(self, targets: Sequence[Tensor | None]) -> tuple[int, list[int]]:
         """Copy the latest publication into ``targets`` (None: skip); returns version and counters.
 
         Retries while the writer laps it; two full publications within one copy are rare.
         """
+        wanted = [place for place, target in enumerate(targets) if target is not None]
+        into = [target for target in targets if target is not None]
         while True:
-            number = int(self._header[1])
+            number = self._header[1]
             fence()
-            for target, tensor in zip(targets, self._tensors[number % 2], strict=True):
-                if target is not None:
-                    target.copy_(tensor)
-            meta = self._meta[number % 2].tolist()
+            published = self._tensors[number % 2]
+            copy_all(into, published if len(wanted) == len(published) else [published[place] for place in wanted])
+            version, *counters = self._meta[number % 2]
             fence()
-            if int(self._header[0]) <= number + 1:
-                return meta[0], meta[1:]
+            if self._header[0] <= number + 1:
+                return version, counters
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors in place, in one call: with many small ones, a call each would cost more than the bytes."""
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
 
 
 def _view(raw: Tensor, offset: int, spec: TensorSpec) -> Tensor:
@@ -164,8 +182,8 @@ class Mailbox:
         slot = head + _aligned(meta_bytes) + sum(_aligned(n) for n in areas)
         self.segment = Segment(2 * slot, fd)
         raw = self.segment.bytes
-        self._headers = [raw[i * slot : i * slot + 8 * _HEADER].view(torch.int64) for i in range(2)]
-        self._meta = [raw[i * slot + head : i * slot + head + meta_bytes] for i in range(2)]
+        self._headers = [self.segment.words(i * slot, i * slot + 8 * _HEADER) for i in range(2)]
+        self._meta = [self.segment.raw(i * slot + head, i * slot + head + meta_bytes) for i in range(2)]
         self._areas: list[list[Tensor]] = []
         for i in range(2):
             offset = i * slot + head + _aligned(meta_bytes)
@@ -173,6 +191,10 @@ class Mailbox:
             for nbytes in areas:
                 self._areas[-1].append(raw[offset : offset + nbytes])
                 offset += _aligned(nbytes)
+
+    def areas(self, sequence: int) -> list[Tensor]:
+        """Return the payload areas of the slot of push ``sequence``, always the same objects for one slot."""
+        return self._areas[sequence % 2]
 
     @contextlib.contextmanager
     def writing(self, sequence: int, meta: dict[str, Any], probe: Callable[[str], None]) -> Iterator[list[Tensor]]:
@@ -186,12 +208,12 @@ class Mailbox:
         fence()
         yield self._areas[sequence % 2]
         packed = pickle.dumps(meta)
-        if len(packed) > room.numel():
+        if len(packed) > len(room):
             raise ValueError(
-                f"a push is described by {len(packed)} bytes, the mailbox has room for {room.numel()}; "
+                f"a push is described by {len(packed)} bytes, the mailbox has room for {len(room)}; "
                 "use fewer optimizer parameter groups."
             )
-        room[: len(packed)].copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+        room[: len(packed)] = packed
         header[1] = len(packed)
         probe("before the flag")
         fence()
@@ -200,8 +222,7 @@ class Mailbox:
     def committed(self, sequence: int) -> tuple[dict[str, Any], list[Tensor]] | None:
         """Return description and payload areas of push ``sequence``, or None while it is not committed."""
         header = self._headers[sequence % 2]
-        if int(header[0]) != sequence:
+        if header[0] != sequence:
             return None
         fence()
-        packed = self._meta[sequence % 2][: int(header[1])]
-        return pickle.loads(packed.numpy().tobytes()), self._areas[sequence % 2]
+        return pickle.loads(self._meta[sequence % 2][: header[1]]), self._areas[sequence % 2]

@@ -1,6 +1,7 @@
 """What the supervisor knows of one worker process, and what its mailbox holds."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -33,25 +34,42 @@ class Peer:
     state: str = "starting"  # then "joined", and at the end "left" or "dead"
     mailbox: Mailbox | None = None
     sequence: int = 1  # of the push that comes next
+    generation: int = 0  # of the parameters that it knows, see `Supervisor`
     request: Message | None = None  # what it waits for
     epoch: int = -1
     idle: bool = False
     done: bool = False  # has ended its training, and can take nothing over
     heartbeat: int = 0
     silent_seconds: float = 0.0
+    slots: list[list[Tensor]] = field(default_factory=list)  # gradients in the mailbox, where nothing is compressed
 
     @property
     def active(self) -> bool:
         """Whether it has neither left nor died."""
         return self.state in ("starting", "joined")
 
+    def undecoded(self, meta: dict[str, Any]) -> Push:
+        """Return a push of which only the leases matter."""
+        return Push(
+            worker=self.worker,
+            incarnation=self.incarnation,
+            sequence=self.sequence,
+            base_version=meta["base_version"],
+            optimizer=meta["optimizer"],
+            gradients=[],
+            leases=meta["leases"],
+        )
+
     def decode(self, server: ParameterServer, meta: dict[str, Any], areas: list[Tensor]) -> Push:
         """Return what lies in a slot of the mailbox, as views of it where nothing is compressed."""
         parameters, buffers = server.parameters, server.buffers
         gradients: list[Tensor | None] = [None] * len(parameters)
         for i in meta["present"]:
-            shape, dtype = parameters[i].shape, parameters[i].dtype
-            gradients[i] = server.settings.compression.read(areas[i], shape=shape, dtype=dtype)
+            if self.slots:
+                gradients[i] = self.slots[self.sequence % 2][i]
+            else:
+                shape, dtype = parameters[i].shape, parameters[i].dtype
+                gradients[i] = server.settings.compression.read(areas[i], shape=shape, dtype=dtype)
         rest = areas[len(parameters) :]
         sent = [a.view(b.dtype).view(b.shape) for a, b in zip(rest, buffers, strict=False)] if meta["buffers"] else []
         rest = rest[len(buffers) :]
@@ -70,6 +88,11 @@ class Peer:
             base=base,
             pull_seconds=meta["pull_seconds"],
         )
+
+
+def typed(areas: Sequence[Tensor], specs: Sequence[TensorSpec]) -> list[Tensor]:
+    """Return payload areas (uncompressed) as tensors of the given shapes, in the same memory."""
+    return [area.view(spec.dtype).view(spec.shape) for area, spec in zip(areas, specs, strict=False)]
 
 
 def mailbox_areas(specs: list[TensorSpec], parameters: int, settings: Settings) -> tuple[list[int], int]:
