@@ -131,7 +131,10 @@ class _FactoredConv(nn.Module):
             x = F.pad(x, self._padding_before, mode=self.padding_mode)
             padding = (0,) * len(self.kernel_size)
         if self._picks_positions and multiplies(x):
-            return pointwise(x[(..., *(slice(None, None, step) for step in self.stride))].contiguous(), weight, bias)
+            picked = (
+                x[..., :: self.stride[-1]] if len(self.stride) == 1 else x[..., :: self.stride[0], :: self.stride[1]]
+            )
+            return pointwise(picked.contiguous(), weight, bias)
         if len(self.kernel_size) == 1:
             return F.conv1d(x, weight, bias, self.stride, padding, self.dilation)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation)

@@ -1,18 +1,20 @@
 """The suite's peers follow their rules, and its rows name what a reader needs. No time is judged."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from lightning_accel.cli.bench import low_rank
-from lightning_accel.cli.bench._low_rank_peers import mac_guarded, theoretical, weight_parameters
-from lightning_accel.low_rank import low_rank_layers
+from lightning_accel.cli.bench._low_rank_peers import mac_guarded, weight_parameters
 
 TINY = low_rank.Case(
     "tiny MLP",
     lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)),
     (8, 64),
     speedup=1.1,
+    inference_speedup=1.1,
     train_target=1.0,
     inference_target=1.0,
 )
@@ -60,39 +62,56 @@ def test_operation_count_is_the_truncated_svd():
     assert changed["x"][1].bias is dense.bias or torch.equal(changed["x"][1].bias, dense.bias)
 
 
-def test_theoretical_ranks_are_put_into_a_copy():
-    model = TINY.make()
-    assert set(low_rank_layers(theoretical(model, 2.0))) == {"0", "2", "4"}
-    assert not low_rank_layers(model)
+@pytest.fixture
+def suite(tmp_path):
+    return low_rank._Suite(quick=True, device="cpu", cache=str(tmp_path))
 
 
-def test_training_rows_compare_with_dense_and_at_equal_energy():
-    rows = list(low_rank._training(TINY, quick=True, device="cpu"))
+def test_training_rows_compare_with_dense_and_at_equal_energy(suite):
+    rows = list(suite.training(TINY))
     assert all(row.suite == "low_rank" and row.ratio.pairs == 6 for row in rows)
     against_dense = [row.variant for row in rows if row.baseline == "dense"]
     assert len(against_dense) == len(set(against_dense)) == 10
     assert sum(row.target is not None for row in rows) == 2
     assert rows[-1].baseline == "operation count"
     assert rows[-1].target == 1.2
-    assert "energy" in rows[-1].note
+    assert all("energy" in row.note for row in rows)
     assert set(rows[-1].seconds) == {"dense", *against_dense}
 
 
-def test_inference_and_planning_rows():
-    rows = list(low_rank._inference(TINY, quick=True, device="cpu"))
-    assert [row.target for row in rows] == [None, 1.0, None]
-    first, cached = low_rank._planning(TINY, device="cpu")
+def test_the_target_belongs_to_sequential_freezing_of_the_fast_plan(suite):
+    (row,) = (row for row in suite.training(TINY) if row.baseline == "dense" and row.target is not None)
+    assert row.variant == "knapsack, predicted x1.1, sequential freezing"
+    assert "phases 2:1" in row.note
+
+
+def test_inference_and_planning_rows(suite):
+    rows = list(suite.inference(TINY))
+    assert {row.variant: row.target for row in rows if row.target is not None} == {"knapsack, predicted x1.1": 1.0}
+    assert {"theoretical rank, a = 2", "largest drop in time, a = 2", "operation count"} <= {
+        row.variant for row in rows
+    }
+    first, cached = suite.planning(TINY)
     assert (first.better, first.target, cached.baseline) == ("at most", 1.0, "1 s")
     assert first.ratio.median == pytest.approx(first.seconds["first time"] / 60.0)
 
 
-def test_default_settings_row_says_what_the_gate_decided():
-    (row,) = low_rank._defaults("tiny", TINY.make, TINY.shape, quick=True, device="cpu")
+def test_default_settings_row_says_what_the_gate_decided(suite):
+    (row,) = suite.defaults("tiny", TINY.make, TINY.shape)
+    assert (row.variant == "stays dense") == (row.target is None)
     assert row.variant == "stays dense" or row.variant.endswith("layers low rank")
     assert row.note
 
 
-def test_quick_rows_cover_training_inference_planning_and_defaults(monkeypatch):
+def test_all_plans_of_a_run_read_one_cache_that_begins_empty(monkeypatch):
+    seen = []
+    plan = low_rank.make_plan
+
+    def remember(*args, cache_dir, **settings):
+        seen.append((cache_dir, bool(list(Path(cache_dir).iterdir()))))
+        return plan(*args, cache_dir=cache_dir, **settings)
+
+    monkeypatch.setattr(low_rank, "make_plan", remember)
     monkeypatch.setattr(low_rank, "_CASES", (TINY,))
     monkeypatch.setattr(low_rank, "_DEFAULTS", (("tiny", TINY.make, TINY.shape),))
     cases = {row.case for row in low_rank.rows(quick=True, device="cpu")}
@@ -100,6 +119,10 @@ def test_quick_rows_cover_training_inference_planning_and_defaults(monkeypatch):
         "training step",
         "training step at equal energy",
         "inference",
+        "inference at equal energy",
         "plan of tiny MLP",
         "default settings with the gate",
     }
+    assert len({folder for folder, _ in seen}) == 1
+    assert [filled for _, filled in seen] == [False] + [True] * (len(seen) - 1)
+    assert not Path(seen[0][0]).exists()

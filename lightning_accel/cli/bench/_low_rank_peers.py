@@ -1,4 +1,4 @@
-"""Ways to choose ranks that the low-rank suite is compared with."""
+"""The published rule that the low-rank suite is compared with."""
 
 import copy
 import math
@@ -6,17 +6,10 @@ import math
 import torch
 from torch import nn
 
-from lightning_accel.low_rank import decompose, eligible_layers, make_plan, swap
+from lightning_accel.low_rank import eligible_layers, swap
 
 _MIN_CHANNELS, _MIN_FEATURES = 256, 256
 _LATENT_CHANNELS, _LATENT_FEATURES = 0.25, 128
-
-
-def theoretical(model: nn.Module, ratio: float) -> nn.Module:
-    """Return a copy in which every layer has the theoretical rank of ``ratio``, unmeasured."""
-    changed = copy.deepcopy(model)
-    decompose(changed, make_plan(changed, None, ratio=ratio, method="fixed"))
-    return changed
 
 
 def mac_guarded(model: nn.Module) -> tuple[nn.Module, float]:
