@@ -1,5 +1,6 @@
 """What intra-stream scheduling finds in a model and does to it, apart from when."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,9 +22,12 @@ class ScheduledLayers:
         schedule: For `Recurrent` layers and deferred cells.
         packed: Whether packed ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` run padded.
         deferred_cells: Whether loops over cells are deferred.
+        calls_left: How many batches are to come; schedules that have to be compiled must pay within them.
     """
 
-    def __init__(self, model: nn.Module, *, schedule: Schedule, packed: bool, deferred_cells: bool) -> None:
+    def __init__(
+        self, model: nn.Module, *, schedule: Schedule, packed: bool, deferred_cells: bool, calls_left: float = math.inf
+    ) -> None:
         named = dict(model.named_modules())
         self.recurrent = {n: m for n, m in named.items() if isinstance(m, Recurrent)}
         self.layers = {n: m for n, m in named.items() if isinstance(m, nn.RNNBase)}
@@ -33,12 +37,14 @@ class ScheduledLayers:
         self._schedule_of = {n: [choice.schedule for choice in layer.schedules] for n, layer in self.recurrent.items()}
         for layer in self.recurrent.values():
             for choice in layer.schedules:
+                choice.calls_left = calls_left
                 if choice.schedule == "auto":
                     choice.schedule = schedule
         if packed and schedule != "loop":
             self._forwards = [self._padded(name, layer) for name, layer in self.layers.items()]
         if deferred_cells and schedule != "loop":
             self.deferred = DeferredCells(model, schedule, apart_from=tuple(self.recurrent))
+            self.deferred.calls_left = calls_left
 
     @contextmanager
     def training_step(self) -> Iterator[None]:

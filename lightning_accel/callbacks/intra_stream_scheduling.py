@@ -26,8 +26,8 @@ class IntraStreamScheduling(Callback):
     resumed run repeats it.
 
     Args:
-        schedule: ``"auto"`` measures; ``"loop"`` changes nothing; ``"intra_stream"``, ``"scan"`` and ``"native"`` are
-            used wherever they can be. A `Recurrent` layer's own schedule goes first.
+        schedule: ``"auto"`` measures; ``"loop"`` changes nothing; ``"intra_stream"``, ``"compiled"``, ``"scan"`` and
+            ``"native"`` are used wherever they can be. A `Recurrent` layer's own schedule goes first.
         packed: Whether packed sequences run padded.
         deferred_cells: Whether Python loops over cells are recorded and run with schedules.
 
@@ -42,7 +42,7 @@ class IntraStreamScheduling(Callback):
 
     def __init__(
         self,
-        schedule: Literal["auto", "loop", "intra_stream", "scan", "native"] = "auto",
+        schedule: Literal["auto", "loop", "intra_stream", "compiled", "scan", "native"] = "auto",
         *,
         packed: bool = True,
         deferred_cells: bool = True,
@@ -50,7 +50,7 @@ class IntraStreamScheduling(Callback):
         super().__init__()
         if schedule not in SCHEDULES:
             raise ValueError(f"`schedule` must be one of {SCHEDULES}, got {schedule!r}.")
-        self.schedule: Literal["auto", "loop", "intra_stream", "scan", "native"] = schedule
+        self.schedule: Literal["auto", "loop", "intra_stream", "compiled", "scan", "native"] = schedule
         self.packed, self.deferred_cells = packed, deferred_cells
         self.report: list[str] = []
         self._layers: ScheduledLayers | None = None
@@ -64,7 +64,11 @@ class IntraStreamScheduling(Callback):
         self._leave()
         self.report, self._seen_a_step = [], False
         self._layers = ScheduledLayers(
-            pl_module, schedule=self.schedule, packed=self.packed, deferred_cells=self.deferred_cells
+            pl_module,
+            schedule=self.schedule,
+            packed=self.packed,
+            deferred_cells=self.deferred_cells,
+            calls_left=max(trainer.estimated_stepping_batches - trainer.global_step, 0),
         )
         if self._resumed:
             self._layers.restore(self._saved)

@@ -1,6 +1,7 @@
 """Choose a schedule: verified against the plain loop, then measured on the real shapes, once for each kind of call."""
 
 import copy
+import functools
 import math
 import time
 import warnings
@@ -12,14 +13,17 @@ from torch import Tensor, nn
 
 from lightning_accel.measure import time_interleaved
 from lightning_accel.recurrent.executor import StepSchedule
+from lightning_accel.recurrent.machine_code import refusal as no_compiler
 from lightning_accel.recurrent.stepping import Step, is_torch_cell, run_loop, run_native, torch_cell_step
 from lightning_accel.recurrent.tracing import CannotScheduleError, TensorSpec
 
-Schedule = Literal["auto", "loop", "intra_stream", "scan", "native"]
+Schedule = Literal["auto", "loop", "intra_stream", "compiled", "scan", "native"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 _TRIAL_STEPS = 48  # enough for the time of a step to show, few enough that the choice costs less than a batch
 _TRIAL_ROUNDS = 3
+_COMPILE_SECONDS = 1.0  # what a cell's machine code costs once: text, compiler, verification
+_COMPILED_SAVES = 0.3  # at least this share of the best time without it, as measured of all cells here
 _TOLERANCE = 1e-9  # of the float64 comparison with the loop, relative to the largest value
 
 
@@ -36,6 +40,7 @@ class ScheduleChoice:
             repeats the choice instead of measuring anew.
         speed: Measured times faster than the loop, for each kind of call that was measured.
         refusals: Why a schedule could not be used.
+        calls_left: How many calls of a kind are to come; machine code is made only if they pay for it.
 
     Raises:
         ValueError: If ``schedule`` is none of the names.
@@ -48,6 +53,7 @@ class ScheduleChoice:
         self.choices: dict[str, str] = {}
         self.speed: dict[str, float] = {}
         self.refusals: dict[str, str] = {}
+        self.calls_left = math.inf
         self._made: dict[tuple[Any, ...], StepSchedule | None] = {}
 
     def run(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -64,7 +70,10 @@ class ScheduleChoice:
         key = self._key(step, xs, states)
         if key not in self.choices:
             self.choices[key] = self._choose(key, step, xs, states)
-        run = self._candidates(step, xs, states, only=self.choices[key]).get(self.choices[key])
+        chosen = self.choices[key]
+        run = self._candidates(step, xs, states, only=chosen).get(chosen)
+        if run is None and chosen == "compiled":  # chosen on a machine that has a compiler
+            run = self._candidates(step, xs, states, only="intra_stream").get("intra_stream")
         return run(xs, states) if run is not None else run_loop(step, self.module, xs, states)
 
     def refusal(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str | None:
@@ -86,7 +95,8 @@ class ScheduleChoice:
         return f"{type(step).__name__}: {shapes}, {len(states)} states, {size}, {cast}, {device}, {mode}"
 
     def _choose(self, key: str, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str:
-        candidates = self._candidates(step, xs, states, only=None if self.schedule == "auto" else self.schedule)
+        wanted = None if self.schedule == "auto" else self.schedule
+        candidates = self._candidates(step, xs, states, only=wanted)
         if self.schedule != "auto":
             if self.schedule not in candidates:
                 reason = self.refusals.get(self.schedule, "this cell has no such form")
@@ -98,14 +108,24 @@ class ScheduleChoice:
         steps = min(len(xs[0]), _TRIAL_STEPS)
         short = [x[:steps].detach() for x in xs]
         start = [s.detach() for s in states]
-        trials = {n: self._trial(run, short, start) for n, run in candidates.items()}
-        seconds = time_interleaved(
-            trials, rounds=_TRIAL_ROUNDS, device=xs[0].device, clock=_clock(xs[0].device), budget_seconds=2.0
-        )
-        medians = {n: sorted(s)[len(s) // 2] for n, s in seconds.items()}
+        medians = self._measure(candidates, short, start)
+        saved = self.calls_left * _COMPILED_SAVES * min(medians.values()) * len(xs[0]) / steps
+        if saved > _COMPILE_SECONDS and "intra_stream" in candidates:
+            compiled = self._candidates(step, xs, states, only="compiled")
+            if compiled:
+                best = min(medians, key=medians.__getitem__)
+                medians = self._measure({n: candidates[n] for n in {"loop", best}} | compiled, short, start)
         best = min(medians, key=medians.__getitem__)
         self.speed[key] = medians["loop"] / max(medians[best], 1e-9)
         return best
+
+    def _measure(
+        self, candidates: dict[str, Callable[..., Any]], xs: list[Tensor], states: list[Tensor]
+    ) -> dict[str, float]:
+        trials = {n: self._trial(run, xs, states) for n, run in candidates.items()}
+        clock = _clock(xs[0].device)
+        seconds = time_interleaved(trials, rounds=_TRIAL_ROUNDS, device=xs[0].device, clock=clock, budget_seconds=2.0)
+        return {n: sorted(s)[len(s) // 2] for n, s in seconds.items()}
 
     def _trial(self, run: Callable[..., Any], xs: list[Tensor], states: list[Tensor]) -> Callable[[], None]:
         parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -126,8 +146,8 @@ class ScheduleChoice:
             found["loop"] = lambda xs, states: run_loop(step, self.module, xs, states)
         if only in (None, "native") and step is torch_cell_step and is_torch_cell(self.module):
             found["native"] = lambda xs, states: run_native(self.module, xs, states)
-        for name in ("intra_stream", "scan"):
-            if only in (None, name):
+        for name in ("intra_stream", "scan", "compiled"):
+            if only == name or (only is None and name != "compiled"):  # machine code has to pay for its compiler
                 schedule = self._schedule(name, step, xs, states)
                 if schedule is not None:
                     found[name] = _bind(schedule, self.module)
@@ -150,15 +170,18 @@ class ScheduleChoice:
                 self.refusals.setdefault(name, str(refusal))
                 if name == "intra_stream" and self.schedule == "auto":
                     warnings.warn(f"{self.name} runs without an intra-stream schedule: {refusal}", stacklevel=6)
+                if name == "compiled" and self.schedule == "auto" and xs[0].device.type == "cpu" and no_compiler():
+                    _say_once(f"schedules run without machine code, slower but with the same results: {no_compiler()}")
         return self._made[key]
 
     def _make(self, name: str, step: Step, xs: tuple[TensorSpec, ...], states: tuple[TensorSpec, ...]) -> StepSchedule:
-        scan = name == "scan"
-        schedule = StepSchedule(self.module, step, xs, states, scan=scan)
+        scan, compiled = name == "scan", name == "compiled"
+        schedule = StepSchedule(self.module, step, xs, states, scan=scan, compiled=compiled)
         with torch.autocast(xs[0].device.type, enabled=False):
             double = copy.deepcopy(self.module).double()
             wide_xs, wide_states = ([_doubled(s) for s in specs] for specs in (xs, states))
-            verify(StepSchedule(double, step, wide_xs, wide_states, scan=scan), double, step, wide_xs, wide_states)
+            twin = StepSchedule(double, step, wide_xs, wide_states, scan=scan, compiled=compiled)
+            verify(twin, double, step, wide_xs, wide_states)
         return schedule
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ScheduleChoice":
@@ -206,6 +229,11 @@ def verify(
             raise CannotScheduleError(
                 f"its result differs from the plain loop's by {error:.1e}; please report this cell."
             )
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, stacklevel=8)
 
 
 def _bind(schedule: StepSchedule, module: nn.Module) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.recurrent import batching
+from lightning_accel.recurrent.machine_code import CannotCompileError, MachineCode
 from lightning_accel.recurrent.rewriting import aten
 from lightning_accel.recurrent.scan import scan_into
 from lightning_accel.recurrent.time_sums import layer_norm_sums
@@ -51,6 +52,7 @@ def compile_source(source: str, constants: dict[str, Tensor], device: torch.devi
         "inf": math.inf,
         "nan": math.nan,
         "scan_into": scan_into,
+        "MachineCode": MachineCode,
         "layer_norm_sums": layer_norm_sums,
         "ws_get": _buffer_maker(device),
         "two_buffers": _pair_maker(device),
@@ -59,6 +61,8 @@ def compile_source(source: str, constants: dict[str, Tensor], device: torch.devi
     }
     try:
         exec(compile(source, "<recurrent schedule>", "exec"), space)
+    except CannotCompileError as error:
+        raise CannotScheduleError(str(error)) from error
     except SyntaxError as error:
         raise CannotScheduleError(f"the schedule's code does not compile: {error}") from error
     return space

@@ -1,6 +1,7 @@
 """Find the cells that a model loops over, by watching one batch, and defer their calls from then on."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,12 +64,14 @@ class DeferredCells:
     Attributes:
         cells: What is deferred, by name.
         reasons: Why a cell that is called in a loop is not.
+        calls_left: How many batches are to come, see `ScheduleChoice`.
     """
 
     def __init__(self, root: nn.Module, schedule: Schedule = "auto", apart_from: tuple[str, ...] = ()) -> None:
         self.root, self.schedule, self._apart_from = root, schedule, apart_from
         self.cells: dict[str, DeferredCell] = {}
         self.reasons: dict[str, str] = {}
+        self.calls_left = math.inf
         self._watches: dict[str, _Watch] | None = None
 
     @property
@@ -95,7 +98,7 @@ class DeferredCells:
         self.reasons = dict(state["reasons"])
         for name, saved in state["cells"].items():
             cell = self.root.get_submodule(name)
-            choice = ScheduleChoice(cell, self.schedule, name=name)
+            choice = self._choice(name, cell)
             choice.choices.update(saved["choices"])
             layout = None if saved["layout"] is None else CallLayout(**_as_tuples(saved["layout"]))
             self.cells[name] = DeferredCell(cell, choice, layout, [tuple(shape) for shape in saved["shapes"]])
@@ -152,12 +155,17 @@ class DeferredCells:
                 continue  # torch's cells inside have better kernels than the whole
             if any(name.startswith(f"{other}.") for other in (*self.cells, *self.reasons)):
                 continue  # part of a cell
-            choice = ScheduleChoice(cell, self.schedule, name=name)
+            choice = self._choice(name, cell)
             reason = self._refusal(watch, choice)
             if reason is not None:
                 self.reasons[name] = reason
                 continue
             self.cells[name] = DeferredCell(cell, choice, watch.layout, watch.shapes or ())
+
+    def _choice(self, name: str, cell: nn.Module) -> ScheduleChoice:
+        choice = ScheduleChoice(cell, self.schedule, name=name)
+        choice.calls_left = self.calls_left
+        return choice
 
     def _refusal(self, watch: _Watch, choice: ScheduleChoice) -> str | None:
         cell = choice.module

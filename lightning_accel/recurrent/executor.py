@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from lightning_accel.recurrent.compilation import compile_source, generalize
 from lightning_accel.recurrent.generation import Generator, Wanted
+from lightning_accel.recurrent.machine_code import refusal
 from lightning_accel.recurrent.scan_lowering import is_affine
 from lightning_accel.recurrent.staging import Stages, rewrite, stage
 from lightning_accel.recurrent.stepping import run_loop
@@ -34,6 +35,7 @@ class StepSchedule:
         xs: One step's inputs; dimension 0 is the batch.
         states: One step's states; likewise.
         scan: Whether loops that are elementwise and affine in one state become scans; one at least has to be.
+        compiled: Whether loops that can be written in C run as machine code; one at least has to.
 
     Raises:
         CannotScheduleError: If the step can not be traced or staged; the message says why.
@@ -51,8 +53,9 @@ class StepSchedule:
         states: Sequence[TensorSpec],
         *,
         scan: bool = False,
+        compiled: bool = False,
     ) -> None:
-        self.scan = scan
+        self.scan, self.compiled = scan, compiled
         self._module, self._step = module, step
         self._xs, self._states = list(xs), list(states)
         self._streams = xs[0].shape[0] if xs and xs[0].shape else 1
@@ -65,6 +68,10 @@ class StepSchedule:
         self.stages = self._stage(_EXAMPLE_STREAMS[0])
         if scan:
             self._find_scans()
+        if compiled:
+            reason = "there is no C form for another device than the CPU" if self._device.type != "cpu" else refusal()
+            if reason is not None:
+                raise CannotScheduleError(f"no machine code: {reason}.")
         self.weight_names = [n for n, _ in module.named_parameters()] + [n for n, _ in module.named_buffers()]
 
     def __call__(
@@ -109,7 +116,9 @@ class StepSchedule:
             key = (wanted, None) if self._any_batch else (wanted, streams)
             if key not in self._variants:
                 stages = self._stage(streams)
-                self._variants[key] = self._compile(Generator(stages, wanted, scan=self.scan), None, stages)
+                self._variants[key] = self._compile(
+                    Generator(stages, wanted, scan=self.scan, compiled=self.compiled), None, stages
+                )
             functions = self._variants[key]
             functions["B"] = streams
             return functions
@@ -128,7 +137,7 @@ class StepSchedule:
 
     def source(self, wanted: Wanted) -> str:
         """Return the text of a variant, for people."""
-        return Generator(self._stage(_EXAMPLE_STREAMS[0]), wanted, scan=self.scan).source()
+        return Generator(self._stage(_EXAMPLE_STREAMS[0]), wanted, scan=self.scan, compiled=self.compiled).source()
 
     def _find_scans(self) -> None:
         loops = [s for s in self.stages.forward if s.loop]
@@ -139,7 +148,7 @@ class StepSchedule:
         texts = []
         for streams in reversed(_EXAMPLE_STREAMS):
             stages = self._stage(streams)
-            generator = Generator(stages, wanted, scan=self.scan)
+            generator = Generator(stages, wanted, scan=self.scan, compiled=self.compiled)
             texts.append(generator.source())
         general = generalize(texts[1], texts[0])
         if general is None:
@@ -270,7 +279,7 @@ def _blocks(
     """Yield (begin, end, buffers) of blocks of equal length, a shorter one last; the backward starts at the end."""
     length = max(1, min(steps, -(-(_SCAN_ROWS if schedule.scan else _BLOCK_ROWS) // streams)))
     cuts = [(begin, min(begin + length, steps)) for begin in range(0, steps, length)]
-    key = (wanted, phase, length, streams)
+    key = (wanted, phase, length, streams, torch.is_inference_mode_enabled())
     buffers = schedule.take(key) or {}
     for begin, end in cuts if phase == "forward" else reversed(cuts):
         yield begin, end, buffers if end - begin == length else {}

@@ -5,9 +5,12 @@ steps, or in one buffer that all steps share. Views are taken before the loop.
 """
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_accel.recurrent import batching
+from lightning_accel.recurrent.c_loops import CLoop, CText, inlined
+from lightning_accel.recurrent.c_rows import NotInCError
 from lightning_accel.recurrent.function_text import (
     INDENT,
     FunctionText,
@@ -18,9 +21,10 @@ from lightning_accel.recurrent.function_text import (
     shape_text,
 )
 from lightning_accel.recurrent.loop_writing import write_loop
-from lightning_accel.recurrent.rewriting import VIEWS, aten
+from lightning_accel.recurrent.rewriting import VIEWS, Node, aten
 from lightning_accel.recurrent.staging import Segment, Stages
 from lightning_accel.recurrent.time_sums import TimeSums
+from lightning_accel.recurrent.tracing import CannotScheduleError
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class Generator:
     that the next block of the same length uses again.
     """
 
-    def __init__(self, stages: Stages, wanted: Wanted, *, scan: bool = False) -> None:
-        self._scan = scan
+    def __init__(self, stages: Stages, wanted: Wanted, *, scan: bool = False, compiled: bool = False) -> None:
+        self._scan, self._compiled = scan, compiled
         self.stages, self.step, self.wanted = stages, stages.step, wanted
 
     def source(self) -> str:
@@ -60,9 +64,41 @@ class Generator:
                     self._sums.add(k, gradient)
         saved = self.stages.saved if self.wanted.any else []
         self._saved = [n for n in saved if n not in self.step.xs]
+        self._c = CText() if self._compiled else None
         forward = self._forward()
         backward = self._backward() if self.wanted.any else ""
-        return forward + "\n" + backward
+        return self._machine() + forward + "\n" + backward
+
+    def _machine(self) -> str:
+        if self._c is None:
+            return ""
+        if not self._c.functions:
+            reasons = "; ".join(dict.fromkeys(self._c.refusals)) or "it has none"
+            raise CannotScheduleError(f"none of its loops can be written in C: {reasons}.")
+        return f"machine = MachineCode({self._c.source!r}, {self._c.dtype})\n\n"
+
+    def _write_segments(
+        self, text: FunctionText, segments: list[Segment], apart: Iterable[Node], *, reverse: bool
+    ) -> None:
+        loops: dict[int, CLoop] = {}
+        taken: set[Node] = set()
+        if self._c is not None:
+            for k, extra in inlined(self.stages, segments, apart).items():
+                for calls in (extra, []):
+                    try:
+                        loops[k] = CLoop(text, segments[k], self._c, reverse=reverse, extra=calls)
+                    except NotInCError as refusal:
+                        self._c.refusals.append(str(refusal))
+                        continue
+                    taken.update(calls)
+                    break
+        for k, segment in enumerate(segments):
+            if k in loops:
+                loops[k].write()
+            elif segment.loop:
+                write_loop(text, segment, reverse=reverse, scan=self._scan)
+            else:
+                _write_block(text, segment, taken)
 
     def _forward(self) -> str:
         results = [y for y in self.step.ys if y not in self.stages.invariant]
@@ -76,11 +112,7 @@ class Generator:
                 f"(n + 1, {shape_text(self.step.states[j])}), {dtype_text(self.step.states[j])})"
             )
             text.say(f"state_{j}[0].copy_(bounds[{j}])")
-        for segment in self.stages.forward:
-            if segment.loop:
-                write_loop(text, segment, reverse=False, scan=self._scan)
-            else:
-                _write_block(text, segment)
+        self._write_segments(text, self.stages.forward, [*self._saved, *results], reverse=False)
         ends = []
         for j, (state, following) in enumerate(zip(self.step.states, self.step.next_states, strict=True)):
             if state is following:
@@ -133,11 +165,7 @@ class Generator:
         for k, dy in enumerate(self.step.d_ys):
             if dy is not None:
                 text.say(f"{text.name(dy)} = dys[{k}]")
-        for segment in self.stages.backward:
-            if segment.loop:
-                write_loop(text, segment, reverse=True, scan=self._scan)
-            else:
-                _write_block(text, segment)
+        self._write_segments(text, self.stages.backward, [*outputs, *self.stages.read], reverse=True)
         for k, statements in self._sums.statements(text.name, text.is_block).items():
             for statement in statements[:-1]:
                 text.say(statement)
@@ -163,7 +191,7 @@ class Generator:
         )
 
 
-def _write_block(text: FunctionText, segment: Segment) -> None:
+def _write_block(text: FunctionText, segment: Segment, taken: set[Node]) -> None:
     """Write calls that each cover all time steps of a block."""
     stages, step = text.stages, text.step
     delayed = dict(zip(step.states, step.next_states, strict=True))
@@ -179,7 +207,7 @@ def _write_block(text: FunctionText, segment: Segment) -> None:
         elif node in forward_delayed:
             j = step.d_next_states.index(node)
             value = f"torch.cat([{text.block(forward_delayed[node])}[1:], dbounds[{j}][None]])"
-        elif node.op == "placeholder" or node.target is operator.getitem:
+        elif node.op == "placeholder" or node.target is operator.getitem or node in taken:
             continue
         elif node.target in VIEWS:
             source = node.args[0]

@@ -169,7 +169,7 @@ class LoopPlaces:
             return
         self._make_room(node, node in outside)
 
-    def _over(self, node: Node) -> Node | None:
+    def summand_to_add_to(self, node: Node) -> Node | None:
         """Return the summand that a matrix product may be added to in place: made for all steps and used only here."""
         if node.target is not aten.addmm.default or node.kwargs:
             return None
@@ -189,7 +189,7 @@ class LoopPlaces:
 
     def _make_room(self, node: Node, outside: bool) -> None:
         say = self.text.say
-        summand = None if node in self.text.outputs else self._over(node)
+        summand = None if node in self.text.outputs else self.summand_to_add_to(node)
         if summand is not None:
             self.slab[node] = f"v_{summand.name}"
             say(f"list_{node.name} = v_{summand.name}.unbind(0)")

@@ -69,6 +69,12 @@ class StepGraph:
     def __post_init__(self) -> None:
         self.read_roles()
 
+    @property
+    def streams(self) -> int:
+        """Size of the batch that was traced."""
+        sizes: torch.Size = (self.states or self.xs)[0].meta["val"].shape
+        return sizes[0] if sizes else 1
+
     def read_roles(self) -> None:
         """Find the nodes of each role; to be called again after a rewrite."""
         nx, ns, nw, ny = self.counts

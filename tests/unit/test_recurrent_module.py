@@ -60,15 +60,15 @@ def sequence(*shape):
     return torch.randn(*shape, dtype=torch.double, requires_grad=True)
 
 
-@pytest.mark.parametrize("rows", [256, 2 * B])
+@pytest.mark.parametrize(("schedule", "rows"), [("intra_stream", 256), ("intra_stream", 2 * B), ("compiled", 2 * B)])
 @pytest.mark.parametrize("kind", [*ZOO, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
-def test_gradients_equal_autograds(kind, rows, monkeypatch):
+def test_gradients_equal_autograds(kind, schedule, rows, monkeypatch):
     monkeypatch.setattr(executor, "_BLOCK_ROWS", rows)
     rnn = Recurrent(kind(F, H).double(), schedule="loop")
     states = getattr(rnn.cell, "num_states", 2 if kind is nn.LSTMCell else 1)
     state = tuple(sequence(B, H) for _ in range(states)) if kind not in (nn.GRUCell, nn.RNNCell) else sequence(B, H)
     x = sequence(T, B, F)
-    assert_equal(results(scheduled(rnn, "intra_stream"), x, state), results(rnn, x, state))
+    assert_equal(results(scheduled(rnn, schedule), x, state), results(rnn, x, state))
 
 
 def test_zoneout_with_given_masks():
@@ -104,7 +104,7 @@ def test_changing_lengths_and_batches_make_no_new_plan():
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("schedule", ["intra_stream", "loop"])
+@pytest.mark.parametrize("schedule", ["intra_stream", "compiled", "loop"])
 def test_packed_sequences(schedule, bidirectional):
     lengths = torch.tensor([2, 7, 4])
     rnn = Recurrent(nn.LSTMCell(F, H).double(), bidirectional=bidirectional, schedule=schedule)
@@ -227,7 +227,7 @@ def test_auto_measures_and_remembers():
     rnn = Recurrent(PeepholeLSTMCell(F, H))
     rnn(torch.randn(T, B, F))[0].sum().backward()
     ((key, chosen),) = rnn.schedules[0].choices.items()
-    assert chosen in ("loop", "intra_stream")
+    assert chosen in ("loop", "intra_stream", "compiled")
     assert rnn.schedules[0].speed[key] >= 1.0
     rnn.schedules[0].choices[key] = "loop"
     rnn(torch.randn(T, B, F))
