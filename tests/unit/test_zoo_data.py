@@ -11,6 +11,7 @@ import torch
 from sklearn.datasets import make_classification
 
 from lightning_accel import zoo
+from lightning_accel.zoo.digits import PIXEL_MEAN, PIXEL_STD, SCALE, SHIFT, distort
 from lightning_accel.zoo.loading import EpochSampler, ResumableLoader, training_loader
 from lightning_accel.zoo.splits import split
 from lightning_accel.zoo.topics import VOCAB_SIZE, decode, encode
@@ -98,6 +99,49 @@ def test_digits_are_normalized():
     x = torch.cat([part.tensors[0] for part in ready("Digits").parts])
     assert x.mean().abs() < 1e-3
     assert x.std() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_copies_of_a_digit_are_distorted_and_stay_in_its_part():
+    one, three = ready("Digits", image_size=16, channels=3), ready("Digits", image_size=16, channels=3, copies=3)
+    for original, part in zip(one.parts, three.parts, strict=True):
+        x, target = original.tensors
+        images = part.tensors[0].reshape(3, *x.shape)
+        assert torch.equal(images[0], x)
+        assert torch.equal(part.tensors[1], target.repeat(3))
+        changed = (images[1:] - x).flatten(2).norm(dim=2) / x.flatten(1).norm(dim=1)
+        assert changed.median() > 0.1  # moved
+        # Still nearer to their own digit than to others: the ink overlaps.
+        flat = (images.clamp(min=0) / images.clamp(min=0).flatten(2).norm(dim=2)[:, :, None, None, None]).flatten(2)
+        overlap = flat[1] @ flat[0].T
+        assert (overlap.diagonal() > overlap.mean(dim=1)).float().mean() > 0.95
+
+
+def test_distortions_depend_on_the_seed_alone():
+    first, same, other = (ready("Digits", copies=2, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first.parts[0].tensors[0], same.parts[0].tensors[0])
+    x = torch.zeros(1, 1, 8, 8)
+    x[0, 0, 3, 4] = 1.0
+    assert torch.equal(distort(x, 1.0, seed=1), distort(x, 1.0, seed=1))
+    assert not torch.equal(distort(x, 1.0, seed=1), distort(x, 1.0, seed=2))
+    assert not torch.equal(first.parts[0].tensors[0], other.parts[0].tensors[0])
+
+
+def test_distorting_moves_ink_and_leaves_paper():
+    paper = -PIXEL_MEAN / PIXEL_STD
+    blank = torch.full((50, 1, 8, 8), paper)
+    torch.testing.assert_close(distort(blank, 1.0, seed=0), blank)
+    dot = blank.clone()
+    dot[:, :, 3:5, 3:5] += 1.0
+    moved = distort(dot, 1.0, seed=0) - paper
+    mass = moved.sum(dim=(1, 2, 3)) / 4.0
+    # A digit shrinks or grows with the product of both scales, sheared areas stay.
+    assert mass.min() > (1 - SCALE) ** 2 / 1.6
+    assert mass.max() < 1.6 / (1 - SCALE) ** 2
+    axis = torch.arange(8.0) - 3.5
+    for sums in (moved.sum(dim=2), moved.sum(dim=3)):
+        centre = (sums.flatten(1) * axis).sum(dim=1) / sums.flatten(1).sum(dim=1)
+        assert centre.abs().max() < 8 * SHIFT / (1 - SCALE) * 1.5
+        assert centre.std() > 0.2
 
 
 @pytest.mark.parametrize("name", ["BreastCancer", "Classification"])
