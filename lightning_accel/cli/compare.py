@@ -1,6 +1,7 @@
 """``lightning-accel compare``: paired runs with and without the accelerators, and what they say."""
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,14 +16,15 @@ from lightning_accel.cli.compare_progress import RunProgress
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.launch import Interrupted
 from lightning_accel.cli.results import cleaned, cleaned_override, save_configuration
+from lightning_accel.evidence.budget import Share, write_budgets
 from lightning_accel.evidence.comparison import Comparison, compare_runs
-from lightning_accel.evidence.goal import Goal, derive_goal
+from lightning_accel.evidence.goal import Goal, TargetRule, derive_goal
 from lightning_accel.evidence.ledger import RunLedger
 from lightning_accel.evidence.page import Report, write_page
 from lightning_accel.evidence.pairs import run_pairs
 from lightning_accel.evidence.plots import MissingPackageError, plot_metric_against_time
 from lightning_accel.evidence.runs import Run
-from lightning_accel.evidence.tables import comparison_table
+from lightning_accel.evidence.tables import budget_table, comparison_table
 from lightning_accel.evidence.workers import Arm, WorkerError
 from lightning_accel.measure import environment
 
@@ -96,13 +98,25 @@ def check(cfg: DictConfig) -> None:
             raise UsageError(f"`compare.{name}` must be an integer >= {least}, got {value}.")
     if settings.mode not in (None, "max", "min"):
         raise UsageError(f"`compare.mode` must be max, min or null, got {settings.mode}.")
-    for name in ("price_per_hour", "target"):
-        if settings[name] is not None and not isinstance(settings[name], int | float):
-            raise UsageError(f"`compare.{name}` must be a number or null, got {settings[name]}.")
+    if isinstance(settings.target, str):
+        try:
+            TargetRule.parse(settings.target)
+        except ValueError as error:
+            raise UsageError(str(error).replace("`target`", "`compare.target`")) from None
+    elif settings.target is not None and not _is_number(settings.target):
+        raise UsageError(
+            f"`compare.target` must be a number, a rule such as plain_best-0.005, or null, got {settings.target}."
+        )
+    if settings.price_per_hour is not None and not _is_number(settings.price_per_hour):
+        raise UsageError(f"`compare.price_per_hour` must be a number or null, got {settings.price_per_hour}.")
     if settings.price_per_hour is not None and settings.price_per_hour < 0:
         raise UsageError(f"`compare.price_per_hour` must be >= 0, got {settings.price_per_hour}.")
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise UsageError(f"`seed` must be an integer >= 0, got {cfg.seed}; pairs need seeds they can share.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _ledger(cfg: DictConfig, folder: Path) -> RunLedger:
@@ -142,6 +156,7 @@ def _report(
     written = [ledger.path, *ledger.export()]
     comparisons: list[Comparison] = []
     messages: list[str] = []
+    budgets: dict[str, list[Share]] = {}
     if runs[PLAIN]:
         goal = _goal(cfg, runs[PLAIN])
         candidate = PLAIN_AGAIN if cfg.compare.aa else ACCELERATED
@@ -158,7 +173,8 @@ def _report(
             if baseline != candidate
         ]
         messages = shown_messages(runs[candidate][-1])
-        report = Report(comparisons, ledger.runs, where, _settings(cfg), messages, note)
+        budgets = write_budgets(runs)
+        report = Report(comparisons, ledger.runs, where, _settings(cfg), messages, note, budgets)
         try:
             picture = None
             if goal is not None:
@@ -171,6 +187,8 @@ def _report(
             console.print(f"Without {error}", markup=False, style="yellow", soft_wrap=True)
     for comparison in comparisons:
         console.print(comparison_table(comparison))
+    if budgets:
+        console.print(budget_table(budgets))
     for message in messages:
         console.print(message, markup=False, style="dim", soft_wrap=True)
     for comparison in comparisons:

@@ -135,8 +135,7 @@ def compare_runs(
         table.cost("samples", "per second", lambda run: run.samples_per_second, timed=True, inverse=True),
     ]
     if goal is not None:
-        sign = ">=" if goal.mode == "max" else "<="
-        lines.append(table.cost(f"until {goal.metric} {sign} {goal.target:.4g}", "seconds", goal.seconds, timed=True))
+        lines.append(table.cost(f"until {goal.words}", "seconds", goal.seconds, timed=True))
         lines.append(table.quality(f"best {goal.metric}", goal.best, goal.mode))
         lines.append(table.quality(f"final {goal.metric}", lambda run: run.metrics.get(goal.metric), goal.mode))
     lines += [

@@ -2,22 +2,20 @@
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_accel.callbacks.l1inf_projection import L1InfProjection
-from lightning_accel.evidence.plots import MissingPackageError
-from lightning_accel.measure import PairedRatio, compare_paired
+from lightning_accel.measure import PairedDifference, subtract_paired
 
-METHODS = ("bilevel", "exact")
 PLAIN = "no projection"
+METHODS: dict[str, Literal["bilevel", "exact"]] = {"bi-level": "bilevel", "exact": "exact"}
 
 MakeFit = Callable[[int, Sequence[Callback]], tuple[Trainer, LightningModule, LightningDataModule]]
 
@@ -27,13 +25,12 @@ class Selection:
     """One training.
 
     Attributes:
-        method: ``"no projection"``, ``"bilevel"`` or ``"exact"``.
+        method: ``"no projection"``, ``"bi-level"`` or ``"exact"``.
         sparsity: Fraction of the features to clear, in [0, 1].
         seed: Of model and data.
         accuracy: On the test samples, in [0, 1].
         features: That kept a weight.
         informative: Of those, how many the class depends on; ``None`` where nobody knows.
-        step_seconds: Median of a training step.
     """
 
     method: str
@@ -42,28 +39,32 @@ class Selection:
     accuracy: float
     features: int
     informative: int | None
-    step_seconds: float
 
 
-class _StepClock(Callback):
-    """Take the time of each training step, its optimizer step and projection included."""
+@dataclass(frozen=True)
+class Trained:
+    """A training and what it left.
 
-    def __init__(self) -> None:
-        self.begin, self.seconds = 0.0, list[float]()
+    Attributes:
+        selection: What came out.
+        weight: Whose columns are the features, ``(units, features)``.
+        informative: Indices of the features that the class depends on; ``None`` where nobody knows.
+    """
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Start the clock."""
-        self.begin = time.perf_counter()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Stop the clock."""
-        self.seconds.append(time.perf_counter() - self.begin)
+    selection: Selection
+    weight: Tensor
+    informative: Tensor | None
 
 
 def select_features(
-    make: MakeFit, *, parameter: str, sparsities: Sequence[float], retrain_epoch: int, seeds: Sequence[int]
-) -> Iterator[tuple[Selection, Tensor]]:
-    """Train with every method at every sparsity under every seed; yield what came out and the selecting weights.
+    make: MakeFit,
+    *,
+    parameter: str,
+    sparsities: Sequence[float],
+    retrain_epoch: int | None,
+    seeds: Sequence[int],
+) -> Iterator[Trained]:
+    """Train with every method at every sparsity under every seed; yield what came out.
 
     As in the papers: train, project the columns of the first weight once, keep the zeros, rewind the rest to its
     initial values and train on. Methods are compared at equal sparsity, for equal radii mean different things.
@@ -72,30 +73,30 @@ def select_features(
         make: Builds trainer, model and data for a seed, with callbacks.
         parameter: Name of the weight whose columns are the features.
         sparsities: Fractions of the features to clear, in [0, 1].
-        retrain_epoch: Epoch (from 0) that begins with the projection.
+        retrain_epoch: Epoch (from 0) that begins with the projection; ``None``: project after every step instead, and
+            train nothing anew.
         seeds: One training of each kind a seed.
     """
     for seed in seeds:
         yield _train(make, [], parameter=parameter, seed=seed, method=PLAIN, sparsity=0.0)
         for sparsity in sparsities:
-            for method in METHODS:
+            for name, method in METHODS.items():
                 projection = L1InfProjection(
                     target_sparsity=sparsity,
                     parameters=parameter,
                     groups="columns",
-                    method="exact" if method == "exact" else "bilevel",
-                    mode="project_then_retrain",
+                    method=method,
+                    mode="project" if retrain_epoch is None else "project_then_retrain",
                     retrain_epoch=retrain_epoch,
-                    rewind="init",
+                    rewind="none" if retrain_epoch is None else "init",
                 )
-                yield _train(make, [projection], parameter=parameter, seed=seed, method=method, sparsity=sparsity)
+                yield _train(make, [projection], parameter=parameter, seed=seed, method=name, sparsity=sparsity)
 
 
 def _train(
     make: MakeFit, callbacks: Sequence[Callback], *, parameter: str, seed: int, method: str, sparsity: float
-) -> tuple[Selection, Tensor]:
-    clock = _StepClock()
-    trainer, model, data = make(seed, [*callbacks, clock])
+) -> Trained:
+    trainer, model, data = make(seed, callbacks)
     trainer.fit(model, data)
     (result,) = trainer.test(model, data, verbose=False)
     weight = model.get_parameter(parameter).detach().cpu().clone()
@@ -103,7 +104,7 @@ def _train(
     informative = getattr(data, "informative", None)
     found = None if informative is None else len(set(kept) & set(informative.tolist()))
     accuracy = float(result["test/accuracy"])
-    return Selection(method, sparsity, seed, accuracy, len(kept), found, statistics.median(clock.seconds)), weight
+    return Trained(Selection(method, sparsity, seed, accuracy, len(kept), found), weight, informative)
 
 
 @dataclass(frozen=True)
@@ -114,17 +115,19 @@ class Summary:
         method: As in `Selection`.
         sparsity: As in `Selection`.
         accuracy: Mean and standard deviation.
+        difference: In accuracy to no projection, paired by seed.
         features: Mean.
         informative: Mean; ``None`` where nobody knows.
-        step: Median step time over that without projection, paired by seed.
+        by_chance: Informative ones among as many features drawn at random; ``None`` where nobody knows.
     """
 
     method: str
     sparsity: float
     accuracy: tuple[float, float]
+    difference: PairedDifference
     features: float
     informative: float | None
-    step: PairedRatio
+    by_chance: float | None
 
 
 def summarize(runs: Sequence[Selection]) -> list[Summary]:
@@ -141,62 +144,48 @@ def summarize(runs: Sequence[Selection]) -> list[Summary]:
     for method, sparsity in dict.fromkeys((run.method, run.sparsity) for run in runs):
         mine = [run for run in runs if (run.method, run.sparsity) == (method, sparsity)]
         accuracies = [run.accuracy for run in mine]
-        spread = statistics.stdev(accuracies) if len(mine) > 1 else 0.0
         known = [run.informative for run in mine if run.informative is not None]
+        chances = [
+            run.features * (plain[run.seed].informative or 0) / plain[run.seed].features
+            for run in mine
+            if plain[run.seed].informative is not None
+        ]
         summaries.append(
             Summary(
                 method=method,
                 sparsity=sparsity,
-                accuracy=(statistics.fmean(accuracies), spread),
+                accuracy=(statistics.fmean(accuracies), statistics.stdev(accuracies) if len(mine) > 1 else 0.0),
+                difference=subtract_paired([plain[run.seed].accuracy for run in mine], accuracies),
                 features=statistics.fmean(run.features for run in mine),
                 informative=statistics.fmean(known) if known else None,
-                step=compare_paired([r.step_seconds for r in mine], [plain[r.seed].step_seconds for r in mine]),
+                by_chance=statistics.fmean(chances) if chances else None,
             )
         )
     return summaries
 
 
+def sparsest_without_loss(summaries: Sequence[Summary]) -> float:
+    """Return the highest sparsity at which every method is at least as accurate as no projection, else the best one."""
+    (plain,) = (s for s in summaries if s.method == PLAIN)
+    worst: dict[float, float] = {}
+    for s in summaries:
+        if s.method != PLAIN:
+            worst[s.sparsity] = min(s.accuracy[0], worst.get(s.sparsity, 1.0))
+    without = [sparsity for sparsity, accuracy in worst.items() if accuracy >= plain.accuracy[0]]
+    return max(without) if without else max(worst, key=lambda sparsity: worst[sparsity])
+
+
+def headline(summaries: Sequence[Summary]) -> str:
+    """Say in one sentence what the study found."""
+    (plain,) = (s for s in summaries if s.method == PLAIN)
+    shown = [s for s in summaries if s.sparsity == sparsest_without_loss(summaries) and s.method != PLAIN]
+    parts = ", ".join(f"{s.accuracy[0]:.3f} ({s.method}, {s.difference.verdict})" for s in shown)
+    return (
+        f"Test accuracy with {shown[0].features:.0f} of {plain.features:.0f} features: {parts}; with all: "
+        f"{plain.accuracy[0]:.3f}."
+    )
+
+
 def write_runs(runs: Sequence[Selection], path: Path) -> None:
     """Write the runs as JSON."""
     path.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n", encoding="utf-8")
-
-
-def plot_accuracy_against_features(summaries: Sequence[Summary], path: Path) -> None:
-    """Draw mean accuracy, with its spread, against the number of kept features.
-
-    Raises:
-        MissingPackageError: Without matplotlib.
-    """
-    figure, axes = _figure(1)
-    for method in dict.fromkeys(s.method for s in summaries):
-        mine = sorted((s for s in summaries if s.method == method), key=lambda s: s.features)
-        means, spreads = [s.accuracy[0] for s in mine], [s.accuracy[1] for s in mine]
-        axes[0].errorbar([s.features for s in mine], means, yerr=spreads, marker="o", capsize=3, label=method)
-    axes[0].set(xscale="log", xlabel="features kept", ylabel="test accuracy", title="Accuracy against kept features")
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
-
-
-def plot_weights(before: Tensor, after: Tensor, path: Path) -> None:
-    """Draw the magnitudes of a weight (units, features) without and with projection, features sorted by the latter.
-
-    Raises:
-        MissingPackageError: Without matplotlib.
-    """
-    figure, axes = _figure(2)
-    order = after.abs().amax(0).argsort(descending=True)
-    top = float(max(before.abs().max(), after.abs().max()))
-    for axis, weight, title in zip(axes, (before, after), ("no projection", "projected and retrained"), strict=True):
-        image = axis.imshow(weight.abs()[:, order].numpy(), aspect="auto", vmin=0.0, vmax=top, interpolation="nearest")
-        axis.set(title=title, xlabel="feature, sorted", ylabel="hidden unit")
-    figure.colorbar(image, ax=axes, label="magnitude of the weight")
-    figure.savefig(path, dpi=120)
-
-
-def _figure(columns: int) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPackageError("pictures need matplotlib: pip install 'lightning-accel[examples]'") from None
-    figure = Figure(figsize=(6.0 * columns, 4.0), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]

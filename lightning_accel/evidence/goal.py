@@ -1,9 +1,10 @@
 """The metric that judges quality, and the value a run has to reach."""
 
 import math
+import re
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_accel.evidence.runs import Run
@@ -12,6 +13,7 @@ Mode = Literal["max", "min"]
 
 _OF_BASELINE = 0.98
 _SMALL_IS_GOOD = ("loss", "error", "mse", "mae", "perplexity")
+_RULE = re.compile(r"(?P<of>plain|pair)_best\s*(?:(?P<sign>[-+*])\s*(?P<number>\d+(?:\.\d*)?(?:e-?\d+)?))?")
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,22 @@ class Goal:
     Attributes:
         metric: Its logged name.
         mode: Whether ``"max"`` or ``"min"`` is good.
-        target: Value to reach.
+        target: Value to reach; with ``by_pair``, its median over pairs.
         derived: Whether the target was derived from the baseline's runs.
+        by_pair: Pair to its own target; empty if there is one target for all.
+        rule: How the target was found, in words.
     """
 
     metric: str
     mode: Mode
     target: float
     derived: bool = True
+    by_pair: Mapping[int, float] = field(default_factory=dict)
+    rule: str = ""
+
+    def target_of(self, run: Run) -> float:
+        """Return the value that ``run`` has to reach; the same for all runs of a pair."""
+        return self.by_pair.get(run.pair, self.target)
 
     def best(self, run: Run) -> float | None:
         """Return the best value on the run's curve; ``None`` if it holds none."""
@@ -36,16 +46,69 @@ class Goal:
         return (max if self.mode == "max" else min)(values, default=None)
 
     def seconds(self, run: Run) -> float:
-        """Return the wall seconds until the run reached the target, set-up included; infinite if it never did."""
+        """Return the wall seconds until the run reached its target, set-up included; infinite if it never did."""
+        target = self.target_of(run)
         for point in run.curve:
             value = point["metrics"].get(self.metric)
-            if value is not None and (value >= self.target if self.mode == "max" else value <= self.target):
+            if value is not None and (value >= target if self.mode == "max" else value <= target):
                 return float(point["seconds"])
         return math.inf
 
+    @property
+    def words(self) -> str:
+        """What has to be reached, for a table; of targets by pair the median."""
+        sign = ">=" if self.mode == "max" else "<="
+        whose = "the pair's target, " if self.by_pair else ""
+        return f"{self.metric} {sign} {whose}{self.target:.4g}"
+
+
+@dataclass(frozen=True)
+class TargetRule:
+    """A target that is computed from the baseline's best values, so that no one picks it after seeing the runs.
+
+    Attributes:
+        of: ``"plain"``: one target for all, from the median over the baseline's runs. ``"pair"``: each pair has its
+            own, from the baseline's run of that pair; for data whose difficulty changes with the seed.
+        sign: ``"-"``, ``"+"`` or ``"*"``.
+        number: In the metric's unit, or a factor.
+    """
+
+    of: Literal["plain", "pair"]
+    sign: str = "*"
+    number: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "TargetRule":
+        """Read ``"plain_best-0.005"``, ``"pair_best*0.98"``, ``"plain_best"`` and the like.
+
+        Raises:
+            ValueError: If it is not written like that.
+        """
+        found = _RULE.fullmatch(text.strip())
+        if found is None:
+            raise ValueError(
+                "`target` must be a number, or plain_best or pair_best with -, + or * and a number behind it, such as "
+                f"plain_best-0.005, got {text!r}."
+            )
+        of: Literal["plain", "pair"] = "pair" if found["of"] == "pair" else "plain"
+        return cls(of) if found["sign"] is None else cls(of, found["sign"], float(found["number"]))
+
+    def of_best(self, best: float) -> float:
+        """Return the target for a best value."""
+        if self.sign == "*":
+            return best * self.number
+        return best + self.number if self.sign == "+" else best - self.number
+
+    @property
+    def words(self) -> str:
+        """The rule, for a report."""
+        whose = "the plain run of the same pair" if self.of == "pair" else "the plain runs (median)"
+        change = "" if (self.sign, self.number) == ("*", 1.0) else f" {self.sign.replace('*', 'x')} {self.number:g}"
+        return f"best value of {whose}{change}"
+
 
 def derive_goal(
-    baseline: Sequence[Run], *, metric: str | None = None, mode: Mode | None = None, target: float | None = None
+    baseline: Sequence[Run], *, metric: str | None = None, mode: Mode | None = None, target: float | str | None = None
 ) -> Goal | None:
     """Choose metric and target from the baseline's runs where the user did not.
 
@@ -57,17 +120,18 @@ def derive_goal(
         baseline: Runs of the arm to beat, at least one.
         metric: Logged name.
         mode: By default ``"min"`` for names that speak of a loss or an error, else ``"max"``.
-        target: Value to reach.
+        target: Value to reach, or a rule, see `TargetRule.parse`.
 
     Returns:
         ``None`` if ``metric`` is ``None`` and no run logged a metric that could serve.
 
     Raises:
-        ValueError: If ``mode`` is neither ``"max"`` nor ``"min"``, or ``metric`` was not logged by all runs; the
-            message names what was.
+        ValueError: If ``mode`` is neither ``"max"`` nor ``"min"``, ``target`` is neither a number nor a rule, or
+            ``metric`` was not logged by all runs; the message names what was.
     """
     if mode not in (None, "max", "min"):
         raise ValueError(f"`mode` must be 'max' or 'min', got {mode!r}.")
+    rule = TargetRule.parse(target) if isinstance(target, str) else None
     logged = set.intersection(*(_logged(run) for run in baseline))
     if metric is None:
         accuracies = sorted(name for name in logged if "val" in name and "acc" in name)
@@ -79,12 +143,17 @@ def derive_goal(
         names = ", ".join(sorted(logged)) or "none"
         raise ValueError(f"`metric` must be the name of a logged metric, got {metric!r}; logged were: {names}.")
     mode = mode or ("min" if any(word in metric.lower() for word in _SMALL_IS_GOOD) else "max")
-    if target is not None:
-        return Goal(metric, mode, target, derived=False)
+    if isinstance(target, int | float):
+        return Goal(metric, mode, target, derived=False, rule="given beforehand")
     blank = Goal(metric, mode, 0.0)
-    best = statistics.median(value for run in baseline if (value := blank.best(run)) is not None)
-    factor = _OF_BASELINE if (mode == "max") == (best > 0.0) else 1.0 / _OF_BASELINE
-    return Goal(metric, mode, best * factor)
+    bests = {run.pair: value for run in baseline if (value := blank.best(run)) is not None}
+    middle = statistics.median(bests.values())
+    if rule is None:
+        rule = TargetRule("plain", "*", _OF_BASELINE if (mode == "max") == (middle > 0.0) else 1.0 / _OF_BASELINE)
+    if rule.of == "plain":
+        return Goal(metric, mode, rule.of_best(middle), rule=rule.words)
+    by_pair = {pair: rule.of_best(best) for pair, best in bests.items()}
+    return Goal(metric, mode, statistics.median(by_pair.values()), by_pair=by_pair, rule=rule.words)
 
 
 def _logged(run: Run) -> set[str]:

@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+from lightning_accel.evidence.budget import CALLBACKS, LOADING, REST, SETUP, VALIDATION, Share
 from lightning_accel.evidence.comparison import Comparison, write_pairs
 from lightning_accel.evidence.formats import write_effect, write_value
 from lightning_accel.evidence.plots import MissingPackageError
 from lightning_accel.evidence.runs import Run
 from lightning_accel.evidence.tables import BAD, GOOD
+
+STAGE_COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#7fc8a9", "#00517f", "#2f8f8f")
+_COLOURS = {SETUP: "#8a8f94", CALLBACKS: "#d55e00", VALIDATION: "#e69f00", LOADING: "#cc79a7", REST: "#c3c7cb"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Report:
         settings: What was compared, name to text, without machine paths.
         messages: What the accelerators said, without machine paths.
         note: Shown above the table: an interruption, an A/A run.
+        budgets: Arm to where its time goes; see `lightning_accel.evidence.budget.write_budgets`.
     """
 
     comparisons: Sequence[Comparison]
@@ -34,6 +39,7 @@ class Report:
     settings: Mapping[str, str] = field(default_factory=dict)
     messages: Sequence[str] = ()
     note: str = ""
+    budgets: Mapping[str, Sequence[Share]] = field(default_factory=dict)
 
 
 def write_page(report: Report, path: Path, *, picture: Path | None = None) -> None:
@@ -53,6 +59,7 @@ def write_page(report: Report, path: Path, *, picture: Path | None = None) -> No
         raise MissingPackageError(
             "the page needs jinja2: pip install 'lightning-accel[examples]' (or jinja2)."
         ) from None
+    longest = max((sum(s.seconds for s in shares) for shares in report.budgets.values()), default=0.0)
     source = files("lightning_accel.evidence").joinpath("report.html.j2").read_text(encoding="utf-8")
     jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = jinja.from_string(source).render(
@@ -63,6 +70,7 @@ def write_page(report: Report, path: Path, *, picture: Path | None = None) -> No
         tone=tone,
         pairs=write_pairs,
         kinds=[_Kind(c) for c in report.comparisons],
+        bars=[_Bar(arm, shares, longest) for arm, shares in report.budgets.items()],
     )
     path.write_text(re.sub(r"\n\s*\n+", "\n", page), encoding="utf-8")
 
@@ -82,6 +90,23 @@ class _Kind:
         # The bar spans 1/4 to 4 on a logarithmic axis, which is where almost all ratios are.
         self.low, self.middle, self.high = (_place(x) for x in (ratio.low, ratio.median, ratio.high))
         self.ratio = f"{ratio.median:.2f}"
+
+
+class _Bar:
+    """An arm's time as a bar: its parts, each with a colour and a width in per cent of the longest arm."""
+
+    def __init__(self, arm: str, shares: Sequence[Share], longest: float) -> None:
+        self.arm = arm
+        self.seconds = sum(share.seconds for share in shares)
+        self.parts = []
+        stages = 0
+        for share in shares:
+            if share.is_training:
+                stages += 1
+            colour = STAGE_COLOURS[(stages - 1) % len(STAGE_COLOURS)] if share.is_training else _COLOURS[share.name]
+            width = 100.0 * share.seconds / longest if longest else 0.0
+            of_arm = 100.0 * share.seconds / self.seconds if self.seconds else 0.0
+            self.parts.append((share, colour, f"{width:.2f}", f"{of_arm:.0f}"))
 
 
 def _place(ratio: float) -> float:

@@ -21,7 +21,8 @@ def plot_metric_against_time(runs: Mapping[str, Sequence[Run]], goal: Goal, path
 
     Args:
         runs: Arm to runs.
-        goal: Its metric is drawn, and its target as a dashed line.
+        goal: Its metric is drawn, its target as a dashed line (not if every pair has its own), and a ring around each
+            run's first validation that reaches the target.
         path: Of the PNG to write.
 
     Raises:
@@ -30,12 +31,17 @@ def plot_metric_against_time(runs: Mapping[str, Sequence[Run]], goal: Goal, path
     figure, axes = _figure(6.0, 4.0)
     for colour, (arm, arm_runs) in zip(_cycle(len(runs)), runs.items(), strict=True):
         curves = [_curve(run, goal.metric) for run in arm_runs]
-        for seconds, values in curves:
+        for run, (seconds, values) in zip(arm_runs, curves, strict=True):
             axes.plot(seconds, values, color=colour, alpha=0.25, linewidth=1.0)
+            reached = goal.seconds(run)
+            if reached in seconds:
+                at = values[seconds.index(reached)]
+                axes.plot([reached], [at], "o", markersize=7, markerfacecolor="none", markeredgecolor=colour)
         seconds, values = middle_curve(curves)
         axes.plot(seconds, values, color=colour, linewidth=2.2, marker="o" if len(seconds) <= 15 else None, label=arm)
-    label = f"target {goal.target:.4g}"
-    axes.axhline(goal.target, color="#808080", linestyle="--", linewidth=1.0, label=label)
+    if not goal.by_pair:
+        label = f"target {goal.target:.4g}"
+        axes.axhline(goal.target, color="#808080", linestyle="--", linewidth=1.0, label=label)
     axes.set_xlabel("seconds since the start of fit, set-up included")
     axes.set_ylabel(goal.metric)
     axes.set_xlim(left=0.0)

@@ -39,6 +39,10 @@ class Run:
         cpu_seconds: Of this process and its children, over the same span.
         setup_seconds: Wall seconds before the first training step; ``None`` if no step was seen.
         callback_seconds: Wall seconds within all training steps of the fit that callbacks took, probing included.
+        validation_seconds: Wall seconds of all validations.
+        loading_seconds: Wall seconds that steps waited for their batch.
+        stages: Spans of training by what was trained, in the order in which they first came: ``parameters``, how many
+            of them ``trained``, ``steps``, and their ``seconds`` without callbacks.
         steps: Optimizer steps.
         step_seconds: Median of a training step in steady state; ``None`` if no step was seen.
         phase_seconds: Medians of its phases, in steady state.
@@ -70,6 +74,9 @@ class Run:
     flops: float | None
     peak_memory_bytes: int
     checkpoint_bytes: int | None
+    validation_seconds: float = 0.0
+    loading_seconds: float = 0.0
+    stages: list[dict[str, Any]] = field(default_factory=list)
     devices: int = 1
     metrics: dict[str, float | None] = field(default_factory=dict)
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -148,6 +155,9 @@ def measure_fit(
         flops=statistics.fmean(clock.flops) if clock.flops else None,
         peak_memory_bytes=_peak_bytes(device),
         checkpoint_bytes=_checkpoint_bytes(trainer, folder),
+        validation_seconds=clock.validation_seconds,
+        loading_seconds=sum(clock.waits),
+        stages=_stages(clock),
         devices=max(1, trainer.num_devices * trainer.num_nodes),
         metrics=metrics,
         curve=curve,
@@ -178,6 +188,16 @@ class _Messages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Keep the text of one record."""
         self.messages.append(record.getMessage())
+
+
+def _stages(clock: StepClock) -> list[dict[str, Any]]:
+    stages: dict[tuple[int, int], dict[str, Any]] = {}
+    for (parameters, trained), step in zip(clock.stages, clock.steps, strict=True):
+        blank = {"parameters": parameters, "trained": trained, "steps": 0, "seconds": 0.0}
+        stage = stages.setdefault((parameters, trained), blank)
+        stage["steps"] += 1
+        stage["seconds"] += sum(step.values()) - step["callbacks"]
+    return list(stages.values())
 
 
 def _steady(values: list[Any]) -> list[Any]:

@@ -38,6 +38,8 @@ class StepClock:
         waits: Seconds between the end of the step before and the start of this one (the loader's share); the first
             step of an epoch has none, so it is shorter than ``steps``.
         flops: Operations of each counted step.
+        stages: Which parameters there were in each of these steps: how many in all, and how many of them trained.
+        validation_seconds: Within ``fit``, the sanity check before it aside.
         curve: One entry a validation (an epoch, without validation): seconds since ``start``, epoch, step, metrics.
         setup_seconds: From ``start`` to the first step; ``None`` before it.
     """
@@ -48,11 +50,14 @@ class StepClock:
         self.samples: list[int] = []
         self.waits: list[float] = []
         self.flops: list[int] = []
+        self.stages: list[tuple[int, int]] = []
+        self.validation_seconds = 0.0
         self.curve: list[dict[str, Any]] = []
         self.setup_seconds: float | None = None
         self._began = time.perf_counter()
         self._marks: list[_Mark] = []
-        self._pending: list[tuple[list[_Mark], int]] = []
+        self._pending: list[tuple[list[_Mark], int, tuple[int, int]]] = []
+        self._validation_began = 0.0
         self._step_ended: float | None = None
         self._counter: FlopCounterMode | None = None
         self._counted = False
@@ -93,12 +98,23 @@ class StepClock:
         else:
             self._marks.append((phase, time.perf_counter()))
 
-    def end_step(self) -> None:
+    def end_step(self, stage: tuple[int, int] = (0, 0)) -> None:
         """Finish the step; counted steps run slower and are not timed."""
         if not self._counted:
-            self._pending.append((self._marks, self._batch_size))
+            self._pending.append((self._marks, self._batch_size, stage))
         self._counted = False
         self._step_ended = time.perf_counter()
+
+    def begin_validation(self) -> None:
+        """Start the clock of a validation."""
+        self._validation_began = time.perf_counter()
+
+    def end_validation(self) -> None:
+        """Stop it; the next step did not wait for data as long as that took."""
+        now = time.perf_counter()
+        self.validation_seconds += now - self._validation_began
+        if self._step_ended is not None:
+            self._step_ended = now
 
     def begin_counting(self, trainer: Trainer, batch_index: int) -> None:
         """Count this step's operations if it is the one of its epoch."""
@@ -121,9 +137,10 @@ class StepClock:
         """Read the marks of the epoch (on CUDA: after one synchronization)."""
         if self._pending and self._cuda:
             torch.cuda.synchronize()
-        for marks, samples in self._pending:
+        for marks, samples, stage in self._pending:
             self.steps.append(_seconds_by_phase(marks))
             self.samples.append(samples)
+            self.stages.append(stage)
         self._pending = []
         self._step_ended = None
 
@@ -174,6 +191,9 @@ class _Opening(Callback):
         self._clock.end_counting()
         self._clock.mark("other")
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.begin_validation()
+
 
 class _Closing(Callback):
     """Last in the list: books what the callbacks in between took."""
@@ -211,11 +231,12 @@ class _Closing(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._clock.mark("callbacks")
-        self._clock.end_step()
+        self._clock.end_step(_sizes(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._clock.note_metrics(trainer)
+            self._clock.end_validation()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock.end_epoch()
@@ -230,6 +251,12 @@ def _after_optimizer_steps(trainer: Trainer, clock: StepClock, phase: str) -> li
 def _remove(handles: list[RemovableHandle]) -> None:
     while handles:
         handles.pop().remove()
+
+
+def _sizes(module: LightningModule) -> tuple[int, int]:
+    """Return the numbers of parameters, and of those that are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
 
 
 def _batch_size(batch: Any) -> int:

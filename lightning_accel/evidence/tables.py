@@ -3,13 +3,14 @@
 import csv
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lightning_accel.evidence.budget import Share
 from lightning_accel.evidence.comparison import Comparison, speed_verdict, write_pairs
 from lightning_accel.evidence.formats import write_effect, write_ratio, write_value
 from lightning_accel.evidence.rows import BenchRow
@@ -39,6 +40,20 @@ def comparison_table(comparison: Comparison) -> Table:
             Text(write_effect(line)),
             Text(line.verdict, style=style_of(line.verdict)),
         )
+    return table
+
+
+def budget_table(budgets: Mapping[str, Sequence[Share]]) -> Table:
+    """Return where the time of each arm goes, for the terminal."""
+    table = Table(title="Where the time goes", caption="means over the runs", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("arm", "part", "seconds", "share", ""):
+        table.add_column(name, justify="right" if name in ("seconds", "share") else "left")
+    for arm, shares in budgets.items():
+        whole = sum(share.seconds for share in shares)
+        for place, share in enumerate(shares):
+            of_whole = f"{100.0 * share.seconds / whole:.0f} %" if whole else ""
+            seconds = write_value(share.seconds, "seconds")
+            table.add_row(arm if place == 0 else "", Text(share.name), seconds, of_whole, Text(share.note, style="dim"))
     return table
 
 

@@ -68,8 +68,9 @@ class Cached(Callback):
         self.cache_dir = cache_dir
 
 
-def trainer(folder: Path, *, callbacks=(), epochs=2) -> Trainer:
+def trainer(folder: Path, *, callbacks=(), epochs=2, val_check_interval=1.0) -> Trainer:
     return Trainer(
+        val_check_interval=val_check_interval,
         max_epochs=epochs,
         accelerator="cpu",
         devices=1,

@@ -104,6 +104,7 @@ def test_time_is_booked_on_the_phase_that_took_it(tmp_path, monkeypatch):
     assert list(expected) == list(PHASES)
     assert clock.steps == [expected] * (8 - 2)  # one step of each epoch was counted, not timed
     assert clock.samples == [16] * 6
+    assert clock.stages == [(10, 10)] * 6
     assert clock.setup_seconds == 16.0
     assert [p["seconds"] for p in clock.curve] == [16.0 + 4 * 715.0, 2 * (16.0 + 4 * 715.0)]
 
@@ -217,3 +218,37 @@ def test_metric_that_diverged_is_none_and_size_of_odd_batches_zero(tmp_path):
     assert run.curve[0]["metrics"] == {"val/loss": None}
     assert run.samples_per_second is None
     assert run.step_seconds > 0
+
+
+class _FreezesThenValidatesSlowly(Callback):
+    """Freezes the bias in the second epoch; validating takes a minute."""
+
+    def __init__(self, hands):
+        self.hands = hands
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        pl_module.layer.bias.requires_grad_(trainer.current_epoch == 0)
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.hands.work(60.0)
+
+
+def test_stages_of_training_and_validations_are_told_apart(tmp_path, monkeypatch):
+    hands = Hands()
+    for module in ("step_clock", "runs"):
+        monkeypatch.setattr(f"lightning_accel.evidence.{module}.time", hands)
+    callbacks = [_FreezesThenValidatesSlowly(hands)]
+
+    def make(seed, folder):
+        trainer = fits.trainer(folder, callbacks=callbacks, val_check_interval=2)
+        return trainer, Busy(hands), fits.Blobs()
+
+    run = _measure(make, tmp_path)
+    assert run.validation_seconds == 4 * 60.0
+    assert run.loading_seconds == 0.0  # although validations stand between two steps
+    assert run.stages == [
+        {"parameters": 10, "trained": 10, "steps": 4, "seconds": 60.0},
+        {"parameters": 10, "trained": 8, "steps": 4, "seconds": 60.0},
+    ]
+    assert run.fit_seconds == 4 * 60.0 + 2 * 60.0 + 2 * 16.0

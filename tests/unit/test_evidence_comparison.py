@@ -149,10 +149,13 @@ def test_plain_data_hold_no_infinity():
 
 def test_goal_is_derived_from_the_baseline():
     runs = [run(pair=i) for i in range(3)]
-    assert derive_goal(runs) == Goal("val/accuracy", "max", pytest.approx(0.98 * 0.9))
-    assert derive_goal(runs, metric="val/loss") == Goal("val/loss", "min", pytest.approx(0.1 / 0.98))
+    found = derive_goal(runs)
+    assert (found.metric, found.mode, found.target) == ("val/accuracy", "max", pytest.approx(0.98 * 0.9))
+    assert found.rule == "best value of the plain runs (median) x 0.98"
+    found = derive_goal(runs, metric="val/loss")
+    assert (found.metric, found.mode, found.target) == ("val/loss", "min", pytest.approx(0.1 / 0.98))
     assert derive_goal(runs, metric="val/loss", mode="max").target == pytest.approx(0.98 * 0.4)
-    assert derive_goal(runs, target=0.5) == Goal("val/accuracy", "max", 0.5, derived=False)
+    assert derive_goal(runs, target=0.5) == Goal("val/accuracy", "max", 0.5, derived=False, rule="given beforehand")
 
 
 def test_goal_below_zero_is_still_easier_than_the_best():
@@ -181,3 +184,40 @@ def test_first_point_that_reaches_the_target_counts():
     diverged = [{"seconds": 1.0, "epoch": 0, "step": 1, "metrics": {"val/accuracy": None}}]
     assert Goal("val/accuracy", "max", 0.1).seconds(run(curve=diverged)) == math.inf
     assert Goal("val/accuracy", "max", 0.1).best(run(curve=diverged)) is None
+
+
+def _reaching(best, pair):
+    curve = [
+        {"seconds": 4.0 * (i + 1), "epoch": i, "step": i, "metrics": {"val/accuracy": best - 0.1 + 0.02 * i}}
+        for i in range(6)
+    ]
+    return run(pair=pair, curve=curve)
+
+
+def test_target_by_rule_is_computed_from_the_plain_runs():
+    runs = [_reaching(best, pair) for pair, best in enumerate((0.9, 0.96, 0.93))]
+    assert derive_goal(runs, target="plain_best").target == pytest.approx(0.93)
+    assert derive_goal(runs, target="plain_best-0.005").target == pytest.approx(0.925)
+    assert derive_goal(runs, target=" plain_best + 1e-2 ").target == pytest.approx(0.94)
+    goal = derive_goal(runs, target="plain_best*0.9")
+    assert goal.target == pytest.approx(0.837)
+    assert goal.rule == "best value of the plain runs (median) x 0.9"
+    assert goal.words == "val/accuracy >= 0.837"
+    assert not goal.by_pair
+
+
+def test_target_of_a_pair_is_the_same_for_both_of_its_runs_and_independent_of_others():
+    runs = [_reaching(best, pair) for pair, best in enumerate((0.9, 0.96, 0.93))]
+    goal = derive_goal(runs, target="pair_best-0.03")
+    assert goal.by_pair == pytest.approx({0: 0.87, 1: 0.93, 2: 0.9})
+    assert goal.target == pytest.approx(0.9)
+    assert [goal.seconds(r) for r in runs] == [20.0] * 3  # one target for all would be reached at 24, 12 and 20 s
+    assert goal.seconds(_reaching(0.9, 1)) == math.inf
+    assert goal.words == "val/accuracy >= the pair's target, 0.9"
+    assert goal.rule == "best value of the plain run of the same pair - 0.03"
+
+
+@pytest.mark.parametrize("text", ["best-0.005", "plain_best-", "plain_best-x", "plain_best/2", "0.9%", ""])
+def test_rule_that_is_none_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match=r"`target` must be a number, or plain_best or pair_best .*plain_best-0\.005"):
+        derive_goal([run()], target=text)
