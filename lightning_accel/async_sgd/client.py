@@ -1,5 +1,6 @@
 """A worker's end of a run on one machine: the shared-memory `ParameterStore`."""
 
+import math
 import os
 import pickle
 import socket
@@ -62,6 +63,7 @@ class SharedMemoryStore:
         self._sequence = 0
         self._base_version = 0
         self._parameters = 0
+        self._generation = 0
         self._page: ParameterPage | None = None
         self._mailbox: Mailbox | None = None
         self._slots: list[list[Tensor]] = []  # both slots of the mailbox as tensors, where nothing is compressed
@@ -94,13 +96,53 @@ class SharedMemoryStore:
         reply = self._ask(Message("join"))
         if reply.values["open"]:
             reply = self._ask(Message("join", payload=pickle.dumps(opening())))
+        self._open(reply)
+        return Membership(self.worker, self.incarnation, reply.values["epoch"])
+
+    def _open(self, reply: Message) -> None:
+        if self._page is not None and self._mailbox is not None:
+            self._page.segment.close()
+            self._mailbox.segment.close()
         page, mailbox = reply.descriptors
         specs, self._parameters = reply.values["specs"], reply.values["parameters"]
         self._page = ParameterPage(specs, reply.values["counters"], page)
         self._mailbox = Mailbox(*mailbox_areas(specs, self._parameters, self.settings), mailbox)
         if self.settings.compression.name == "none":
             self._slots = [typed(self._mailbox.areas(slot), specs[: self._parameters]) for slot in range(2)]
-        return Membership(self.worker, self.incarnation, reply.values["epoch"])
+        self._feedback = ErrorFeedback(self.settings.compression)  # errors of other tensors are no use
+        self._generation = reply.values["generation"]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the run still has the parameters that were joined; False once layers were exchanged."""
+        return self._control.generation == self._generation
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the run's parameters, in order."""
+        return [spec.name for spec in self._opened().specs[: self._parameters]]
+
+    def hold(self) -> Snapshot:
+        """Return a cut that stays the latest until `exchange` or `let_go`: pushes of the others wait."""
+        self.wait_for(self._sequence)
+        snapshot: Snapshot = pickle.loads(self._ask(Message("hold")).payload)
+        return snapshot
+
+    def let_go(self) -> None:
+        """End `hold` without an exchange."""
+        self._channel.send(Message("let go"))
+
+    def exchange(self, opening: Opening) -> None:
+        """Put other parameters and optimizers in the place of the run's; the others see `is_current` and `rejoin`.
+
+        Pushes of the others that are under way are refused; their batches are given out again.
+        """
+        self._open(self._ask(Message("exchange", payload=pickle.dumps(opening))))
+
+    def rejoin(self) -> None:
+        """Take part with the parameters that the run has now, under the same number."""
+        self.wait_for(self._sequence)
+        self._open(self._ask(Message("rejoin")))
 
     def check(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
         """Compare this worker's tensors with those the run was opened with.
@@ -145,7 +187,8 @@ class SharedMemoryStore:
         self.wait_for(self._sequence - 2)  # whoever is two ahead would write over a push not yet read
         here = [gradient for gradient in gradients if gradient is not None]
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        finite = is_finite(here)
+        # before compression, which would keep a NaN for the next push; else in the slot, whose bytes are at hand
+        finite = bool(self._slots) or is_finite(here)
         meta: dict[str, Any] = {
             "base_version": self._base_version,
             "optimizer": optimizer,
@@ -164,6 +207,8 @@ class SharedMemoryStore:
             self._write(present[:middle] if finite else [], here[:middle], areas)
             self._probe("half-way")
             self._write(present[middle:] if finite else [], here[middle:], areas)
+            if here and self._slots and not (self._is_slot_finite() or is_finite(here)):
+                meta.update(finite=False, present=[])
             rest = areas[self._parameters :]
             for tensor, area in zip(buffers, rest, strict=False):
                 area.view(tensor.dtype).view(tensor.shape).copy_(tensor)
@@ -182,6 +227,18 @@ class SharedMemoryStore:
             return
         for i, gradient in zip(places, gradients, strict=False):
             self._feedback.write(i, gradient, areas[i])
+
+    def _is_slot_finite(self) -> bool:
+        """Whether all of the slot is finite, told by one sum. False may also mean overflow, or an older gradient."""
+        assert self._mailbox is not None
+        kinds = {(tensor.dtype, tensor.is_floating_point()) for tensor in self._slots[0]}
+        if len(kinds) != 1:
+            return False
+        dtype, floating = kinds.pop()
+        if not floating:
+            return False
+        payload = self._mailbox.span(self._sequence, self._parameters).view(dtype)
+        return math.isfinite(payload.sum(dtype=torch.promote_types(dtype, torch.float32)).item())
 
     def wait_for(self, sequence: int) -> bool:
         """Wait for the acknowledgement of a push; see `ParameterStore.wait_for`."""

@@ -2,7 +2,13 @@
 
 from lightning_accel.async_sgd.memory import Segment, fence
 
-_STOP, _COORDINATOR, _LIVE, _FIRST = 0, 1, 2, 8  # words of the page; from `_FIRST` on each worker has a line of its own
+_STOP, _COORDINATOR, _LIVE, _GENERATION, _FIRST = (
+    0,
+    1,
+    2,
+    3,
+    8,
+)  # words of the page; from `_FIRST` on each worker has a line of its own
 _HEARTBEAT, _ACKNOWLEDGED, _WAITING, _LINE = 0, 1, 2, 8  # words of a worker's line, which fills a cache line
 OUTCOMES = ("applied", "dropped", "refused", "committed", "assigned")
 
@@ -47,6 +53,15 @@ class ControlPage:
     @live.setter
     def live(self, workers: int) -> None:
         self._words[_LIVE] = workers
+
+    @property
+    def generation(self) -> int:
+        """How often layers of the model were exchanged."""
+        return self._words[_GENERATION]
+
+    @generation.setter
+    def generation(self, times: int) -> None:
+        self._words[_GENERATION] = times
 
     def heartbeat(self, worker: int) -> int:
         """How often the worker's heart has beaten."""

@@ -1,9 +1,10 @@
 """The state that workers share and the one place that changes it; knows nothing of processes or memory."""
 
+import contextlib
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ from lightning_accel.async_sgd.store import Opening, Snapshot, Statistics
 OUTER = -1  # "optimizer" of a push that carries a way gone instead of a gradient
 NO_UPDATE = -2  # push that only commits leases
 ASSIGN = -3  # push of parameter values: counts only if nobody has stepped since they were read
+OVERWRITE = -4  # push of parameter values: counts in any case
+
+_SAME_BITS_FOREACH = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad)
 
 Outcome = Literal["applied", "dropped", "refused", "committed", "assigned"]
 
@@ -76,9 +80,7 @@ class ParameterServer:
 
     def __init__(self, opening: Opening, settings: Settings) -> None:
         self.settings = settings
-        self.parameters = opening.parameters
-        self.buffers = opening.buffers
-        self.optimizers = opening.optimizers
+        self._hold_state(opening)
         self.version = opening.version
         self.steps = list(opening.steps) or [0] * len(opening.optimizers)
         self.leases = LeaseBook(block=settings.lease_batches)
@@ -91,13 +93,41 @@ class ParameterServer:
         self.restarts = 0
         self._oldest_base = 0  # pushes based on less are refused: the version was rolled back
         self._sequences: dict[int, int] = {}
-        self._outer = OuterStep(settings.outer_momentum if settings.outer == "delayed_nesterov" else None)
         self._pushes: Counter[int] = Counter()
         self._outcomes: Counter[Outcome] = Counter()
         self._staleness: deque[int] = deque(maxlen=1000)
         self._times: deque[float] = deque(maxlen=1000)
         self._apply_seconds: deque[float] = deque(maxlen=100)
         self._pull_seconds: deque[float] = deque(maxlen=100)
+
+    def _hold_state(self, opening: Opening) -> None:
+        self.names = opening.names
+        self.parameters = opening.parameters
+        self.buffer_names = opening.buffer_names
+        self.buffers = opening.buffers
+        self.optimizers = opening.optimizers
+        nesterov = self.settings.outer == "delayed_nesterov"
+        self._outer = OuterStep(self.settings.outer_momentum if nesterov else None)
+
+    def exchange(self, opening: Opening) -> None:
+        """Go on with other parameters: layers of the model were replaced. Versions, steps and leases go on.
+
+        Pushes of the layers that are no more must be given to `refuse`.
+        """
+        self._hold_state(opening)
+
+    def state(self) -> Opening:
+        """Return parameters, buffers and optimizers themselves, no copies."""
+        return Opening(
+            names=self.names,
+            parameters=self.parameters,
+            buffer_names=self.buffer_names,
+            buffers=self.buffers,
+            optimizers=self.optimizers,
+            version=self.version,
+            steps=list(self.steps),
+            epochs=self.leases.state(),
+        )
 
     def admit(self, worker: int, incarnation: int) -> None:
         """Let a worker in, at the clock of the slowest, so that a late-comer holds nobody up."""
@@ -122,7 +152,8 @@ class ParameterServer:
         return outcome
 
     def refuse(self, push: Push) -> Outcome:
-        """Count a push that came after the end."""
+        """Count a push that came after the end, or for layers that are no more; its leases are free again."""
+        self._sequences[push.worker] = push.sequence
         self.leases.give_back(push.worker, push.leases)
         self._outcomes["refused"] += 1
         return "refused"
@@ -144,7 +175,7 @@ class ParameterServer:
         if push.optimizer == NO_UPDATE or not push.finite:
             self.leases.commit(push.worker, push.leases)
             return "committed" if push.finite else "dropped"
-        if push.optimizer == ASSIGN:
+        if push.optimizer in (ASSIGN, OVERWRITE):
             return self._assign(push)
         staleness = staleness_of(self.version, push.base_version)
         rule, beyond = self.settings.staleness, self.settings.drop_beyond
@@ -196,7 +227,7 @@ class ParameterServer:
 
     @torch.no_grad()
     def _assign(self, push: Push) -> Outcome:
-        if push.base_version != self.version:
+        if push.optimizer == ASSIGN and push.base_version != self.version:
             return "refused"
         for parameter, value in zip(self.parameters, push.gradients, strict=True):
             if value is not None:
@@ -307,19 +338,34 @@ def step_optimizer(
 
     A parameter whose gradient is None is skipped by the optimizer, momentum and decay included.
     """
-    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    if weight != 1.0:
-        for group in optimizer.param_groups:
-            if "lr" in group:
-                group["lr"] = group["lr"] * weight
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    optimizer.step()
+    with _foreach(optimizer), _weighted(optimizer, weight):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
     for parameter in parameters:
         parameter.grad = None
-    if weight != 1.0:
-        for group, rate in zip((g for g in optimizer.param_groups if "lr" in g), rates, strict=True):
-            group["lr"] = rate
+
+
+@contextlib.contextmanager
+def _weighted(optimizer: Optimizer, weight: float) -> Iterator[None]:
+    rates = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group] if weight != 1.0 else []
+    for group, rate in rates:
+        group["lr"] = rate * weight
+    yield
+    for group, rate in rates:
+        group["lr"] = rate
+
+
+@contextlib.contextmanager
+def _foreach(optimizer: Optimizer) -> Iterator[None]:
+    """Step many tensors at once where that gives the same bits; torch's own choice on CPU is one after another."""
+    groups = optimizer.param_groups if type(optimizer) in _SAME_BITS_FOREACH else []
+    free = [group for group in groups if group["foreach"] is None and not group.get("fused")]
+    for group in free:
+        group["foreach"] = True
+    yield
+    for group in free:
+        group["foreach"] = None
 
 
 def get_groups(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from lightning_accel.async_sgd.peers import Peer, mailbox_areas, typed
 from lightning_accel.async_sgd.rules import has_slack
 from lightning_accel.async_sgd.server import ParameterServer
 from lightning_accel.async_sgd.settings import Settings
+from lightning_accel.async_sgd.store import Opening
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Service:
         self._kv: dict[str, bytes] = {}
         self._order_asked: dict[int, int] = {}
         self._first_version = 0
+        self._holder: int | None = None  # worker that is about to exchange layers: nobody else's pushes count meanwhile
 
     def close(self) -> None:
         """Give up what is shared."""
@@ -79,6 +81,15 @@ class Service:
             self.server.restore(pickle.loads(message.payload))
             self._publish()
             self.send(peer, Message("restore"))
+        elif message.kind == "hold" and self.server is not None:
+            self._holder = peer.worker
+            self.send(peer, Message("hold", payload=pickle.dumps(self.server.snapshot())))
+        elif message.kind == "let go":
+            self._let_go(peer)
+        elif message.kind == "exchange" and self.server is not None:
+            self._exchange(peer, pickle.loads(message.payload))
+        elif message.kind == "rejoin" and self.server is not None:
+            self.send(peer, self._admitted(peer))
         elif message.kind == "statistics" and self.server is not None:
             self.send(peer, Message("statistics", {"statistics": self.server.statistics()}))
         elif message.kind == "finish":
@@ -109,14 +120,16 @@ class Service:
 
     def drain(self, peer: Peer) -> None:
         """Apply every committed push of a worker, publish once, then acknowledge."""
-        if self.server is None or peer.mailbox is None:
+        if self.server is None or peer.mailbox is None or self._holder not in (None, peer.worker):
             return
         done = []
+        known = peer.generation == self.control.generation
         changed = False
         while (found := peer.mailbox.committed(peer.sequence)) is not None:
-            push = peer.decode(self.server, *found)
+            push = peer.decode(self.server, *found) if known else peer.undecoded(found[0])
             coordinates = self.control.coordinator == peer.worker
             over = self.control.stopped and not coordinates  # the result is what the coordinator ended with
+            over |= not known
             outcome = self.server.refuse(push) if over else self.server.apply(push, from_coordinator=coordinates)
             changed |= outcome in ("applied", "assigned") or (outcome == "committed" and bool(push.buffers))
             done.append((peer.sequence, outcome))
@@ -135,6 +148,7 @@ class Service:
     def dismiss(self, peer: Peer) -> int:
         """Take a dead worker out; returns how many of its leases are free again."""
         self.deaths += 1
+        self._let_go(peer)
         peer.request = None
         freed = self.server.dismiss(peer.worker) if self.server is not None else 0
         self.count_live()
@@ -158,6 +172,22 @@ class Service:
         if heirs:
             self.control.coordinator = heirs[0].worker
             log.warning("worker %d takes over as coordinator.", heirs[0].worker)
+
+    def _exchange(self, peer: Peer, opening: Opening) -> None:
+        assert self.server is not None
+        assert self._page is not None
+        self.server.exchange(opening)
+        self.control.generation += 1
+        self._page.segment.close()  # who has it mapped still reads what was published last
+        self._open_page()
+        self.send(peer, self._admitted(peer))
+        self._let_go(peer)
+
+    def _let_go(self, peer: Peer) -> None:
+        if self._holder == peer.worker:
+            self._holder = None
+            for other in self.peers:
+                self.drain(other)
 
     def _stop(self) -> None:
         self.control.stop()
@@ -206,23 +236,37 @@ class Service:
             opening = pickle.loads(request.payload)
             self.server = ParameterServer(opening, self.settings)
             self._first_version = opening.version
-            names = [*opening.names, *opening.buffer_names]
-            tensors = [*opening.parameters, *opening.buffers]
-            specs = [TensorSpec.of(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
-            self._page = ParameterPage(specs, len(self.server.steps))
-            self._publish()
+            self._open_page()
         if self.server is None:
             opens = self.control.coordinator == peer.worker
             return Message("join", {"open": True}) if opens else None
+        peer.state = "joined"
+        self.server.admit(peer.worker, peer.incarnation)
+        self.count_live()
+        return self._admitted(peer)
+
+    def _open_page(self) -> None:
+        assert self.server is not None
+        names = [*self.server.names, *self.server.buffer_names]
+        tensors = [*self.server.parameters, *self.server.buffers]
+        specs = [TensorSpec.of(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
+        self._page = ParameterPage(specs, len(self.server.steps))
+        self._publish()
+
+    def _admitted(self, peer: Peer) -> Message:
+        """Give a worker a mailbox for the present parameters; returns what it needs to know of them."""
+        assert self.server is not None
         assert self._page is not None
+        self.drain(peer)  # the mailbox that it had
+        if peer.mailbox is not None:
+            peer.mailbox.segment.close()
         parameters = len(self.server.parameters)
         peer.mailbox = Mailbox(*mailbox_areas(self._page.specs, parameters, self.settings))
         if self.settings.compression.name == "none":
             peer.slots = [typed(peer.mailbox.areas(slot), self._page.specs[:parameters]) for slot in range(2)]
-        peer.state = "joined"
-        self.server.admit(peer.worker, peer.incarnation)
-        self.count_live()
+        peer.generation = self.control.generation
         values = {
+            "generation": peer.generation,
             "open": False,
             "specs": self._page.specs,
             "parameters": parameters,

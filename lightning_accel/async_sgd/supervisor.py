@@ -258,7 +258,7 @@ class Supervisor:
         statistics = replace(server.statistics(), lost_batches=lost)
         if lost:
             log.warning("%d batches of the last epoch had nobody left to train on them.", lost)
-        return Ending(result, server.snapshot(), statistics, server.log)
+        return Ending(result, server.snapshot(), statistics, server.log, server.state())
 
 
 @contextlib.contextmanager

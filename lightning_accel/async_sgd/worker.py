@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_accel.async_sgd.leases import LeaseId
-from lightning_accel.async_sgd.server import ASSIGN, NO_UPDATE, OUTER, get_groups
+from lightning_accel.async_sgd.server import ASSIGN, NO_UPDATE, OUTER, OVERWRITE, get_groups
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.store import Membership, Opening, ParameterStore, Snapshot
 
@@ -31,6 +31,8 @@ class Worker:
         parameters: All parameters of the module by name, each once, in an order that every worker shares.
         buffers: All buffers by name.
         optimizers: Over these parameters.
+        watch: Whether the server gets to know what anyone but an optimizer makes of the parameters between two steps
+            (clamps them, say), if the coordinator does it.
 
     Raises:
         ValueError: If an optimizer holds a parameter that is not among ``parameters``, or cannot work on a server.
@@ -43,16 +45,31 @@ class Worker:
         parameters: dict[str, nn.Parameter],
         buffers: dict[str, Tensor],
         optimizers: Sequence[Optimizer],
+        *,
+        watch: bool = False,
     ) -> None:
         self.store = store
+        self.watch = watch and not settings.local_steps and settings.compression.name == "none"
         self.settings = settings
-        self.parameters = parameters
-        self.buffers = buffers
         self.optimizers = list(optimizers)
         self.steps = [0] * len(self.optimizers)  # of the server, as of the last pull
         self.own_steps = [0] * len(self.optimizers)  # pushed from here
         self.version = 0
+        self._last_push = 0
         self.pending: list[LeaseId] = []  # batches whose gradients are in no push yet
+        self._local_steps: list[Callable[[], Any]] = [optimizer.step for optimizer in self.optimizers]
+        refuse_unsupported(self.optimizers)
+        self.follow(parameters, buffers)
+
+    def follow(self, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:
+        """Take these for the module's; the optimizers hold them. For the beginning, and after an exchange of layers.
+
+        Gradients that were not yet pushed are forgotten.
+
+        Raises:
+            ValueError: If an optimizer holds a parameter that is not among ``parameters``.
+        """
+        self.parameters, self.buffers = parameters, buffers
         self._tensors: list[nn.Parameter] = list(parameters.values())
         places = {id(p): i for i, p in enumerate(self._tensors)}
         self._owned = [_places_of(optimizer, places) for optimizer in self.optimizers]
@@ -61,8 +78,6 @@ class Worker:
         self._since_pull = 0
         self._sent_groups: list[list[dict[str, Any]] | None] = [None] * len(self.optimizers)
         self._base: list[Tensor] = []
-        self._local_steps: list[Callable[[], Any]] = [optimizer.step for optimizer in self.optimizers]
-        refuse_unsupported(self.optimizers)
 
     def opening(self, *, version: int = 0, steps: Sequence[int] = (), epochs: Sequence[dict[str, Any]] = ()) -> Opening:
         """Return what opens a run: copies of parameters, buffers and optimizers on CPU."""
@@ -89,11 +104,32 @@ class Worker:
     def join(self, opening: Callable[[], Opening]) -> Membership:
         """Enter the run and read its parameters."""
         membership = self.store.join(opening)
+        self.begin()
+        return membership
+
+    def begin(self) -> None:
+        """Read the run's parameters, and leave the optimizers' state to the server."""
         self.pull()
         if not self.settings.local_steps:
             for optimizer in self.optimizers:
-                optimizer.state.clear()  # the server has it
-        return membership
+                optimizer.state.clear()
+
+    def send_changes(self) -> None:
+        """Give the server what was made of the parameters since they were read, if this worker is to be heard."""
+        if not self.watch or not self._base or not self.store.is_coordinator:
+            return
+        pairs = zip(self._tensors, self._base, strict=True)
+        changed = [None if torch.equal(p, base) else p.detach() for p, base in pairs]
+        if any(value is not None for value in changed):
+            self.store.wait_for(self._send(changed, OVERWRITE))
+            self._remember()
+
+    @torch.no_grad()
+    def _remember(self) -> None:
+        if len(self._base) != len(self._tensors):
+            self._base = [torch.empty_like(p) for p in self._tensors]
+        for base, parameter in zip(self._base, self._tensors, strict=True):
+            base.copy_(parameter)
 
     def attach(self) -> None:
         """Make ``step`` of every optimizer ours."""
@@ -119,6 +155,7 @@ class Worker:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.send_changes()
         if self.settings.local_steps:
             self._step_locally(index)
         else:
@@ -130,8 +167,8 @@ class Worker:
         shared = list(self.buffers.values()) if self.settings.buffers == "mean" else []
         self.version, self.steps = self.store.pull(self._tensors, shared)
         self._since_pull = 0
-        if self.settings.local_steps or self._has_hooks():
-            self._base = [p.detach().clone() for p in self._tensors]
+        if self.settings.local_steps or self._has_hooks() or (self.watch and self.store.is_coordinator):
+            self._remember()
 
     def settle(self, optimizer: Optimizer, attempts: int = 3) -> None:
         """Give the server what step hooks (projections, masks) made of the parameters.
@@ -143,11 +180,13 @@ class Worker:
             pairs = zip(self._tensors, self._base, strict=True)
             changed = [None if torch.equal(p, base) else p.detach() for p, base in pairs]
             if all(value is None for value in changed) or self.store.wait_for(self._send(changed, ASSIGN)):
-                return
+                break
             if attempt + 1 < attempts:
                 self.pull()
                 for hook in hooks:
                     hook(optimizer, (), {})
+        if hooks and self._base:
+            self._remember()  # what the server did not take is not offered again
 
     def enforce(self) -> None:
         """Run the step hooks once more, when the others have stopped: their last steps went without."""
@@ -165,6 +204,8 @@ class Worker:
         """Put the parameters, and shared buffers, of a cut in place; the next step must follow a `pull`."""
         for parameter, value in zip(self._tensors, snapshot.parameters, strict=True):
             parameter.copy_(value)
+        if self.watch:
+            self._remember()
         if self.settings.buffers == "mean":
             for buffer, value in zip(self.buffers.values(), snapshot.buffers, strict=True):
                 buffer.copy_(value)
@@ -177,7 +218,8 @@ class Worker:
             if self._counts[index]:
                 self._push(index)
         if self.pending:
-            self.store.wait_for(self._send([None] * len(self._tensors), NO_UPDATE))
+            self._last_push = self._send([None] * len(self._tensors), NO_UPDATE)
+        self.store.wait_for(self._last_push)
 
     def _step_remotely(self, index: int) -> None:
         gradients = {i: self._tensors[i].grad for i in self._owned[index]}
@@ -210,12 +252,15 @@ class Worker:
         self.store.wait_for_slack()
         sequence = self._send([sums.get(i) for i in range(len(self._tensors))], index)
         self.own_steps[index] += 1
-        if self._since_pull + 1 >= self.settings.n_fetch:
+        self._last_push = sequence
+        if self._since_pull + 1 >= self.settings.n_fetch and not self.settings.overlap:
             self.store.wait_for(sequence)  # a pull that follows must see it
 
     def _send(self, gradients: Sequence[Tensor | None], index: int) -> int:
-        leases, self.pending = self.pending, []
-        update = index not in (NO_UPDATE, ASSIGN)
+        update = index not in (NO_UPDATE, ASSIGN, OVERWRITE)
+        leases: list[LeaseId] = []
+        if index != OVERWRITE:  # which comes before the gradients of these batches
+            leases, self.pending = self.pending, []
         base = self._tensors if update and self.settings.staleness == "delay_compensation" else []
         return self.store.push(
             gradients,
