@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from lightning_accel.cli.checkpoint import load_weights, prepare_layers
 from lightning_accel.cli.compose import instantiate
 from lightning_accel.cli.errors import UsageError
+from lightning_accel.cli.export_shrink import check_zero_groups, remove_zero_groups, report_speed, write_kept
 from lightning_accel.cli.fit import example_input
 from lightning_accel.low_rank import low_rank_layers, merge
 from lightning_accel.measure import compare_paired, time_interleaved
@@ -34,7 +35,7 @@ class ExportError(RuntimeError):
 
 
 def export(cfg: DictConfig) -> None:
-    """Load ``cfg.ckpt``, merge or keep its low-rank layers, write ``cfg.out``, and check that outputs are equal.
+    """Load ``cfg.ckpt``, merge low-rank layers, remove zero groups, write ``cfg.out``, check that outputs are equal.
 
     Raises:
         UsageError: If a setting is out of range, or the checkpoint does not fit the model.
@@ -49,6 +50,7 @@ def export(cfg: DictConfig) -> None:
             f"A plain checkpoint has dense layers only: low_rank={cfg.low_rank} needs format=torch_export or onnx, "
             "which hold the computation, too."
         )
+    check_zero_groups(cfg.zero_groups, cfg.format)
     console = Console(highlight=False)
     described = _description(cfg)
     model: LightningModule = instantiate(described.model, name="model")
@@ -59,7 +61,10 @@ def export(cfg: DictConfig) -> None:
         expected = model(*inputs)
     factored = low_rank_layers(model)
     entries = sum(parameter.numel() for parameter in model.parameters())
+    before = copy.deepcopy(model)
     merged = _merge(model, cfg.low_rank, inputs, console)
+    small = remove_zero_groups(model, inputs, zero_groups=cfg.zero_groups, file_format=cfg.format, console=console)
+    model = model if small is None else cast(LightningModule, small.model)
     with torch.no_grad():
         off = largest_difference(expected, model(*inputs))
     out = Path(cfg.out) if cfg.out is not None else Path(cfg.paths.output_dir) / _file_name(cfg.format)
@@ -78,6 +83,11 @@ def export(cfg: DictConfig) -> None:
     after = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"{len(factored)} low-rank layers in the checkpoint, {len(merged)} merged into dense ones.")
     console.print(f"{entries:,} -> {after:,} parameters; outputs differ by {off:.1e} of the largest.", markup=False)
+    if merged or small is not None:
+        console.print(report_speed(before, model, inputs), markup=False, soft_wrap=True)
+    if small is not None:
+        write_kept(small, out.with_suffix(".kept.json"))
+        console.print(f"What is left: {os.path.relpath(out.with_suffix('.kept.json'))}", markup=False, soft_wrap=True)
     console.print(f"Written: {os.path.relpath(out)} ({_how_to_load(cfg.format)})", markup=False, soft_wrap=True)
 
 
