@@ -25,6 +25,7 @@ _BINARY = {
     aten.logical_and.default: "&&",
     aten.bitwise_and.Tensor: "&",
 }
+_DEFAULTS = {aten.softplus.default: (None, 1, 20)}
 _SUMS = {aten.add.Tensor: "+", aten.add.Scalar: "+", aten.sub.Tensor: "-", aten.sub.Scalar: "-"}
 # `{0}` and so on are the arguments. Comparisons are written so that NaN stays NaN.
 _FORMS = {
@@ -45,6 +46,11 @@ _FORMS = {
     aten.minimum.default: "({0} < {1} || {0} != {0} ? {0} : {1})",
     aten.threshold_backward.default: "({1} <= {2} ? (real)0 : {0})",
     aten.where.self: "({0} ? {1} : {2})",
+    aten.masked_fill.Scalar: "({1} ? {2} : {0})",
+    aten.sgn.default: "(real)(({0} > 0) - ({0} < 0))",
+    aten.sign.default: "(real)(({0} > 0) - ({0} < 0))",
+    aten.softplus.default: "({0} * {1} > {2} ? {0} : (real)log1p(exp((double)({0} * {1}))) / {1})",
+    aten.softplus_backward.default: "({1} * {2} > {3} ? {0} : {0} * sigmoid_real({1} * {2}))",
     aten.logical_not.default: "!{0}",
     aten.bitwise_not.default: "!{0}",
     aten.clone.default: "{0}",
@@ -62,7 +68,10 @@ def expression(node: Node, operand: Callable[[Node], str]) -> str | None:
     target = node.target
     if target is aten._to_copy.default:
         return f"(real){operand(node.args[0])}" if node.meta["val"].dtype.is_floating_point else None
-    parts = [_part(a, operand) for a in node.args]
+    if target is aten.expand.default:  # of one number to a row
+        return operand(node.args[0])
+    args = (*node.args, *_DEFAULTS.get(target, ())[len(node.args) :])
+    parts = [_part(a, operand) for a in args]
     if any(p is None for p in parts):
         return None
     if target in _SUMS and set(node.kwargs) <= {"alpha"}:

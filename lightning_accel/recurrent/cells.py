@@ -123,6 +123,10 @@ class ZoneoutLSTMCell(_Cell):
         super().__init__(input_size, hidden_size)
         self.cell = nn.LSTMCell(input_size, hidden_size)
 
+    def initial_state(self, x: Tensor | tuple[Tensor, Tensor]) -> States:
+        """Return zero states for one step's input, with its masks or without."""
+        return super().initial_state(x[0] if isinstance(x, tuple) else x)
+
     def forward(self, inputs: tuple[Tensor, Tensor], state: States) -> tuple[Tensor, States]:
         """Make one step."""
         x, keep = inputs

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_accel.recurrent import batching
-from lightning_accel.recurrent.c_loops import CLoop, CText, inlined
+from lightning_accel.recurrent.c_loops import CLoop, CText
+from lightning_accel.recurrent.c_order import inlined
 from lightning_accel.recurrent.c_rows import NotInCError
 from lightning_accel.recurrent.function_text import (
     INDENT,

@@ -32,8 +32,8 @@ _PRELUDE = """
 typedef void (*product_t)(const char *, const char *, const int *, const int *, const int *, const real *, const real *,
     const int *, const real *, const int *, const real *, real *, const int *);
 static inline float exp_float(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
+    x = x < -86.9f ? -86.9f : x;
+    x = x > 88.8f ? 88.8f : x;
     float k = x * 1.44269504f + 12582912.0f;
     int32_t bits;
     memcpy(&bits, &k, 4);
@@ -46,10 +46,10 @@ static inline float exp_float(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t scale = (int32_t)(((uint32_t)bits + 127u) << 23);
+    int32_t scale = (int32_t)(((uint32_t)bits + 126u) << 23);
     float factor;
     memcpy(&factor, &scale, 4);
-    return p * factor;
+    return p * factor * 2.0f; /* 2^128 is no float, so the largest ones need two factors */
 }
 static inline float tanh_float(float x) {
     float a = fabsf(x), z = x * x;
@@ -63,11 +63,10 @@ static inline float tanh_float(float x) {
     return a < 0.625f ? small : (x != x ? x : large);
 }
 static inline real exp_real(real x) {
-    if (sizeof(real) == 4) { float v = exp_float((float)x); return (real)(x > (real)88.72 ? INFINITY : v); }
-    return (real)exp((double)x);
+    return sizeof(real) == 4 ? (real)exp_float((float)x) : (real)exp((double)x);
 }
 static inline real sigmoid_real(real x) {
-    return (real)1 / ((real)1 + (sizeof(real) == 4 ? (real)exp_float(-(float)x) : (real)exp(-(double)x)));
+    return (real)1 / ((real)1 + exp_real(-x));
 }
 static inline real tanh_real(real x) {
     return sizeof(real) == 4 ? (real)tanh_float((float)x) : (real)tanh((double)x);

@@ -26,7 +26,8 @@ class Recurrent(nn.Module):
         bidirectional: Whether a copy of the cell with parameters of its own, ``cell_reverse``, runs backwards; the two
             outputs are concatenated and the state is the pair of both states.
         schedule: ``"auto"`` chooses by measurement, once for each kind of call; ``"loop"``, ``"intra_stream"``,
-            ``"scan"`` and ``"native"`` (the kernels of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``) force one.
+            ``"compiled"`` (its loops as machine code), ``"scan"`` and ``"native"`` (the kernels of ``nn.LSTM``,
+            ``nn.GRU`` and ``nn.RNN``) force one.
 
     Raises:
         ValueError: If ``schedule`` is unknown.

@@ -1,0 +1,244 @@
+"""Loops as machine code: the same results as the plain loop, and nothing lost where there is no compiler."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.recurrent import (
+    LayerNormLSTMCell,
+    PeepholeLSTMCell,
+    Recurrent,
+    ZoneoutLSTMCell,
+    choice,
+    executor,
+    machine_code,
+)
+from lightning_accel.recurrent.machine_code import CannotCompileError, MachineCode
+from lightning_accel.recurrent.scan import linear_scan
+
+F, H, T, B = 5, 20, 9, 3
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class OddCell(nn.Module):
+    """Everything else that has a C form: sums over a row, comparisons, other functions, a concatenated state."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(F + 2 * hidden, 2 * hidden)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        h, c = state
+        a, b = self.mix(torch.cat([x, h, c], -1)).chunk(2, -1)
+        a = torch.where(a > b, a, 0.5 * b - c)
+        scale = 1.0 + a.mean(-1, keepdim=True).abs()
+        c = torch.relu(b) / scale + nn.functional.softplus(a).neg().exp() * c
+        h = torch.maximum(torch.sin(a), torch.minimum(b, c)).clamp_min(-0.9) * torch.rsqrt(1.0 + c * c)
+        return torch.cat([h, c], -1), (h, c)
+
+
+class TwoDependentLoops(nn.Module):
+    """A loop that feeds another one."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.lower, self.upper = nn.GRUCell(F, hidden), LayerNormLSTMCell(hidden, hidden)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        lower = self.lower(x, state[0])
+        y, (h, c) = self.upper(lower, (state[1], state[2]))
+        return y * lower, (lower, h, c)
+
+
+def gradients(rnn, x, state):
+    y, last = rnn(x, state)
+    total = sum((k + 1.0) * r.cos().sum() for k, r in enumerate((y, *last)))
+    found = torch.autograd.grad(total, [*torch.utils._pytree.tree_leaves((x, state)), *rnn.parameters()])
+    return [y, *last, *found]
+
+
+def as_loop(rnn):
+    twin = copy.deepcopy(rnn)
+    twin.schedules[0].schedule, twin.schedules[0].choices = "loop", {}
+    return twin
+
+
+@pytest.mark.parametrize("rows", [256, 2 * B])
+@pytest.mark.parametrize(("kind", "states"), [(OddCell, 2), (TwoDependentLoops, 3)])
+def test_other_operations_and_several_loops(kind, states, rows, monkeypatch):
+    monkeypatch.setattr(executor, "_BLOCK_ROWS", rows)
+    rnn = Recurrent(kind(H).double(), schedule="compiled")
+    x = torch.randn(T, B, F, dtype=torch.double, requires_grad=True)
+    state = tuple(torch.randn(B, H, dtype=torch.double, requires_grad=True) for _ in range(states))
+    actual, expected = gradients(rnn, x, state), gradients(as_loop(rnn), x, state)
+    assert set(rnn.schedules[0].choices.values()) == {"compiled"}
+    for a, e in zip(actual, expected, strict=True):
+        assert (a - e).abs().max().item() <= 1e-12 * max(e.abs().max().item(), 1.0)
+
+
+def test_masks_given_with_the_input():
+    rnn = Recurrent(ZoneoutLSTMCell(F, H).double(), schedule="compiled")
+    x = (torch.randn(T, B, F, dtype=torch.double), (torch.rand(T, B, 2 * H) < 0.3).double())
+    torch.testing.assert_close(rnn(x)[0], as_loop(rnn)(x)[0], rtol=0, atol=1e-12)
+
+
+def test_batches_of_one_and_others_share_the_code():
+    rnn = Recurrent(LayerNormLSTMCell(F, H).double(), schedule="compiled")
+    for steps, streams in ((T, B), (1, 1), (4, 1), (3, 7)):
+        x = torch.randn(steps, streams, F, dtype=torch.double)
+        torch.testing.assert_close(rnn(x)[0], as_loop(rnn)(x)[0], rtol=0, atol=1e-12)
+    (made,) = rnn.schedules[0]._made.values()
+    assert len(made._variants) == 1
+
+
+def test_inputs_and_gradients_that_are_not_dense():
+    rnn = Recurrent(PeepholeLSTMCell(F, H).double(), schedule="compiled")
+    x = torch.randn(B, F, T, dtype=torch.double).permute(2, 0, 1)
+    found = []
+    for module in (rnn, as_loop(rnn)):
+        module(x)[0].sum().backward()  # its gradient is one number, repeated
+        found.append([p.grad for p in module.parameters()])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_float32_is_as_near_as_torchs_own():
+    rnn = Recurrent(PeepholeLSTMCell(F, H), schedule="compiled")
+    exact = as_loop(rnn).double()
+    x = 3.0 * torch.randn(T, B, F)
+    y = rnn(x)[0]
+    assert (y - exact(x.double())[0]).abs().max().item() < 1e-6
+
+
+def test_functions_at_their_ends():
+    values = [0.0, -0.0, 1e-30, 1e-4, 0.6, 0.7, 9.0, 87.0, 89.0, 1e30, math.inf, math.nan]
+    x = torch.tensor([*values, *(-v for v in values)])[None, None]
+    ramp = torch.linspace(-100.0, 100.0, 4001)[None, None]
+    text = """void all(int64_t n, int64_t B, const int64_t *at, product_t call) {
+        const real *x = (real *)at[0];
+        real *e = (real *)at[3], *s = (real *)at[6], *t = (real *)at[9];
+        for (int64_t k = 0; k < B; ++k) { e[k] = exp_real(x[k]); s[k] = sigmoid_real(x[k]); t[k] = tanh_real(x[k]); }
+    }"""
+    machine = MachineCode(text, torch.float32)
+    for given in (x, ramp):
+        results = [torch.empty_like(given) for _ in range(3)]
+        machine.run("all", 1, given.numel(), [given, *results], [])
+        for result, function in zip(results, (torch.exp, torch.sigmoid, torch.tanh), strict=True):
+            torch.testing.assert_close(result, function(given), rtol=1e-6, atol=3e-38, equal_nan=True)
+
+
+def test_nothing_is_compiled_where_it_does_not_pay(monkeypatch):
+    monkeypatch.setattr(choice, "_COMPILE_SECONDS", math.inf)
+    rnn = Recurrent(PeepholeLSTMCell(F, H))
+    rnn(torch.randn(T, B, F))[0].sum().backward()
+    assert {key[0] for key in rnn.schedules[0]._made} == {"intra_stream", "scan"}
+    monkeypatch.setattr(choice, "_COMPILE_SECONDS", 0.0)
+    rnn.schedules[0].choices.clear()
+    rnn.schedules[0].calls_left = 0
+    rnn(torch.randn(T, B, F))
+    assert "compiled" not in {key[0] for key in rnn.schedules[0]._made}
+    rnn.schedules[0].choices.clear()
+    rnn.schedules[0].calls_left = math.inf
+    rnn(torch.randn(T, B, F))
+    assert "compiled" in {key[0] for key in rnn.schedules[0]._made}
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(machine_code, "find_compiler", lambda: None)
+    machine_code.refusal.cache_clear()
+    choice._say_once.cache_clear()
+    yield
+    machine_code.refusal.cache_clear()
+    choice._say_once.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_one_warning_and_the_same_results():
+    rnn, other = Recurrent(PeepholeLSTMCell(F, H)), Recurrent(PeepholeLSTMCell(F, H))
+    x = torch.randn(T, B, F)
+    with pytest.warns(UserWarning, match="without machine code.*there is no C compiler"):
+        y = rnn(x)[0]
+    other(x)
+    torch.testing.assert_close(y, as_loop(rnn)(x)[0])
+    with pytest.warns(UserWarning, match="plain loop, not 'compiled': no machine code: there is no C compiler"):
+        Recurrent(PeepholeLSTMCell(F, H), schedule="compiled")(x)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_what_a_machine_with_a_compiler_chose_runs_without_one():
+    rnn = Recurrent(PeepholeLSTMCell(F, H))
+    x = torch.randn(T, B, F)
+    key = rnn.schedules[0]._key(choice_step(rnn), [x], [torch.zeros(B, H)] * 2)
+    rnn.schedules[0].choices[key] = "compiled"
+    with pytest.warns(UserWarning, match="there is no C compiler"):
+        y = rnn(x)[0]
+    assert {k[0] for k, made in rnn.schedules[0]._made.items() if made is not None} == {"intra_stream"}
+    torch.testing.assert_close(y, as_loop(rnn)(x)[0])
+
+
+def choice_step(rnn):
+    """The step under which a layer's calls are remembered."""
+    seen = []
+    run = rnn.schedules[0].run
+    rnn.schedules[0].run = lambda step, xs, states: seen.append(step) or run(step, xs, states)
+    rnn.schedules[0].schedule = "loop"
+    rnn(torch.randn(1, 1, F))
+    del rnn.schedules[0].run
+    rnn.schedules[0].schedule = "auto"
+    rnn.schedules[0].choices.clear()
+    return seen[0]
+
+
+class OuterProduct(nn.Module):
+    """Its second factor changes with every step."""
+
+    def forward(self, x, state):
+        h = torch.tanh(x @ state.t() @ state)
+        return h, h
+
+
+def test_loops_that_have_no_c_form_say_why():
+    with pytest.warns(UserWarning, match="none of its loops can be written in C: .*a product whose second factor"):
+        Recurrent(OuterProduct(), schedule="compiled")(torch.randn(T, B, F), torch.randn(B, F))
+
+
+def test_text_that_does_not_compile_and_compilers_that_do_not_work(monkeypatch, tmp_path):
+    with pytest.raises(CannotCompileError, match="refused the text"):
+        MachineCode("this is no C;", torch.float32)
+    silent = tmp_path / "cc"
+    silent.write_text('#!/bin/sh\nfor last; do :; done\nwhile [ "$1" != -o ]; do shift; done\necho nothing > "$2"\n')
+    silent.chmod(0o755)
+    monkeypatch.setenv("CC", str(silent))
+    with pytest.raises(CannotCompileError, match="does not load"):
+        MachineCode("int one(void) { return 1; }", torch.float32)
+    silent.write_text("not a program")
+    with pytest.raises(CannotCompileError, match="did not run"):
+        MachineCode("int two(void) { return 2; }", torch.float32)
+    monkeypatch.setattr(machine_code, "find_compiler", lambda: None)
+    with pytest.raises(CannotCompileError, match="there is no C compiler"):
+        MachineCode("int three(void) { return 3; }", torch.float32)
+
+
+@pytest.mark.parametrize("steps", [300, 2])
+def test_scans_in_machine_code(steps):
+    a = torch.rand(steps, 40, 300, dtype=torch.double)[:, :, ::2].requires_grad_()
+    b, h0 = torch.randn(steps, 40, 150, dtype=torch.double).requires_grad_(), torch.randn(40, 150, dtype=torch.double)
+    state, expected = h0, []
+    for a_t, b_t in zip(a, b, strict=True):
+        state = torch.addcmul(b_t, a_t, state)
+        expected.append(state)
+    scanned, looped = linear_scan(a, b, h0), torch.stack(expected)
+    weights = torch.randn(1, 40, 150, dtype=torch.double).expand(steps, -1, -1)
+    torch.testing.assert_close(scanned, looped, rtol=1e-12, atol=1e-12)
+    for actual, wanted in zip(
+        torch.autograd.grad(scanned, (a, b), weights), torch.autograd.grad(looped, (a, b), weights), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
