@@ -10,14 +10,23 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.resources import files
-from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from lightning_accel.cli.bench._recurrent_cases import (
+    HIDDEN,
+    INPUT,
+    Decoder,
+    LoopOverGRUCell,
+    LoopOverLSTMCell,
+    LoopOverPeephole,
+    LoopOverTwoCells,
+    floor,
+    lstm_graph,
+)
+from lightning_accel.cli.bench._recurrent_trainer_rows import rows as trainer_rows
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import compare_paired, time_interleaved
 from lightning_accel.recurrent.cells import (
@@ -27,38 +36,48 @@ from lightning_accel.recurrent.cells import (
     MinGRUCell,
     OutputGRUCell,
     PeepholeLSTMCell,
+    ZoneoutLSTMCell,
 )
 from lightning_accel.recurrent.choice import Schedule
 from lightning_accel.recurrent.deferral import DeferredCells
-from lightning_accel.recurrent.graph_rnn import GraphRNN
+from lightning_accel.recurrent.machine_code import refusal
 from lightning_accel.recurrent.module import Recurrent
 from lightning_accel.recurrent.packed import RunPackedPadded
 from lightning_accel.recurrent.scan import linear_scan
 
-INPUT, HIDDEN = 128, 256
 _BATCHES = (1, 8, 32)
 _CELLS: dict[str, type[PeepholeLSTMCell] | type[LayerNormLSTMCell]] = {
     "peephole LSTM": PeepholeLSTMCell,
     "LayerNorm LSTM": LayerNormLSTMCell,
 }
 _TARGETS = {128: (4.5, 2.5, 1.3), 512: (4.0, 2.5, 1.2)}
+# Name, model, its targets, gates of its cells, input sizes of its layers, nn.LSTM or nn.GRU that computes the same.
+_LOOPS: tuple[tuple[str, type[nn.Module], tuple[float, ...], int, tuple[int, ...], Callable[[], nn.Module]], ...] = (
+    ("two nn.LSTMCells", LoopOverTwoCells, (5.5, 3.0, 1.4), 4, (INPUT, HIDDEN), lambda: nn.LSTM(INPUT, HIDDEN, 2)),
+    ("an nn.LSTMCell", LoopOverLSTMCell, _TARGETS[128], 4, (INPUT,), lambda: nn.LSTM(INPUT, HIDDEN)),
+    ("an nn.GRUCell", LoopOverGRUCell, _TARGETS[128], 3, (INPUT,), lambda: nn.GRU(INPUT, HIDDEN)),
+    ("a peephole cell", LoopOverPeephole, _TARGETS[128], 4, (INPUT,), lambda: nn.LSTM(INPUT, HIDDEN)),
+)
 _MEMORY_BATCH = 32
+_NOTICED = 5  # batches after which a loop that gains nothing runs plain
+_NOT_SLOWER = 0.97  # what a program may measure against itself
 
 
 def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
     """Yield the rows; ``quick`` leaves out long sequences and the largest batch and takes fewer rounds."""
-    rounds = 3 if quick else 9
+    rounds, batches = (3, _BATCHES[:2]) if quick else (6, _BATCHES)  # 6 pairs are enough for a verdict
     for steps in (128,) if quick else (128, 512):
         for name, kind in _CELLS.items():
-            yield from _cell_rows(name, kind, steps, _BATCHES[: 2 if quick else 3], rounds, device)
-    yield from _graph_rows(_BATCHES[: 2 if quick else 3], rounds, device)
-    yield from _deferred_rows(_BATCHES[: 2 if quick else 3], rounds, device)
+            yield from _cell_rows(name, kind, steps, batches, rounds, device)
+    yield from _graph_rows(batches, rounds, device)
+    yield from _deferred_rows(batches, rounds, device)
     if device == "cpu":
         yield _packed_row(128 if quick else 512, rounds)
     yield from _scan_rows((2048,) if quick else (2048, 8192), rounds, device)
     if device == "cpu" and not quick:
         yield from _memory_rows()
-    yield from _auto_rows(rounds, device)
+    yield from _auto_rows((8,) if quick else (8, 32), rounds, device)
+    yield from trainer_rows(quick=quick, device=device)
 
 
 def _cell_rows(  # noqa: PLR0917
@@ -72,91 +91,78 @@ def _cell_rows(  # noqa: PLR0917
     for batch, target in zip(batches, _TARGETS[steps], strict=False):
         cell = kind(INPUT, HIDDEN).to(device)
         x = torch.randn(steps, batch, INPUT, device=device)
+        auto = _layer(cell, "auto")
         variants = {
             "loop": _training_step(_layer(cell, "loop"), x),
-            "intra-stream": _training_step(_layer(cell, "intra_stream"), x),
+            "auto": _training_step(auto, x),
+            "in Python": _training_step(_layer(cell, "intra_stream"), x),
             "nn.LSTM": _training_step(nn.LSTM(INPUT, HIDDEN).to(device), x),
-            "floor": _floor(steps, batch, device),
+            "floor": floor(steps, batch, device),
         }
-        yield _row(
-            f"{name}, H={HIDDEN}, T={steps}, B={batch}", "loop", "intra-stream", variants, rounds, device, target
-        )
+        case = f"{name}, H={HIDDEN}, T={steps}, B={batch}"
+        yield _row(case, "loop", "auto", variants, rounds, device, target, _chosen(auto))
 
 
 def _graph_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
     for batch, target in zip(batches, (2.0, 1.8, 1.3), strict=False):
         x = torch.randn(128, batch, INPUT, device=device)
-        network = lstm_graph("intra_stream").to(device)
+        network = lstm_graph("auto").to(device)
         loop = copy.deepcopy(network)
         loop.rnn.schedules[0].schedule = "loop"
         variants = {
             "nn.LSTM": _training_step(nn.LSTM(INPUT, HIDDEN).to(device), x),
             "GraphRNN": _training_step(network, x),
             "loop": _training_step(loop, x),
-            "floor": _floor(128, batch, device),
+            "floor": floor(128, batch, device),
         }
-        case = f"LSTM as a graph, H={HIDDEN}, T=128, B={batch}"
-        seconds = time_interleaved(variants, rounds=rounds, warmup=2, device=device)
+        seconds = time_interleaved(variants, rounds=rounds, warmup=1, device=device)
         yield BenchRow(
             suite="recurrent",
-            case=case,
+            case=f"LSTM as a graph, H={HIDDEN}, T=128, B={batch}",
             variant="GraphRNN",
             baseline="nn.LSTM",
             ratio=compare_paired(seconds["GraphRNN"], seconds["nn.LSTM"]),
             seconds=_medians(seconds),
             target=target,
             better="at most",
-            note="time over nn.LSTM's",
+            note=_beside(seconds, "nn.LSTM", "GraphRNN", _chosen(network.rnn)),
         )
 
 
-def lstm_graph(schedule: Schedule) -> GraphRNN:
-    """Build the LSTM of ``conf/model/recurrent_graph/lstm.yaml`` in the size of the benchmarks."""
-    text = (files("lightning_accel.conf") / "model" / "recurrent_graph" / "lstm.yaml").read_text(encoding="utf-8")
-    config: Any = OmegaConf.to_container(OmegaConf.create(text))
-    nodes = {n: node | {"size": INPUT if n == "x" else HIDDEN} for n, node in config["nodes"].items()}
-    return GraphRNN(nodes, config["edges"], config["inputs"], config["outputs"], schedule=schedule)
-
-
-class LoopOverTwoCells(nn.Module):
-    """What a reader would write: two stacked ``nn.LSTMCell``s, one step after another."""
-
-    def __init__(self, input_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self.lower, self.upper = nn.LSTMCell(input_size, hidden_size), nn.LSTMCell(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (T, B, I) to (T, B, H)."""
-        h1 = c1 = h2 = c2 = x.new_zeros(x.shape[1], self.lower.hidden_size)
-        outputs = []
-        for t in range(len(x)):
-            h1, c1 = self.lower(x[t], (h1, c1))
-            h2, c2 = self.upper(h1, (h2, c2))
-            outputs.append(h2)
-        return torch.stack(outputs)
-
-
 def _deferred_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
-    for batch, target in zip(batches, (5.5, 3.0, 1.4), strict=False):
-        model = LoopOverTwoCells(INPUT, HIDDEN).to(device)
-        x = torch.randn(128, batch, INPUT, device=device)
-        plain = _training_step(model, x)
-        deferred = DeferredCells(model)
-        with deferred.watch():
-            plain()
+    for name, kind, targets, gates, inputs, native in _LOOPS:
+        for batch, target in zip(batches, targets, strict=False):
+            x = torch.randn(128, batch, INPUT, device=device)
+            beside = {
+                "torch's layer": _training_step(native().to(device), x),
+                "floor": floor(128, batch, device, gates=gates, inputs=inputs),
+            }
+            yield _deferred_row(f"unchanged loop over {name}", kind().to(device), x, beside, rounds, target)
+    x = torch.randn(128, 8, INPUT, device=device)
+    beside = {"floor": floor(128, 8, device)}
+    yield _deferred_row("decoder that is fed its own output", Decoder().to(device), x, beside, rounds, _NOT_SLOWER)
 
-        def scheduled(deferred: DeferredCells = deferred, plain: Callable[[], object] = plain) -> None:
-            with deferred.active():
-                plain()
 
-        variants = {
-            "loop": plain,
-            "deferred cells": scheduled,
-            "nn.LSTM": _training_step(nn.LSTM(INPUT, HIDDEN, 2).to(device), x),
-        }
-        case = f"unchanged loop over two nn.LSTMCells, H={HIDDEN}, T=128, B={batch}"
-        yield _row(case, "loop", "deferred cells", variants, rounds, device, target)
-        deferred.remove()
+def _deferred_row(  # noqa: PLR0917
+    name: str, model: nn.Module, x: Tensor, beside: dict[str, Callable[[], object]], rounds: int, target: float
+) -> BenchRow:
+    plain = _training_step(copy.deepcopy(model), x)
+    recorded = _training_step(model, x)
+    deferred = DeferredCells(model)
+    with deferred.watch():
+        recorded()
+
+    def scheduled() -> None:
+        with deferred.active():
+            recorded()
+
+    for _ in range(_NOTICED if beside.keys() == {"floor"} else 1):
+        scheduled()
+    case = f"{name}, H={HIDDEN}, T={len(x)}, B={x.shape[1]}"
+    variants = {"loop": plain, "deferred cells": scheduled, **beside}
+    row = _row(case, "loop", "deferred cells", variants, rounds, x.device.type, target)
+    deferred.remove()
+    return row
 
 
 def _packed_row(steps: int, rounds: int) -> BenchRow:
@@ -175,9 +181,14 @@ def _packed_row(steps: int, rounds: int) -> BenchRow:
         with RunPackedPadded():
             packed()
 
-    variants = {"packed kernel": packed, "padded": padded, "nn.LSTM without lengths": _training_step(rnn, x)}
+    variants = {
+        "packed kernel": packed,
+        "padded": padded,
+        "nn.LSTM without lengths": _training_step(rnn, x),
+        "floor": floor(steps, batch, "cpu"),
+    }
     case = f"packed nn.LSTM, H={HIDDEN}, T={steps}, B={batch}"
-    return _row(case, "packed kernel", "padded", variants, min(rounds, 5), "cpu", 8.0 if steps == 512 else None)
+    return _row(case, "packed kernel", "padded", variants, rounds, "cpu", 8.0 if steps == 512 else None)
 
 
 def _scan_rows(lengths: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
@@ -207,33 +218,36 @@ def _unbind_loop(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-def _auto_rows(rounds: int, device: str) -> Iterator[BenchRow]:
+def _auto_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
     cells: tuple[type[nn.Module], ...] = (
-        nn.LSTMCell, nn.GRUCell, nn.RNNCell, PeepholeLSTMCell, LayerNormLSTMCell,
-        CoupledGateLSTMCell, FeedbackLSTMCell, OutputGRUCell, MinGRUCell,
+        nn.LSTMCell, nn.GRUCell, nn.RNNCell, PeepholeLSTMCell, LayerNormLSTMCell, CoupledGateLSTMCell,
+        ZoneoutLSTMCell, FeedbackLSTMCell, OutputGRUCell, MinGRUCell,
     )  # fmt: skip
     for kind in cells:
-        cell = kind(INPUT, HIDDEN).to(device)
-        x = torch.randn(64, 8, INPUT, device=device)
-        auto = _layer(cell, "auto")
-        variants = {"loop": _training_step(_layer(cell, "loop"), x), "auto": _training_step(auto, x)}
-        row = _row(f"auto, {kind.__name__}, H={HIDDEN}, T=64, B=8", "loop", "auto", variants, rounds, device, 1.0)
-        chosen = ", ".join(sorted(set(auto.schedules[0].choices.values())))
-        yield BenchRow(**{**row.__dict__, "note": f"chose {chosen}"})
+        for batch in batches:
+            cell = kind(INPUT, HIDDEN).to(device)
+            x = torch.randn(64, batch, INPUT, device=device)
+            masks = (torch.rand(64, batch, 2 * HIDDEN, device=device) < 0.1).float()
+            given = (x, masks) if kind is ZoneoutLSTMCell else x
+            auto = _layer(cell, "auto")
+            variants = {"loop": _training_step(_layer(cell, "loop"), given), "auto": _training_step(auto, given)}
+            case = f"auto, {kind.__name__}, H={HIDDEN}, T=64, B={batch}"
+            yield _row(case, "loop", "auto", variants, rounds, device, 1.0, _chosen(auto))
 
 
 def _memory_rows() -> Iterator[BenchRow]:
+    best: Schedule = "intra_stream" if refusal() else "compiled"
     for name in _CELLS:
-        peaks = {s: _peak_memory(name, s) for s in ("loop", "intra_stream")}
+        peaks = {s: _peak_memory(name, s) for s in ("loop", best)}
         yield BenchRow(
             suite="recurrent",
             case=f"peak memory, {name}, H={HIDDEN}, T=128, B={_MEMORY_BATCH}",
-            variant="intra-stream",
+            variant=best,
             baseline="loop",
-            ratio=compare_paired([float(peaks["intra_stream"])], [float(peaks["loop"])]),
+            ratio=compare_paired([float(peaks[best])], [float(peaks["loop"])]),
             target=1.1,
             better="at most",
-            note=f"growth of memory in two steps, {peaks['intra_stream']} over {peaks['loop']} KiB; no times",
+            note=f"growth of memory in two steps, {peaks[best]} over {peaks['loop']} KiB; no times",
         )
 
 
@@ -261,7 +275,7 @@ def _layer(cell: nn.Module, schedule: Schedule) -> Recurrent:
     return Recurrent(copy.deepcopy(cell), schedule=schedule)
 
 
-def _training_step(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+def _training_step(layer: nn.Module, x: Tensor | tuple[Tensor, ...]) -> Callable[[], object]:
     def step() -> None:
         layer.zero_grad()
         result = layer(x)
@@ -269,33 +283,6 @@ def _training_step(layer: nn.Module, x: Tensor) -> Callable[[], object]:
         y.sum().backward()
 
     return step
-
-
-def _floor(steps: int, batch: int, device: str) -> Callable[[], object]:
-    """Return what does the products of an LSTM's training step and nothing else."""
-    x, d_x = torch.randn(steps * batch, INPUT, device=device), torch.empty(steps * batch, INPUT, device=device)
-    gates = torch.randn(steps, batch, 4 * HIDDEN, device=device)
-    hidden = torch.randn(steps, batch, HIDDEN, device=device)
-    w_ih, w_hh = (torch.randn(4 * HIDDEN, size, device=device) * 0.01 for size in (INPUT, HIDDEN))
-    across = w_hh.t().contiguous()
-    made_gates = torch.empty_like(gates)
-    made_hidden = torch.empty(batch, HIDDEN, device=device)
-    sums = [torch.empty_like(w) for w in (w_ih, w_hh)]
-    rows_, made_rows = list(hidden.unbind(0)), list(made_gates.unbind(0))
-    gate_rows = list(gates.unbind(0))
-
-    def products() -> None:
-        torch.mm(x, w_ih.t(), out=made_gates.view(-1, 4 * HIDDEN))
-        for h, gate in zip(rows_, made_rows, strict=True):
-            torch.mm(h, across, out=gate)
-        for gate in gate_rows:
-            torch.mm(gate, w_hh, out=made_hidden)
-        flat = gates.view(-1, 4 * HIDDEN)
-        torch.mm(flat.t(), x, out=sums[0])
-        torch.mm(flat.t(), hidden.view(-1, HIDDEN), out=sums[1])
-        torch.mm(flat, w_ih, out=d_x)
-
-    return products
 
 
 def _row(  # noqa: PLR0917
@@ -306,8 +293,9 @@ def _row(  # noqa: PLR0917
     rounds: int,
     device: str,
     target: float | None,
+    chosen: Callable[[], str] | None = None,
 ) -> BenchRow:
-    seconds = time_interleaved(variants, rounds=rounds, warmup=2, device=device)
+    seconds = time_interleaved(variants, rounds=rounds, warmup=1, device=device)
     return BenchRow(
         suite="recurrent",
         case=case,
@@ -316,7 +304,20 @@ def _row(  # noqa: PLR0917
         ratio=compare_paired(seconds[baseline], seconds[variant]),
         seconds=_medians(seconds),
         target=target,
+        note=_beside(seconds, baseline, variant, chosen),
     )
+
+
+def _chosen(layer: Recurrent) -> Callable[[], str]:
+    """Return what says which schedule was chosen, once it was."""
+    return lambda: f"chose {', '.join(sorted(set(layer.schedules[0].choices.values())))}"
+
+
+def _beside(seconds: dict[str, list[float]], baseline: str, variant: str, chosen: Callable[[], str] | None) -> str:
+    """Write the times of what ran beside the two."""
+    said = [] if chosen is None else [chosen()]
+    others = {name: time for name, time in _medians(seconds).items() if name not in (baseline, variant)}
+    return "; ".join([*said, *(f"{name} {1e3 * time:.1f} ms" for name, time in others.items())])
 
 
 def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
