@@ -13,7 +13,8 @@ from lightning_accel.recurrent.deferred import Chain, DeferredTensor, spec_of
 from lightning_accel.recurrent.stepping import is_torch_cell, run_loop, torch_cell_step
 
 _SHORT = 4  # a chain of fewer steps is not worth a schedule
-_PATIENCE = 8  # short chains in a row until the cell runs plain for good
+_PATIENCE = 8  # short chains in a row until the cell runs plain for the rest of the batch
+_BATCHES = 3  # such batches in a row until it does for good; a profiler looks at every step of single batches only
 
 _TORCH_LAYOUTS = {
     "lstm": CallLayout(
@@ -60,7 +61,7 @@ class DeferredCell:
         self.layout = layout
         self.shapes = list(shapes)
         self._parameters = [*cell.parameters(), *cell.buffers()]
-        self._short = 0
+        self._short = self._short_batches = 0
         self.active = False
         self.reason = ""
         self.chains = self.steps = 0
@@ -174,8 +175,14 @@ class DeferredCell:
 
     def _ended(self, steps: int) -> None:
         self.chains, self.steps = self.chains + 1, self.steps + steps
-        self._short = self._short + 1 if steps < _SHORT else 0
+        if steps < _SHORT:
+            self._short += 1
+        else:
+            self._short = self._short_batches = 0
         if self._short >= _PATIENCE:
+            self._short, self._short_batches = 0, self._short_batches + 1
+            self.active = False  # until the next batch
+        if self._short_batches >= _BATCHES:
             self.remove(
                 f"its loop uses every step's result before the next step: {self.chains} chains of {self.steps} steps"
             )
