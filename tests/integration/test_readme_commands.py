@@ -17,9 +17,9 @@ FRESH_MACHINE = (
 )
 SHORT_FIT = [
     "trainer.max_epochs=1",
-    "+trainer.limit_train_batches=2",
-    "+trainer.limit_val_batches=2",
-    "+trainer.limit_test_batches=2",
+    "++trainer.limit_train_batches=2",
+    "++trainer.limit_val_batches=2",
+    "++trainer.limit_test_batches=2",
 ]
 SHORTENED = {
     "train": SHORT_FIT,

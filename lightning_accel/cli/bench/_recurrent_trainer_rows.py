@@ -187,7 +187,7 @@ def _memory_rows() -> Iterator[BenchRow]:
             ratio=compare_paired([float(peaks["scheduled"])], [float(peaks["plain"])]),
             target=1.1,
             better="at most",
-            note=f"growth of a process by the last five of eight steps, {peaks['scheduled']} over {peaks['plain']} KiB; no times",
+            note=f"growth by the last five of eight steps, {peaks['scheduled']} over {peaks['plain']} KiB; no times",
         )
 
 
