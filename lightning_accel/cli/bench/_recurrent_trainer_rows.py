@@ -71,8 +71,8 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
         yield _row(
             f"fit, packed nn.LSTM, H={HIDDEN}, T={steps}, B=16",
             PackedTagger,
-            packed_batches(steps, 16, _SETTLED + (2 if quick else 3)),
-            fits=2 if quick else 6,
+            packed_batches(steps, 16, _SETTLED + 2),
+            fits=2 if quick else 4,
             device=device,
             target=None if quick else 5.0,
         )
@@ -80,8 +80,8 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
         yield _row(
             f"fit, character model, LayerNorm LSTM, H={HIDDEN}, T=128, B={batch}",
             _char_lm,
-            token_batches(128, batch, _SETTLED + 8),
-            fits=2 if quick else 6,
+            token_batches(128, batch, _SETTLED + 6),
+            fits=2 if quick else 4,
             device=device,
         )
     if device == "cpu" and not quick:
