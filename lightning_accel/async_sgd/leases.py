@@ -68,7 +68,9 @@ class LeaseBook:
         else:
             self._next[epoch] = 0
 
-    def grant(self, worker: int, epoch: int, *, workers: int = 1, reserve: int = 0) -> list[Lease]:
+    def grant(
+        self, worker: int, epoch: int, *, workers: int = 1, reserve: int = 0, leftovers: bool = True
+    ) -> list[Lease]:
         """Lease free units to a worker; an empty list if none is free.
 
         Args:
@@ -76,17 +78,20 @@ class LeaseBook:
             epoch: The epoch it is in; units returned from earlier epochs come first.
             workers: Live workers, for the size of the grant.
             reserve: Units at the end of the epoch that are not given to this worker.
+            leftovers: Whether it gets what was reserved in earlier epochs.
         """
         ids: list[LeaseId] = []
         if self._returned:
             ids = [self._returned.popleft()]
-        elif epoch in self._orders:
-            start = self._next[epoch]
-            free = self.fresh(epoch) - reserve
+        else:
+            earlier = [e for e in sorted(self._orders) if e < epoch and self.fresh(e)] if leftovers else []
+            chosen = earlier[0] if earlier else epoch
+            free = self.fresh(chosen) - (0 if earlier else reserve)
             if free > 0:
-                count = max(1, min(self._block, free // (2 * max(1, workers)), free))
-                self._next[epoch] = start + count
-                ids = [(epoch, i) for i in range(start, start + count)]
+                start = self._next[chosen]
+                count = max(1, min(self._block, free // (2 * max(1, workers))))
+                self._next[chosen] = start + count
+                ids = [(chosen, i) for i in range(start, start + count)]
         for lease in ids:
             self._held[lease] = worker
         return [Lease(e, i, self._orders[e][i]) for e, i in ids]
@@ -123,9 +128,9 @@ class LeaseBook:
         self.give_back(worker, lost)
         return len(lost)
 
-    def held_by_others(self, worker: int) -> int:
-        """How many units workers other than this one hold."""
-        return sum(1 for holder in self._held.values() if holder != worker)
+    def held_by_others(self, worker: int, epoch: int) -> int:
+        """How many units of ``epoch``, and of those before, workers other than this one hold."""
+        return sum(1 for lease, holder in self._held.items() if holder != worker and lease[0] <= epoch)
 
     def remaining(self) -> int:
         """How many units of the known epochs are not yet committed."""

@@ -37,6 +37,7 @@ class Peer:
     generation: int = 0  # of the parameters that it knows, see `Supervisor`
     request: Message | None = None  # what it waits for
     epoch: int = -1
+    leased_epoch: int = -1  # the last of which it was given a batch
     idle: bool = False
     done: bool = False  # has ended its training, and can take nothing over
     heartbeat: int = 0

@@ -297,12 +297,17 @@ class Service:
                 return None
             self._order_asked[epoch] = peer.worker
             return Message("lease", {"leases": [], "order": True})
-        reserve = self.settings.cooldown_steps if request.values["final"] and not coordinates else 0
-        leases = book.grant(peer.worker, epoch, workers=self.server.live, reserve=reserve)
+        reserve = 0
+        if not coordinates:
+            # the coordinator trains a batch of every epoch: without one it would not validate at the epoch's end
+            reserve = int(any(p.worker == self.control.coordinator and p.leased_epoch < epoch for p in self.peers))
+            reserve = max(reserve, self.settings.cooldown_steps if request.values["final"] else 0)
+        leases = book.grant(peer.worker, epoch, workers=self.server.live, reserve=reserve, leftovers=coordinates)
         if leases:
+            peer.leased_epoch = max(peer.leased_epoch, leases[-1].epoch)
             return Message("lease", {"leases": leases, "order": False})
         # the coordinator ends the epoch: it waits for the others, and takes what the dead leave behind
-        return None if coordinates and book.held_by_others(peer.worker) else nothing
+        return None if coordinates and book.held_by_others(peer.worker, epoch) else nothing
 
     def _is_active(self, worker: int) -> bool:
         return any(peer.worker == worker and peer.active for peer in self.peers)

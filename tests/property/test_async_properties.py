@@ -45,7 +45,7 @@ def test_every_unit_is_committed_once_whatever_happens(events, block, units):
             else:
                 book.give_back(worker, [held[worker].pop(0).id])
         others = sum(len(leases) for other, leases in held.items() if other != worker)
-        assert book.held_by_others(worker) == others
+        assert book.held_by_others(worker, 0) == others
         assert book.remaining() == units - len(committed)
     for worker in (1, 2):
         book.revoke(worker)
