@@ -4,6 +4,7 @@ from lightning_accel.async_sgd.client import SharedMemoryStore
 from lightning_accel.async_sgd.compression import Compression, ErrorFeedback
 from lightning_accel.async_sgd.estimate import TrafficEstimate, estimate_traffic
 from lightning_accel.async_sgd.leases import Lease, LeaseBook
+from lightning_accel.async_sgd.recompute import Recomputation
 from lightning_accel.async_sgd.replay import replay
 from lightning_accel.async_sgd.rules import compensate_delay, expected_gain, has_slack, learning_rate_weight
 from lightning_accel.async_sgd.server import LogEntry, ParameterServer, Push
@@ -33,6 +34,7 @@ __all__ = [
     "ParameterServer",
     "ParameterStore",
     "Push",
+    "Recomputation",
     "Settings",
     "SharedMemoryStore",
     "Snapshot",

@@ -56,7 +56,7 @@ class SharedMemoryStore:
         self.worker = worker
         self.incarnation = incarnation
         self.settings = settings
-        self._probe = probe
+        self.probe = probe
         self._channel = Channel(sock)
         self._replies: deque[Message] = deque()
         self._finished_as_coordinator: bool | None = None
@@ -201,11 +201,11 @@ class SharedMemoryStore:
             "pull_seconds": self._pull_seconds,
         }
         self._pull_seconds = None
-        self._probe("before")
-        with self._mailbox.writing(self._sequence, meta, self._probe) as areas:
+        self.probe("before")
+        with self._mailbox.writing(self._sequence, meta, self.probe) as areas:
             middle = len(present) // 2
             self._write(present[:middle] if finite else [], here[:middle], areas)
-            self._probe("half-way")
+            self.probe("half-way")
             self._write(present[middle:] if finite else [], here[middle:], areas)
             if here and self._slots and not (self._is_slot_finite() or is_finite(here)):
                 meta.update(finite=False, present=[])
@@ -214,9 +214,9 @@ class SharedMemoryStore:
                 area.view(tensor.dtype).view(tensor.shape).copy_(tensor)
             for tensor, area in zip(base, rest[len(rest) - len(base) :], strict=True):
                 area.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-        self._probe("after the flag")
+        self.probe("after the flag")
         self._channel.ring()
-        self._probe("after the bell")
+        self.probe("after the bell")
         return self._sequence
 
     @torch.no_grad()
@@ -251,7 +251,7 @@ class SharedMemoryStore:
                 acknowledged, outcome = self._control.acknowledged(self.worker)
             self._control.wait(self.worker, waiting=False)
         if 0 < sequence == self._sequence:
-            self._probe("acknowledged")
+            self.probe("acknowledged")
         return outcome != "refused"
 
     def wait_for_slack(self) -> None:

@@ -185,16 +185,22 @@ class Mailbox:
         self._headers = [self.segment.words(i * slot, i * slot + 8 * _HEADER) for i in range(2)]
         self._meta = [self.segment.raw(i * slot + head, i * slot + head + meta_bytes) for i in range(2)]
         self._areas: list[list[Tensor]] = []
+        starts = [head + _aligned(meta_bytes)]
+        for nbytes in areas:
+            starts.append(starts[-1] + _aligned(nbytes))
         for i in range(2):
-            offset = i * slot + head + _aligned(meta_bytes)
-            self._areas.append([])
-            for nbytes in areas:
-                self._areas[-1].append(raw[offset : offset + nbytes])
-                offset += _aligned(nbytes)
+            pairs = zip(starts, areas, strict=False)
+            self._areas.append([raw[i * slot + start : i * slot + start + nbytes] for start, nbytes in pairs])
+        # the gaps between areas are zero for ever
+        self._spans = [[raw[i * slot + starts[0] : i * slot + end] for end in starts] for i in range(2)]
 
     def areas(self, sequence: int) -> list[Tensor]:
         """Return the payload areas of the slot of push ``sequence``, always the same objects for one slot."""
         return self._areas[sequence % 2]
+
+    def span(self, sequence: int, count: int) -> Tensor:
+        """Return the bytes of the first ``count`` areas of a slot, with the zeros between them."""
+        return self._spans[sequence % 2][count]
 
     @contextlib.contextmanager
     def writing(self, sequence: int, meta: dict[str, Any], probe: Callable[[str], None]) -> Iterator[list[Tensor]]:

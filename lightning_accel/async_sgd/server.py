@@ -235,7 +235,7 @@ class ParameterServer:
         return "assigned"
 
     def _take_buffers(self, buffers: Sequence[Tensor], from_coordinator: bool) -> None:
-        if not buffers or (self.settings.buffers == "coordinator" and not from_coordinator):
+        if not buffers or (self.settings.buffers != "mean" and not from_coordinator):
             return
         share = 1.0 / max(1, self.live) if self.settings.buffers == "mean" else 1.0
         for mine, theirs in zip(self.buffers, buffers, strict=True):
@@ -360,7 +360,12 @@ def _weighted(optimizer: Optimizer, weight: float) -> Iterator[None]:
 def _foreach(optimizer: Optimizer) -> Iterator[None]:
     """Step many tensors at once where that gives the same bits; torch's own choice on CPU is one after another."""
     groups = optimizer.param_groups if type(optimizer) in _SAME_BITS_FOREACH else []
-    free = [group for group in groups if group["foreach"] is None and not group.get("fused")]
+    free = [
+        group
+        for group in groups
+        if group["foreach"] is None
+        and not (group.get("fused") or group["differentiable"] or isinstance(group["lr"], Tensor))
+    ]
     for group in free:
         group["foreach"] = True
     yield

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from lightning_accel.async_sgd.compression import Compression
 from lightning_accel.async_sgd.rules import STALENESS_RULES, StalenessRule
 
-Buffers = Literal["mean", "coordinator"]
+Buffers = Literal["mean", "coordinator", "recompute"]
 Outer = Literal["mean", "delayed_nesterov"]
 Validate = Literal["coordinator", "pause"]
 
@@ -23,6 +23,8 @@ class Settings:
         outer: What the server does with such ways: ``mean`` adds each with weight 1 / live workers;
             ``delayed_nesterov`` adds momentum once in as many pushes as there are live workers.
         outer_momentum: Of ``delayed_nesterov``, in [0, 1).
+        overlap: Whether a worker goes on with its next batch while its push is applied, so that it never waits for
+            the server; its gradients are then up to one step of its own older.
         staleness: Rule for gradients of older parameters, see `rules.learning_rate_weight`.
         drop_beyond: Largest staleness that rule ``drop`` applies, in optimizer steps, >= 0.
         compensation: Strength of ``delay_compensation``, >= 0.
@@ -31,7 +33,9 @@ class Settings:
         cooldown_steps: Batches that the coordinator trains alone at the end, so without any staleness, >= 0.
         lease_batches: Most batches a worker takes at once, >= 1.
         buffers: ``mean``: float buffers (batch norm) move by 1 / live workers towards each pusher's, and all pull
-            them; ``coordinator``: the coordinator's count, the others keep their own.
+            them; ``coordinator``: the coordinator's count, the others keep their own; ``recompute``: the same, and
+            before validation and at the end the statistics of batch norm are computed anew for the parameters of that
+            moment, from the last batches that the coordinator trained on.
         validate: ``coordinator``: the others train on while the coordinator validates; ``pause``: they wait.
         compression: Of pushes, with error feedback.
         max_restarts: How often a worker that died is started again, each, >= 0.
@@ -47,6 +51,7 @@ class Settings:
     local_steps: int = 0
     outer: Outer = "mean"
     outer_momentum: float = 0.9
+    overlap: bool = False
     staleness: StalenessRule = "inverse"
     drop_beyond: int = 16
     compensation: float = 0.04

@@ -6,14 +6,16 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+from lightning_accel.async_sgd.channel import ChannelClosedError
 from lightning_accel.async_sgd.client import SharedMemoryStore
 from lightning_accel.async_sgd.peers import WorkerProcess
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.store import Statistics
 from lightning_accel.async_sgd.supervisor import Ending, StartWorker, Supervisor
 
+StartMethod = Literal["spawn", "forkserver"]
 WorkerFunction = Callable[..., Any]  # called with the store and the caller's arguments
 
 
@@ -24,6 +26,7 @@ def run_workers(
     workers: int,
     settings: Settings,
     on_tick: Callable[[Statistics], None] | None = None,
+    start_method: StartMethod = "spawn",
 ) -> tuple[Any, Ending]:
     """Run ``function(store, *args)`` in ``workers`` spawned processes around a parameter server in this one.
 
@@ -35,6 +38,7 @@ def run_workers(
         workers: Number of processes, >= 1.
         settings: Of the run.
         on_tick: See `Supervisor`.
+        start_method: Of `multiprocessing`; ``forkserver`` starts quickly what its server has imported before.
 
     Returns:
         What the coordinator returned, and how the run ended.
@@ -43,20 +47,21 @@ def run_workers(
         WorkerFailedError: If a worker raised.
         RuntimeError: If all of them died for good.
     """
-    supervisor = Supervisor(workers, settings, starter(function, args, settings), on_tick=on_tick)
+    supervisor = Supervisor(workers, settings, starter(function, args, settings, start_method), on_tick=on_tick)
     ending = supervisor.run()
     return pickle.loads(ending.result), ending
 
 
-def starter(function: WorkerFunction, args: tuple[Any, ...], settings: Settings) -> StartWorker:
+def starter(
+    function: WorkerFunction, args: tuple[Any, ...], settings: Settings, start_method: StartMethod = "spawn"
+) -> StartWorker:
     """Return what starts one worker process for a `Supervisor`."""
-    context = multiprocessing.get_context("spawn")
-    parent = os.getpid()
+    context = multiprocessing.get_context(start_method)
 
     def start(worker: int, incarnation: int, sock: socket.socket) -> WorkerProcess:
         process = context.Process(
             target=_work,
-            args=(function, args, worker, incarnation, sock, settings, parent),
+            args=(function, args, worker, incarnation, sock, settings),
             name=f"async-sgd-worker-{worker}",
         )
         process.start()
@@ -72,14 +77,16 @@ def _work(  # noqa: PLR0917  # a process is started with a flat list of argument
     incarnation: int,
     sock: socket.socket,
     settings: Settings,
-    parent: int,
 ) -> None:
-    store = SharedMemoryStore(worker, incarnation, sock, settings, parent=parent)
+    # the parent of a forked process is the fork server, which ends with the process that it serves
+    store = SharedMemoryStore(worker, incarnation, sock, settings, parent=os.getppid())
     try:
         result = pickle.dumps(function(store, *args))
         coordinates = store.finish()
         store.report(result)
         store.leave(stop=coordinates)
+    except ChannelClosedError:
+        raise SystemExit(1) from None  # orphaned: nobody is left to report to
     except BaseException as exception:
         store.report_failure(exception, traceback.format_exc())
         raise SystemExit(1) from None

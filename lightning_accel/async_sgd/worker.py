@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_accel.async_sgd.leases import LeaseId
+from lightning_accel.async_sgd.recompute import Recomputation
 from lightning_accel.async_sgd.server import ASSIGN, NO_UPDATE, OUTER, OVERWRITE, get_groups
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.store import Membership, Opening, ParameterStore, Snapshot
@@ -33,6 +34,7 @@ class Worker:
         optimizers: Over these parameters.
         watch: Whether the server gets to know what anyone but an optimizer makes of the parameters between two steps
             (clamps them, say), if the coordinator does it.
+        module: Whose parameters these are; wanted for ``buffers="recompute"`` alone.
 
     Raises:
         ValueError: If an optimizer holds a parameter that is not among ``parameters``, or cannot work on a server.
@@ -47,6 +49,7 @@ class Worker:
         optimizers: Sequence[Optimizer],
         *,
         watch: bool = False,
+        module: nn.Module | None = None,
     ) -> None:
         self.store = store
         self.watch = watch and not settings.local_steps and settings.compression.name == "none"
@@ -58,6 +61,8 @@ class Worker:
         self._last_push = 0
         self.pending: list[LeaseId] = []  # batches whose gradients are in no push yet
         self._local_steps: list[Callable[[], Any]] = [optimizer.step for optimizer in self.optimizers]
+        self._module = module if settings.buffers == "recompute" else None
+        self._recomputation: Recomputation | None = None
         refuse_unsupported(self.optimizers)
         self.follow(parameters, buffers)
 
@@ -78,6 +83,9 @@ class Worker:
         self._since_pull = 0
         self._sent_groups: list[list[dict[str, Any]] | None] = [None] * len(self.optimizers)
         self._base: list[Tensor] = []
+        if self._recomputation is not None:
+            self._recomputation.detach()
+        self._recomputation = None if self._module is None else Recomputation(self._module)
 
     def opening(self, *, version: int = 0, steps: Sequence[int] = (), epochs: Sequence[dict[str, Any]] = ()) -> Opening:
         """Return what opens a run: copies of parameters, buffers and optimizers on CPU."""
@@ -146,6 +154,8 @@ class Worker:
 
     def detach(self) -> None:
         """Give the optimizers their own ``step`` back."""
+        if self._recomputation is not None:
+            self._recomputation.detach()
         for optimizer in self.optimizers:
             vars(optimizer).pop("step", None)
 
@@ -201,7 +211,10 @@ class Worker:
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
-        """Put the parameters, and shared buffers, of a cut in place; the next step must follow a `pull`."""
+        """Put the parameters, and shared buffers, of a cut in place; the next step must follow a `pull`.
+
+        With ``buffers="recompute"`` batch-norm statistics are computed for these parameters, and put into the cut.
+        """
         for parameter, value in zip(self._tensors, snapshot.parameters, strict=True):
             parameter.copy_(value)
         if self.watch:
@@ -209,6 +222,9 @@ class Worker:
         if self.settings.buffers == "mean":
             for buffer, value in zip(self.buffers.values(), snapshot.buffers, strict=True):
                 buffer.copy_(value)
+        if self._recomputation is not None and self._recomputation.recompute():
+            for buffer, value in zip(self.buffers.values(), snapshot.buffers, strict=True):
+                value.copy_(buffer)
 
     def flush(self) -> None:
         """Push what was accumulated, commit what is pending, and wait until all of it is applied."""

@@ -45,7 +45,7 @@ def train(store, epochs, *, wait_for=(), die=None):
         if die is not None:
             die(store, pushes, stage)
 
-    store._probe = probe
+    store.probe = probe
     store.kv(f"here {store.worker} {store.incarnation}", b"yes")
     for name in wait_for:
         store.kv(name)

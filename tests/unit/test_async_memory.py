@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from lightning_accel.async_sgd.channel import Channel, ChannelClosedError, Message
+from lightning_accel.async_sgd.client import is_finite
+from lightning_accel.async_sgd.control import ControlPage
 from lightning_accel.async_sgd.memory import Mailbox, ParameterPage, Segment, TensorSpec
 
 SPECS = [TensorSpec("w", torch.Size([3, 5]), torch.float32), TensorSpec("n", torch.Size([]), torch.int64)]
@@ -96,6 +98,53 @@ def test_a_push_is_there_only_once_its_number_is():
     assert reader.committed(2) is not None
 
 
+def test_the_payload_of_a_push_can_be_seen_as_one_piece():
+    mailbox = Mailbox([12, 8], 64)
+    with mailbox.writing(1, {}, lambda _: None) as areas:
+        areas[0].view(torch.float32).copy_(torch.tensor([1.0, 2.0, 3.0]))
+        areas[1].view(torch.float32).copy_(torch.tensor([4.0, 5.0]))
+    assert float(mailbox.span(1, 2).view(torch.float32).sum()) == 15.0
+    assert float(mailbox.span(1, 1).view(torch.float32).sum()) == 6.0
+    assert float(mailbox.span(2, 2).view(torch.float32).sum()) == 0.0  # the other slot
+
+
+def test_a_worker_learns_from_the_page_what_became_of_its_push():
+    server = ControlPage(3)
+    worker = ControlPage(3, duplicate(server.segment))
+    assert worker.acknowledged(1) == (0, "applied")
+    assert not server.acknowledge(1, 7, "refused")
+    assert worker.acknowledged(1) == (7, "refused")
+    assert worker.acknowledged(0) == worker.acknowledged(2) == (0, "applied")
+    worker.wait(1, waiting=True)
+    assert server.acknowledge(1, 8, "assigned")  # whoever sleeps has to be woken up
+    worker.beat(1)
+    server.clear(1)
+    assert worker.acknowledged(1) == (0, "applied")
+    assert not server.is_waiting(1)
+    assert server.heartbeat(1) == 1
+    server.coordinator, server.live = 2, 3
+    assert (worker.coordinator, worker.live, worker.stopped) == (2, 3, False)
+    server.stop()
+    assert worker.stopped
+    worker.close()
+    server.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_not_finite_is_found(value, place):
+    tensors = [torch.ones(3, 5), torch.ones(7, dtype=torch.bfloat16)]
+    assert is_finite(tensors)
+    tensors[place][-1] = value
+    assert not is_finite(tensors)
+
+
+def test_large_elements_are_finite_although_their_norm_is_not():
+    assert is_finite([torch.full((4,), 3e38)])
+    assert is_finite([])
+    assert is_finite([torch.empty(0)])
+
+
 def test_a_description_that_does_not_fit_is_refused_and_nothing_is_committed():
     mailbox = Mailbox([8], 64)
     with (
@@ -141,6 +190,14 @@ def test_a_large_message_does_not_block_a_server_whose_peer_does_not_read(ends):
     server.flush(wait=True)
     thread.join(30)
     assert received[0].payload == payload
+
+
+def test_a_ring_is_a_message_among_others(ends):
+    server, worker = ends
+    worker.ring()
+    worker.send(Message("lease"))
+    worker.ring()
+    assert [m.kind for m in server.wait()] == ["bell", "lease", "bell"]
 
 
 def test_half_a_message_of_a_dead_peer_is_no_message(ends):

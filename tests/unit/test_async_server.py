@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from lightning_accel.async_sgd import LogEntry, Opening, ParameterServer, Push, Settings, replay
-from lightning_accel.async_sgd.server import ASSIGN, NO_UPDATE, OUTER, OuterStep, get_groups, set_groups
+from lightning_accel.async_sgd.server import (
+    ASSIGN,
+    NO_UPDATE,
+    OUTER,
+    OuterStep,
+    get_groups,
+    set_groups,
+    step_optimizer,
+)
 
 
 def opened(settings=None, *, momentum=0.9, buffers=()):
@@ -39,6 +47,36 @@ def test_a_push_is_one_step_of_the_real_optimizer():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(server.parameters, parameters, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.SGD, {"lr": 0.1}),
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}),
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "maximize": True}),
+        (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
+        (torch.optim.AdamW, {"lr": 0.01}),
+        (torch.optim.AdamW, {"lr": torch.tensor(0.01)}),
+        (torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+        (torch.optim.Adagrad, {}),
+        (torch.optim.NAdam, {}),
+    ],
+    ids=str,
+)
+def test_the_server_steps_to_the_bit_as_the_optimizer_would(kind, options):
+    torch.manual_seed(0)
+    plain = [nn.Parameter(torch.randn(30, 7)), nn.Parameter(torch.randn(11))]
+    ours = copy.deepcopy(plain)
+    expected, actual = kind(plain, **options), kind(ours, **options)
+    for _ in range(10):
+        gradients = [torch.randn_like(p) for p in plain]
+        for parameter, gradient in zip(plain, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        expected.step()
+        step_optimizer(actual, ours, gradients, weight=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
+    assert actual.param_groups[0].get("foreach") is None  # the user's own choice stays as it was
 
 
 def test_replayed_out_of_order_and_foreign_pushes_are_refused_and_change_nothing():
@@ -139,8 +177,9 @@ def test_buffers_move_by_a_share_and_counters_by_the_largest():
     assert int(server.buffers[1]) == 4
 
 
-def test_buffers_of_the_coordinator_alone():
-    server = opened(Settings(buffers="coordinator"), buffers=[torch.zeros(2)])
+@pytest.mark.parametrize("rule", ["coordinator", "recompute"])
+def test_buffers_of_the_coordinator_alone(rule):
+    server = opened(Settings(buffers=rule), buffers=[torch.zeros(2)])
     server.apply(push(1, worker=1, buffers=[torch.ones(2)]), from_coordinator=False)
     assert server.buffers[0].tolist() == [0.0, 0.0]
     server.apply(push(1, buffers=[torch.ones(2)]), from_coordinator=True)
