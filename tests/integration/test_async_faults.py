@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from async_workers import PUSH_STAGES, SETTINGS, Killed, check_ending, run_threads, train, train_and_die
 
 from lightning_accel.async_sgd import Settings, WorkerFailedError, run_workers
+from lightning_accel.cli.bench import async_sgd as bench
+from lightning_accel.cli.bench._async_faults import chaos, kill_sweep
 
 BOTH = ("here 0 0", "here 1 0")
 
@@ -80,6 +83,26 @@ def test_warm_start_and_cool_down_belong_to_the_coordinator():
     assert {entry.worker for entry in last} == {0}
 
 
+def test_the_coordinator_trains_a_batch_of_every_epoch():
+    epochs = 40  # of twelve batches, of which the coordinator, stopped at each push, would get few
+    pushed = threading.Event()
+
+    def hold_up(store, pushes, now):
+        if store.worker == 0 and now == "before":
+            pushed.wait(0.01)  # a slow worker
+
+    ending = run_threads(3, epochs, die=hold_up, wait_for=("here 0 0", "here 1 0", "here 2 0"))
+    check_ending(ending, epochs)
+    of_coordinator = {lease[0] for entry in ending.log for lease in entry.leases if entry.worker == 0}
+    assert of_coordinator == set(range(epochs))
+
+
+def test_with_overlap_every_batch_is_seen_once_and_the_log_replays():
+    ending = run_threads(2, 4, die=None, wait_for=BOTH, overlap=True)
+    check_ending(ending, 4)
+    assert ending.statistics.staleness_mean > 0
+
+
 @pytest.mark.parametrize("settings", [{"n_push": 3}, {"local_steps": 2}, {"compression": None}], ids=str)
 def test_other_pushes_see_every_batch_once(settings):
     from lightning_accel.async_sgd import Compression
@@ -100,6 +123,30 @@ def test_sigkill_of_a_process(stage, victim):
     _, ending = run_workers(train_and_die, arguments, workers=2, settings=Settings(**SETTINGS, max_restarts=0))
     check_ending(ending, 2)
     assert not shm.exists() or set(os.listdir(shm)) <= before
+
+
+@pytest.mark.slow
+def test_processes_killed_anywhere_and_at_any_time_do_no_harm():
+    damage = kill_sweep(26, seed=5)
+    assert damage.faults["kill"] >= 25
+    assert damage.faults["kill of the parent"] == 1
+    assert (damage.torn, damage.lost, damage.twice, damage.left) == (0, 0, 0, 0)
+
+
+@pytest.mark.slow
+def test_chaos_loses_no_gradient_and_counts_none_twice():
+    found = chaos(6.0, every=0.7, stretch=2.0, seed=3)
+    damage = found.damage
+    assert sum(damage.faults.values()) >= 4
+    assert sum(found.steps) > 0
+    assert len(found.steps) == len(found.worker_seconds)
+    assert (damage.torn, damage.lost, damage.twice, damage.left) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("kills", 0), ("chaos_minutes", 0.0)])
+def test_the_benchmark_refuses_what_is_no_number_of_faults(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be >"):
+        next(bench.rows(quick=True, device="cpu", **{name: value}))
 
 
 @pytest.mark.slow

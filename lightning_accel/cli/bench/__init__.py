@@ -4,6 +4,7 @@ A suite is a file of this folder with the function ``rows(*, quick, device)``, w
 """
 
 import importlib
+import inspect
 import os
 import pkgutil
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def bench(cfg: DictConfig) -> None:
     rows: list[BenchRow] = []
     try:
         with console.status("") as status:
-            for row in _measured(chosen, quick=cfg.quick, device=device):
+            for row in _measured(chosen, cfg, device=device):
                 rows.append(row)
                 ratio = row.ratio.median
                 console.print(f"{row.suite}: {row.case}: {row.variant} {ratio:.2f}", markup=False, style="dim")
@@ -64,9 +65,11 @@ def bench(cfg: DictConfig) -> None:
         console.print(os.path.relpath(path), markup=False, style="dim", soft_wrap=True)
 
 
-def _measured(chosen: list[str], *, quick: bool, device: str) -> Iterator[BenchRow]:
+def _measured(chosen: list[str], cfg: DictConfig, *, device: str) -> Iterator[BenchRow]:
     for name in chosen:
-        yield from importlib.import_module(f"{__name__}.{name}").rows(quick=quick, device=device)
+        rows = importlib.import_module(f"{__name__}.{name}").rows
+        own = {key: cfg[key] for key in inspect.signature(rows).parameters if key in cfg and key != "device"}
+        yield from rows(device=device, **own)
 
 
 def _device(name: str) -> str:
