@@ -14,7 +14,6 @@ from lightning_accel.projection.rounding import inner_radius, require_finite, ro
 _MAX_ITERATIONS = 100
 _COARSE = 1e-6  # relative change of the bounds at which float32 sums have nothing more to say
 _PRECISE = 1e-14  # and float64 sums
-_FINISHED = 1e-5  # after coarse iterations: the float64 step itself is below float32, its error is this squared
 _FLOAT32_SUMS = 1e37  # l1 norms up to here surely do not overflow float32
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -46,8 +45,9 @@ def project_exact(
     Every iteration replaces :math:`\phi_j(\mu) = \sum_i (|y_{ij}| - \mu)_+` by its tangent at :math:`\mu_j`, and solves
     for :math:`\theta` and all :math:`\mu_j` at once. Tangents lie below the convex :math:`\phi_j`, so :math:`\theta`
     rises to its solution and groups whose l1 norm it has passed are out for good. It starts where tangents at
-    :math:`\mu = 0` lead, or at the last solution. 16- and 32-bit data are iterated in float32 first and finished in
-    float64.
+    :math:`\mu = 0` lead, or at the last solution. Bounds are found to 1e-14 for float64 data; for 16- and 32-bit data,
+    whose magnitudes are summed in float32 within a piece of a few rows and in float64 across pieces, to a unit in the
+    last place of the largest float32 entry.
 
     Args:
         parts: Tensor, group dimensions and output of each; all of one device.
@@ -131,9 +131,7 @@ class _Solver:
             settled = (update - at).abs().max() <= tolerance * (update + theta / count).max()
             mu = update
             if bool(settled):
-                if not coarse:
-                    break
-                coarse, tolerance = False, _FINISHED
+                break
             keep = totals > theta
             alive, mu, totals = alive[keep], mu[keep], totals[keep]
         mu = mu * (self.target / mu.sum().clamp_min(_TINY)).clamp_max(1.0)

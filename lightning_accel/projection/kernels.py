@@ -2,7 +2,8 @@
 
 On CPU each pass walks over chunks of rows that fit into the second-level cache, so that several elementwise operations
 cost one trip to memory; 16-bit floats are handled as integers there, whose order is that of the magnitudes once the
-sign bit is gone. On other devices an expression over the whole tensor does the same.
+sign bit is gone. On other devices an expression over the whole tensor does the same. Within `compiled.compiling`,
+passes over rows run compiled.
 """
 
 import math
@@ -11,7 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 17  # entries a thread works on at once: 512 KiB of float32
+from lightning_accel.projection import compiled
+
+_CHUNK = 1 << 17  # entries a thread works on at once with a copy beside them: 512 KiB of float32
+_BARE = 1 << 18  # the same without a copy
+_FLAT = 1 << 21  # one operation is enough; blocks of this size still take half the time that a whole tensor does
 _SUMMED = 1 << 16  # the same for sums over rows, which put what they add up beside them
 _MAGNITUDE = 0x7FFF
 _SIGN = -0x8000
@@ -26,9 +31,9 @@ def group_max(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return x.abs().amax((0, 2))
     if before == 1:
-        return _max_of_rows(x[0])
+        return compiled.run(compiled.largest_of_rows, x[0]) if compiled.wanted(x) else _max_of_rows(x[0])
     if x.numel() <= _CHUNK and after == 1 and x.dtype not in _HALVES:  # few operations count more than few passes
-        return torch.maximum(x.amax(0), x.amin(0).neg_()).view(groups)
+        return x.abs().amax(0).view(groups)
     return _max_of_rows(_max_of_columns(x.view(before, groups * after)).view(groups, after))
 
 
@@ -50,6 +55,9 @@ def _group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.device.type != "cpu":
         magnitude = x.abs()
         return magnitude.amax((0, 2)).double(), magnitude.sum((0, 2), dtype=torch.float64)
+    if before == 1 and compiled.wanted(x):
+        largest, total = compiled.run(compiled.norms_of_rows, x[0])
+        return largest.double(), total.double()
     if before == 1:
         magnitudes = (_wide(x[0, rows]).abs() for rows in _slices(groups, after, _SUMMED))
         pairs = [(m.amax(1), m.sum(1)) for m in magnitudes]
@@ -57,8 +65,11 @@ def _group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     columns = x.view(before, groups * after)
     largest = torch.zeros(groups * after, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     total = torch.zeros(groups * after, dtype=torch.float64)
-    for rows in _row_slices(columns):
-        magnitude = _wide(columns[rows]).abs()
+    slices = list(_row_slices(columns, _BARE))
+    scratch = torch.empty_like(columns[slices[0]]) if largest.dtype == x.dtype else None
+    for rows in slices:
+        piece = columns[rows]
+        magnitude = _wide(piece).abs() if scratch is None else torch.abs(piece, out=scratch[: len(piece)])
         torch.maximum(largest, magnitude.amax(0), out=largest)
         total += magnitude.sum(0)
     return largest.view(groups, after).amax(1).double(), total.view(groups, after).sum(1)
@@ -84,6 +95,9 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
     if x.device.type != "cpu":
         above = (x.index_select(1, groups).to(wide).abs_() - level.view(1, -1, 1)).clamp_min_(0.0)
         return above.sum((0, 2), dtype=torch.float64), (above > 0).sum((0, 2)).double()
+    if before == 1 and level.dtype == x.dtype and compiled.wanted(x):
+        total, count = compiled.run(compiled.excess_of_rows, x[0], groups, level)
+        return total.double(), count.double()
     if before == 1:
         sums, counts = [], []
         for rows in _slices(len(groups), after, _SUMMED):
@@ -91,15 +105,20 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
             sums.append(above.sum(1))
             counts.append(above.sign_().sum(1))
         return torch.cat(sums).double(), torch.cat(counts).double()
-    every = 2 * len(groups) > total_groups  # picking columns costs more than working on all of them
+    every = 3 * len(groups) > total_groups  # picking columns costs more than working on all of them
     if every:
         level = torch.full((total_groups,), torch.inf, dtype=wide).index_copy_(0, groups, level)
     width = len(level) * after
     level = level.repeat_interleave(after)
     total, count = torch.zeros(2, width, dtype=torch.float64).unbind()
-    for rows in _slices(before, width):
-        chunk = x[rows] if every else x[rows].index_select(1, groups)
-        above = chunk.to(wide).abs().view(-1, width).sub_(level).clamp_min_(0.0)
+    slices = list(_slices(before, width, _BARE))
+    scratch = torch.empty_like(x[slices[0]]) if every and wide == x.dtype else None
+    for rows in slices:
+        if scratch is None:
+            magnitude = (x[rows] if every else x[rows].index_select(1, groups)).to(wide).abs()
+        else:
+            magnitude = torch.abs(x[rows], out=scratch[: len(x[rows])])
+        above = magnitude.view(-1, width).sub_(level).clamp_min_(0.0)
         total += above.sum(0)
         count += above.sign_().sum(0)
     total, count = total.view(-1, after).sum(1), count.view(-1, after).sum(1)
@@ -115,9 +134,12 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> None:
         target: As ``source``, or ``source`` itself.
     """
     before, groups, after = source.shape
-    if source.device.type != "cpu" or (after == 1 and before > 1 and source.dtype not in _HALVES):
+    few = after == 1 and before > 1 and source.numel() <= _FLAT and source.dtype not in _HALVES
+    if few or source.device.type != "cpu":
         high = bounds.view(groups, 1)
         torch.clamp(source, -high, high, out=target)
+    elif before == 1 and compiled.wanted(source):
+        compiled.run(compiled.clamp_rows, source[0], bounds.unsqueeze(1), target[0])
     elif before == 1:
         _clamp_rows(source[0], bounds.unsqueeze(1), target[0])
     else:
@@ -141,12 +163,13 @@ def _clamp_rows(source: Tensor, bound: Tensor, target: Tensor) -> None:
         return
     floor = -bound
     if not by_row:
-        torch.clamp(source, floor, bound, out=target)
+        for rows in _row_slices(source, _FLAT):
+            torch.clamp(source[rows], floor, bound, out=target[rows])
         return
     if source.shape[1] >= _LONG and torch.get_num_threads() == 1 and 4 * int((bound == 0).sum()) > 3 * len(bound):
         _clamp_few_rows(source, bound, target)
         return
-    for rows in _row_slices(source):  # `clamp` with a broadcast column is three times slower than its two halves
+    for rows in _row_slices(source, _BARE):  # `clamp` with a broadcast column is three times slower than its two halves
         torch.minimum(source[rows], bound[rows], out=target[rows])
         torch.maximum(target[rows], floor[rows], out=target[rows])
 
@@ -184,29 +207,43 @@ def _max_of_rows(rows: Tensor) -> Tensor:
 
 
 def _max_of_columns(rows: Tensor) -> Tensor:
-    bits = rows.view(torch.int16) if rows.dtype in _HALVES else rows
-    slices = _row_slices(bits)
-    largest = _magnitude(bits[next(slices)])
-    scratch = torch.empty_like(largest)
-    for s in slices:
-        magnitude = _magnitude(bits[s], out=scratch[: bits[s].shape[0]])
-        part = largest[: magnitude.shape[0]]
-        torch.maximum(part, magnitude, out=part)
-    return largest.amax(0).view(rows.dtype)
+    if rows.dtype in _HALVES:
+        bits = rows.view(torch.int16)
+        slices = _row_slices(bits)
+        largest = torch.bitwise_and(bits[next(slices)], _MAGNITUDE)
+        scratch = torch.empty_like(largest)
+        for s in slices:
+            magnitude = torch.bitwise_and(bits[s], _MAGNITUDE, out=scratch[: bits[s].shape[0]])
+            part = largest[: magnitude.shape[0]]
+            torch.maximum(part, magnitude, out=part)
+        return largest.amax(0).view(rows.dtype)
+    # each thread reduces a block of rows of its own
+    blocks = max(1, min(torch.get_num_threads(), rows.shape[0] // _SHORT))
+    height, width = rows.shape[0] // blocks, rows.shape[1]
+    found = [_extremes(rows[: blocks * height].view(blocks, height, width))]
+    if blocks * height < rows.shape[0]:
+        found.append(_extremes(rows[blocks * height :].unsqueeze(0)))
+    high, low = (torch.cat([pair[i] for pair in found]) if len(found) > 1 else found[0][i] for i in (0, 1))
+    return torch.maximum(high.amax(0), low.amin(0).neg_())
 
 
-def _magnitude(bits: Tensor, out: Tensor | None = None) -> Tensor:
-    if bits.dtype == torch.int16:
-        return torch.bitwise_and(bits, _MAGNITUDE, out=out)
-    return torch.abs(bits, out=out)
+def _extremes(slabs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest and the smallest entry of each column of ``(blocks, height, width)``, in cached pieces."""
+    blocks, height, width = slabs.shape
+    first, *others = _slices(height, width, _BARE * blocks // torch.get_num_threads())
+    high, low = slabs[:, first].amax(1), slabs[:, first].amin(1)
+    for s in others:
+        torch.maximum(high, slabs[:, s].amax(1), out=high)
+        torch.minimum(low, slabs[:, s].amin(1), out=low)
+    return high, low
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in _HALVES else x
 
 
-def _row_slices(rows: Tensor) -> Iterator[slice]:
-    return _slices(*rows.shape)
+def _row_slices(rows: Tensor, entries: int = _CHUNK) -> Iterator[slice]:
+    return _slices(*rows.shape, entries)
 
 
 def _slices(rows: int, columns: int, entries: int = _CHUNK) -> Iterator[slice]:
