@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_accel.projection.pyramid import Norm, Pyramid, fibre_norms, project_fibres
 from lightning_accel.projection.rounding import inner_radius, require_finite
-from lightning_accel.projection.thresholds import Thresholds, l1_thresholds, single_threshold
+from lightning_accel.projection.thresholds import Thresholds, l1_thresholds, single_threshold, threshold_near
 
 
 class Cut(NamedTuple):
@@ -38,12 +38,15 @@ class Team:
         dead: For each tensor a boolean ``(groups,)`` of groups to clear whatever their norm, or ``None``; none by
             default.
         name: For errors.
+        start: The tau of similar tensors, or 0; looked at on CPU where no other team has as many groups, so that
+            shards find what the whole does.
     """
 
     pyramids: Sequence[Pyramid]
     radius: Callable[[Tensor], Tensor]
     dead: Sequence[Tensor | None] = ()
     name: str = "x"
+    start: float = 0.0
 
 
 def cut(teams: Sequence[Team], *, outer: Norm = "l1", nonfinite: str = "raise") -> list[Cut]:
@@ -66,20 +69,53 @@ def cut(teams: Sequence[Team], *, outer: Norm = "l1", nonfinite: str = "raise") 
         alone = len(members) == 1
         rows = together[members[0]].unsqueeze(0) if alone else torch.stack([together[i] for i in members])
         radii = [teams[i].radius(together[i]) for i in members]
-        thresholds = outer_bounds(rows, radii[0] if alone else torch.cat(radii), outer, groups + roundings)
+        terms = groups + roundings
+        near = None
+        if alone and teams[members[0]].start > 0.0 and outer == "l1" and rows.device.type == "cpu":
+            near = threshold_near(rows[0], float(radii[0]), terms, teams[members[0]].start)
+        if near is not None:
+            found[members[0]] = Thresholds(near[0], rows.new_full((), near[1]), rows.sum())
+            continue
+        thresholds = outer_bounds(rows, radii[0] if alone else torch.cat(radii), outer, terms)
         if nonfinite == "raise":
             require_finite(thresholds.norm, ", ".join(teams[i].name for i in members))
         found |= {i: Thresholds(*(part[row] for part in thresholds)) for row, i in enumerate(members)}
     return [_write(team, tops[i], found[i]) for i, team in enumerate(teams)]
 
 
-def cut_alone(part: Pyramid, radius: float, *, nonfinite: str = "raise", name: str = "x") -> Cut:
+class LoneCut(NamedTuple):
+    """What a projection of one tensor found, before any of it is made a tensor; see `Cut`.
+
+    Attributes:
+        tops: float64 ``(groups,)``, norms of the groups before.
+        tau: Taken off each of them; 0 where nothing was done.
+        bounds: float64 ``(groups,)``.
+    """
+
+    tops: Tensor
+    tau: float
+    bounds: Tensor
+
+    def cut(self) -> Cut:
+        """Return the same as a `Cut`."""
+        return Cut(self.tops.sum(), self.tops.new_full((), self.tau), [self.bounds])
+
+
+def cut_alone(
+    part: Pyramid, radius: float, *, start: float = 0.0, nonfinite: str = "raise", name: str = "x"
+) -> LoneCut:
     """Do what `cut` does for a single tensor on CPU and the outermost norm l1, in as few small operations as possible.
 
-    Between the operations of a training step, whose code fills the processor's caches, each costs about 5 us.
+    ``start`` is the tau of a similar tensor, or 0.
     """
     tops = part.tops()
-    found = single_threshold(tops, radius, len(tops) + part.roundings)
+    terms = len(tops) + part.roundings
+    near = threshold_near(tops, radius, terms, start) if start > 0.0 else None
+    if near is not None:
+        bounds, tau = near
+        part.cut(bounds)
+        return LoneCut(tops, tau, bounds)
+    found = single_threshold(tops, radius, terms)
     size = float(found.norm)
     if nonfinite == "raise" and not math.isfinite(size):
         require_finite(found.norm, name)
@@ -87,7 +123,7 @@ def cut_alone(part: Pyramid, radius: float, *, nonfinite: str = "raise", name: s
         part.cut(found.bounds)
     else:
         part.leave()
-    return Cut(found.norm, found.tau, [found.bounds])
+    return LoneCut(tops, float(found.tau), found.bounds)
 
 
 def outer_bounds(norms: Tensor, radius: Tensor, outer: Norm, terms: int) -> Thresholds:

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_accel.projection.exact import ExactState, project_exact
-from lightning_accel.projection.joint import Cut, Team, cut, cut_alone
+from lightning_accel.projection.joint import Cut, LoneCut, Team, cut, cut_alone
 from lightning_accel.projection.multilevel import Method, Nonfinite
 from lightning_accel.projection.pyramid import MaxPyramid, Norm, Pyramid, check_levels, fibre_norms, pyramid
 from lightning_accel.projection.ramp import Ramp
 from lightning_accel.projection.rounding import check_nonfinite, check_radius, require_finite
-from lightning_accel.projection.sharded import GatheredPyramid, ShardedMaxPyramid, gather, scatter
+from lightning_accel.projection.sharded import GatheredPyramid, ShardedMaxPyramid, alike, gather, scatter
 from lightning_accel.projection.sparsity import bilevel_radius, check_sparsity, exact_radius
 from lightning_accel.projection.targets import Target
 
@@ -58,7 +58,11 @@ class Ball:
         }
         chosen = [name for name, value in sizes.items() if value is not None]
         if len(chosen) != 1:
-            raise ValueError(f"give exactly one of `radius`, `radius_fraction` and `target_sparsity`, got {chosen}.")
+            given = " and ".join(f"`{name}`" for name in chosen) or "none"
+            raise ValueError(
+                f"give exactly one of `radius`, `radius_fraction` and `target_sparsity`, got {given}. Set the others "
+                "to None (null in configurations)."
+            )
         if self.radius is not None:
             check_radius(self.radius)
         if self.radius_fraction is not None and not 0.0 <= self.radius_fraction <= 1.0:
@@ -88,12 +92,14 @@ class Memory:
         dead: Boolean ``(groups,)``: cleared, and kept so if groups are frozen.
         kept: Boolean in the shape of the parameter: entries that a mask lets live.
         mu: Where the exact method ended.
+        tau: Where the bi-level method ended, if it was the parameter's own ball.
     """
 
     first_norm: float | None = None
     dead: Tensor | None = None
     kept: Tensor | None = None
     mu: Tensor | None = None
+    tau: float = 0.0
 
 
 @dataclass
@@ -107,7 +113,6 @@ class Projector:
         freeze_zero_groups: Keep groups cleared that a projection has cleared: neither momentum nor gradients bring
             them back.
         memories: By the targets' names.
-        last: The last `Cut` by target name (of a global budget: by ``"all parameters"``); for logs.
         unchecked: Norms on a GPU that `check_finite` has not looked at yet.
     """
 
@@ -116,9 +121,14 @@ class Projector:
     ramp: Ramp = field(default_factory=Ramp)
     freeze_zero_groups: bool = False
     memories: dict[str, Memory] = field(default_factory=dict)
-    last: dict[str, Cut] = field(default_factory=dict)
     unchecked: list[Tensor] = field(default_factory=list)
     _layouts: dict[str, tuple[Any, MaxPyramid]] = field(default_factory=dict, repr=False)
+    _last: dict[str, Cut | LoneCut] = field(default_factory=dict, repr=False)
+
+    @property
+    def last(self) -> dict[str, Cut]:
+        """The last `Cut` by target name (of a global budget: by ``"all parameters"``); for logs."""
+        return {name: found if isinstance(found, Cut) else found.cut() for name, found in self._last.items()}
 
     @torch.no_grad()
     def remember_first_norms(self) -> None:
@@ -131,7 +141,6 @@ class Projector:
                 tops = self._pyramid(target.view(), target).tops()
                 memory.first_norm = float(fibre_norms(tops, self.ball.norms[0], (0,)))
 
-    @torch.no_grad()
     def project(self, step: int, targets: Sequence[Target] | None = None) -> None:
         """Project ``targets`` (by default all; with a global budget always all) as is due after ``step`` steps.
 
@@ -144,8 +153,11 @@ class Projector:
         chosen = self.targets if targets is None or self.ball.scope == "global" else list(targets)
         if part == 0.0 or not chosen:
             return
-        if len(chosen) == 1 and self._project_alone(chosen[0], part):
-            return
+        if len(chosen) != 1 or not self._project_alone(chosen[0], part):
+            self._project_together(chosen, part)
+
+    @torch.no_grad()
+    def _project_together(self, chosen: Sequence[Target], part: float) -> None:
         teams = [chosen] if self.ball.scope == "global" else [[target] for target in chosen]
         names = [team[0].name if len(team) == 1 else _ALL for team in teams]
         waits = all(t.view().device.type == "cpu" for t in chosen)
@@ -158,7 +170,10 @@ class Projector:
                 outer=self.ball.norms[0],
                 nonfinite=nonfinite,
             )
-        self.last |= zip(names, cuts, strict=True)
+            for team, found in zip(teams, cuts, strict=True):
+                if len(team) == 1 and found.tau.device.type == "cpu":
+                    self.memory(team[0]).tau = float(found.tau)
+        self._last |= zip(names, cuts, strict=True)
         if not waits and self.ball.nonfinite == "raise":
             self.unchecked += [c.norm for c in cuts]
         if self.freeze_zero_groups:
@@ -168,15 +183,19 @@ class Projector:
                     memory.dead = bounds == 0.0 if memory.dead is None else memory.dead | (bounds == 0.0)
 
     def _project_alone(self, target: Target, part: float) -> bool:
-        """Take the short way where one plain parameter on CPU is all there is to project; say whether it was."""
+        """Take the short way where one plain parameter on CPU is all there is to project; say whether it was.
+
+        It works on the data of the parameter, so it needs not tell autograd.
+        """
         ball = self.ball
         if ball.method == "exact" or ball.norms[0] != "l1" or ball.target_sparsity is not None:
             return False
         x = target.view()
         if self.freeze_zero_groups or x.device.type != "cpu" or isinstance(x, DTensor):
             return False
-        size, whole = self._size([target], part), self._pyramid(x, target)
-        self.last[target.name] = cut_alone(whole, size, nonfinite=ball.nonfinite, name=target.name)
+        size, whole, memory = self._size([target], part), self._pyramid(x, target), self.memory(target)
+        found = cut_alone(whole, size, start=memory.tau, nonfinite=ball.nonfinite, name=target.name)
+        self._last[target.name], memory.tau = found, found.tau
         return True
 
     @torch.no_grad()
@@ -187,7 +206,8 @@ class Projector:
             if memory.kept is not None:
                 parameter = target.parameter
                 if parameter is not None:
-                    parameter.masked_fill_(~memory.kept.to(parameter.device), 0.0)
+                    memory.kept = alike(memory.kept, parameter)  # a mask from a checkpoint is whole
+                    parameter.masked_fill_(~memory.kept, 0.0)
             elif memory.dead is not None:
                 infinite = torch.full(memory.dead.shape, torch.inf, dtype=torch.float64, device=memory.dead.device)
                 self._pyramid(target.view(), target).cut(infinite.masked_fill_(memory.dead, 0.0))
@@ -207,10 +227,11 @@ class Projector:
         are those of a copy of the model, or the targets themselves after the average was written over them.
         """
         for target in targets:
-            found = self.last.get(target.name) or self.last.get(_ALL)
+            last = self.last
+            found = last.get(target.name) or last.get(_ALL)
             if found is None or self.ball.norms[0] != "l1":
                 continue
-            if target.name in self.last:
+            if target.name in last:
                 bounds = found.bounds[0]
             else:
                 bounds = found.bounds[[t.name for t in self.targets].index(target.name)]
@@ -230,7 +251,10 @@ class Projector:
 
     def memory(self, target: Target) -> Memory:
         """Return what is known of ``target``."""
-        return self.memories.setdefault(target.name, Memory())
+        known = self.memories.get(target.name)
+        if known is None:
+            known = self.memories[target.name] = Memory()
+        return known
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next projections depend on, on CPU."""
@@ -264,7 +288,8 @@ class Projector:
     def _team(self, targets: Sequence[Target], name: str, part: float) -> Team:
         dead = [self.memory(t).dead for t in targets] if self.freeze_zero_groups else []
         pyramids = [self._pyramid(t.view(), t) for t in targets]
-        return Team(pyramids, lambda norms: self._radius(targets, part, norms), dead, name)
+        start = self.memory(targets[0]).tau if len(targets) == 1 else 0.0
+        return Team(pyramids, lambda norms: self._radius(targets, part, norms), dead, name, start)
 
     def _radius(self, targets: Sequence[Target], part: float, norms: Tensor) -> Tensor:
         if self.ball.target_sparsity is not None:
@@ -272,6 +297,8 @@ class Projector:
         return torch.full((1,), self._size(targets, part), dtype=torch.float64, device=norms.device)
 
     def _size(self, targets: Sequence[Target], part: float) -> float:
+        if self.ball.radius is not None and part == 1.0:
+            return self.ball.radius
         first = math.fsum(self.memory(t).first_norm or 0.0 for t in targets)
         goal = self.ball.radius if self.ball.radius is not None else first * (self.ball.radius_fraction or 0.0)
         return goal if part == 1.0 else first + (goal - first) * part
@@ -295,7 +322,7 @@ class Projector:
 
 
 def _saved(value: Any) -> Any:
-    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
+    return gather(value.detach()).cpu().clone() if isinstance(value, Tensor) else value
 
 
 def _loaded(saved: dict[str, Any], device: torch.device | None) -> dict[str, Any]:

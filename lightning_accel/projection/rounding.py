@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 EPSILON = 2.0**-52  # unit roundoff of float64, doubled
-_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # both have exponents that float64 holds with ease
+# unit roundoff and smallest normal number; both types have exponents that float64 holds with ease
+_ROUNDOFF = {torch.float32: (2.0**-24, 2.0**-126), torch.bfloat16: (2.0**-8, 2.0**-126)}
 Radius = TypeVar("Radius", float, Tensor)
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -39,8 +40,8 @@ def round_bound(bound: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype not in _ROUNDOFF:
         return round_toward_zero(bound, dtype)
-    lower = bound * (1.0 - _ROUNDOFF[dtype])
-    return torch.threshold_(lower, torch.finfo(dtype).tiny, 0.0).to(dtype)
+    roundoff, tiny = _ROUNDOFF[dtype]
+    return torch.threshold_(bound * (1.0 - roundoff), tiny, 0.0).to(dtype)
 
 
 def inner_radius(radius: Radius, terms: int) -> Radius:

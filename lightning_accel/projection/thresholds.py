@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_accel.projection.rounding import EPSILON, inner_radius
 
 SORT_UP_TO = 5_000  # groups; above, dropping what cannot survive is quicker than sorting
+_EVALUATIONS = 12  # near a good start three are enough
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -104,6 +105,42 @@ def single_threshold(norms: Tensor, radius: float, terms: int) -> Thresholds:
     if rest > target:
         kept *= target / rest
     return Thresholds(kept, norm.new_full((), top + tau), norm)
+
+
+def threshold_near(norms: Tensor, radius: float, terms: int, start: float) -> tuple[Tensor, float] | None:
+    """Find the threshold of a vector on CPU that has changed little since ``start`` was its threshold.
+
+    Between the operations of a training step, whose data and code fill the caches, even a small operation takes 3 us
+    or more; so there are as few here as can be: Newton's method needs two or three evaluations from a good start.
+
+    Args:
+        norms: float64 ``(n,)``, n >= 1.
+        radius: >= 0.
+        terms: As in `l1_thresholds`.
+        start: > 0.
+
+    Returns:
+        What is left of each norm, float64 ``(n,)``, and the threshold; ``None`` where a more careful look is due:
+        norms of the ball or not finite, a radius below the threshold (differences to the largest norm count), a start
+        too far off.
+    """
+    if radius < start:
+        return None
+    target = inner_radius(radius, terms)
+    slack = 8.0 * EPSILON * len(norms) * target  # more than rounding may add to the sum
+    tau = start
+    for _ in range(_EVALUATIONS):
+        kept = torch.nn.functional.softshrink(norms, tau)
+        rest = float(kept.sum())
+        if target - 2.0 * slack <= rest <= target:
+            return kept, tau
+        count = int(torch.count_nonzero(kept)) if math.isfinite(rest) else 0
+        if count == 0:
+            return None
+        tau += (rest - target + slack) / count
+        if not 0.0 < tau <= radius:
+            return None
+    return None
 
 
 def simplex_threshold(values: Tensor, total: Tensor) -> Tensor:
