@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,10 +29,16 @@ from lightning_accel.zoo.autoencoder import SupervisedAutoencoder
 
 _SHAPES = ((1_000, 10_000), (10_000, 10_000))
 _CONVOLUTION = (512, 512, 3, 3)
-_NAMES = {0: "rows", 1: "columns"}
-_IN_PLACE = {0: 1.3, 1: 1.5}
+_DIRECTIONS = ("rows", "columns")
+_CHANNELS = ("out-channels", "in-channels")
+_IN_PLACE = (1.3, 1.5)
+_NEW = 3.0
 _EXACT = {0.5: 6.0, 0.9: 4.0, 0.99: 2.5}
-_EAGER = "chunked eager operations, nothing is compiled"
+_HALF = 2.5
+_EAGER = "eager: nothing is compiled"
+_STEP = 1e-2  # of the entries' spread: about what Adam moves weights by in a step
+_MOVED = "starts where the last call ended, for a tensor whose entries were 1 % of their spread away; eager"
+Candidates = dict[str, tuple[Callable[[], object], float | None, str]]
 
 
 def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
@@ -43,11 +50,14 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
     """
     pairs = 3 if quick else 15
     for shape in ((500, 2_000),) if quick else _SHAPES:
-        for dim in (0, 1):
-            yield from _against_copy(shape, dim, pairs=pairs, device=device)
-    yield from _convolution((64, 64, 3, 3) if quick else _CONVOLUTION, pairs=pairs, device=device)
+        case = f"{shape[0]:,} x {shape[1]:,}"
+        yield from _against_copy(case, shape, _DIRECTIONS, pairs=7 if shape[0] > 5_000 else pairs, device=device)
+    shape = (64, 64, 3, 3) if quick else _CONVOLUTION
+    yield from _against_copy(f"convolution {' x '.join(map(str, shape))}", shape, _CHANNELS, pairs=pairs, device=device)
     if device == "cpu" and (os.cpu_count() or 1) > 1:
         yield from _two_threads((500, 2_000) if quick else _SHAPES[0], pairs=pairs)
+    if not quick:
+        yield from _compiled(_SHAPES[0], pairs=pairs, device=device)
     yield _overhead(pairs=20 if quick else 300, device=device)
     yield from shrink_rows(width=256 if quick else 4096, pairs=pairs, device=device, clock=_clock(device))
 
@@ -56,30 +66,31 @@ def _clock(device: str) -> Callable[[], float]:
     return time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
-def _over_copy(
-    case: str, x: Tensor, candidates: dict[str, tuple[Callable[[], object], float | None]], *, pairs: int, device: str
-) -> Iterator[BenchRow]:
-    """Time candidates (with targets) and a copy in turns; each candidate gets ``x`` anew."""
+def _over_copy(case: str, x: Tensor, candidates: Candidates, *, pairs: int, device: str) -> Iterator[BenchRow]:
+    """Time candidates (with targets and notes) and a copy in turns.
+
+    Each gets ``x`` anew, in turns as it was and moved as by an optimizer's step.
+    """
     other, seconds = torch.empty_like(x), dict[str, list[float]]()
     clock = _clock(device)
 
-    def timed(run: Callable[[], object]) -> float:
-        x.copy_(fresh)
+    def timed(run: Callable[[], object], version: Tensor) -> float:
+        x.copy_(version)
         synchronize(device)
         begin = clock()
         run()
         synchronize(device)
         return clock() - begin
 
-    fresh = x.clone()
-    everything = {"copy_": lambda: other.copy_(fresh)} | {name: run for name, (run, _) in candidates.items()}
-    for run in everything.values():
-        timed(run)
-    for _ in range(pairs):
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    versions = x.clone(), x + _STEP * noise
+    everything = {"copy_": lambda: other.copy_(versions[0])} | {name: run for name, (run, *_) in candidates.items()}
+    for i in range(pairs + 2):  # the first two start up and are not counted
         for name, run in everything.items():
-            seconds.setdefault(name, []).append(timed(run))
+            seconds.setdefault(name, []).append(timed(run, versions[i % 2]))
+    seconds = {name: values[2:] for name, values in seconds.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, (_, target) in candidates.items():
+    for name, (_, target, note) in candidates.items():
         ratio = compare_paired(seconds[name], seconds["copy_"])
         yield BenchRow(
             suite="projection",
@@ -90,52 +101,67 @@ def _over_copy(
             seconds={"copy_": medians["copy_"], name: medians[name]},
             target=target,
             better="at most",
-            note=_EAGER if device == "cpu" else "",
+            note=note,
         )
 
 
-def _against_copy(shape: tuple[int, int], dim: int, *, pairs: int, device: str) -> Iterator[BenchRow]:
+def _against_copy(
+    case: str, shape: tuple[int, ...], names: tuple[str, str], *, pairs: int, device: str
+) -> Iterator[BenchRow]:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    group, name = (dim,), _NAMES[dim]
-    radius = radius_for_sparsity(x, 0.5, group)
-    candidates: dict[str, tuple[Callable[[], object], float | None]] = {
-        f"bi-level in place, {name}": (lambda: project_l1inf(x, radius, group, out=x), _IN_PLACE[dim]),
-        f"bi-level new tensor, {name}": (lambda: project_l1inf(x, radius, group), 3.0),
-        f"clone, {name}": (x.clone, None),
+    for dim, name in enumerate(names):
+        candidates: Candidates = {f"clone, {name}": (x.clone, None, "the floor of what allocates with torch")}
+        candidates |= _bilevel(x, dim, name) | _exact(x, dim, name)
+        fresh = x.clone()
+        yield from _over_copy(f"{case} float32", x, candidates, pairs=pairs, device=device)
+        x.copy_(fresh)
+        half = x.bfloat16()
+        small = radius_for_sparsity(half, 0.5, (dim,))
+        run = partial(project_l1inf, half, small, (dim,), out=half)
+        half_candidates: Candidates = {f"bi-level in place, {name}": (run, _HALF, _EAGER)}
+        yield from _over_copy(f"{case} bfloat16", half, half_candidates, pairs=pairs, device=device)
+
+
+def _bilevel(x: Tensor, dim: int, name: str) -> Candidates:
+    radius = radius_for_sparsity(x, 0.5, (dim,))
+    return {
+        f"bi-level in place, {name}": (partial(project_l1inf, x, radius, (dim,), out=x), _IN_PLACE[dim], _EAGER),
+        f"bi-level new tensor, {name}": (partial(project_l1inf, x, radius, (dim,)), _NEW, _EAGER),
     }
+
+
+def _exact(x: Tensor, dim: int, name: str, *, compile: bool = False) -> Candidates:
+    candidates: Candidates = {}
     for sparsity, target in _EXACT.items():
-        goal, state = radius_for_sparsity(x, sparsity, group, "exact"), ExactState()
-
-        def exact(goal: float = goal, state: ExactState = state) -> None:
-            project_l1inf(x, goal, group, "exact", out=x, state=state)
-
-        candidates[f"exact, {sparsity:.0%} zero, {name}"] = (exact, target)
-    size = f"{shape[0]:,} x {shape[1]:,}"
-    yield from _over_copy(f"{size} float32", x, candidates, pairs=pairs, device=device)
-    half = x.bfloat16()
-    small = radius_for_sparsity(half, 0.5, group)
-    run = (lambda: project_l1inf(half, small, group, out=half)), 2.5
-    yield from _over_copy(f"{size} bfloat16", half, {f"bi-level in place, {name}": run}, pairs=pairs, device=device)
+        radius = radius_for_sparsity(x, sparsity, (dim,), "exact")
+        run = partial(project_l1inf, x, radius, (dim,), "exact", out=x, state=ExactState(), compile=compile)
+        candidates[f"exact, {sparsity:.0%} zero, {name}"] = run, target, _MOVED
+    return candidates
 
 
-def _convolution(shape: tuple[int, ...], *, pairs: int, device: str) -> Iterator[BenchRow]:
+def _compiled(shape: tuple[int, int], *, pairs: int, device: str) -> Iterator[BenchRow]:
+    """Rows with compiled passes; what compiling costs is in the notes and in no ratio."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    candidates: dict[str, tuple[Callable[[], object], float | None]] = {}
-    for dim, name in ((0, "out-channels"), (1, "in-channels")):
-        radius = radius_for_sparsity(x, 0.5, (dim,))
-
-        def project(radius: float = radius, dim: int = dim) -> None:
-            project_l1inf(x, radius, (dim,), out=x)
-
-        candidates[f"bi-level in place, {name}"] = project, _IN_PLACE[dim]
-    case = f"convolution {' x '.join(map(str, shape))} float32"
-    yield from _over_copy(case, x, candidates, pairs=pairs, device=device)
+    radius = radius_for_sparsity(x, 0.5, (0,))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        begin = time.perf_counter()
+        project_l1inf(x, radius, (0,), compile=True)
+        project_l1inf(x, radius, (0,), "exact", compile=True)
+        spent = time.perf_counter() - begin
+    failed = any("Compiling" in str(w.message) for w in caught)
+    note = "no compiler was found, so this is eager" if failed else f"compiled in {spent:.1f} s, which do not count"
+    run = partial(project_l1inf, x, radius, (0,), out=x, compile=True)
+    candidates: Candidates = {"bi-level in place, rows, compiled": (run, _IN_PLACE[0], note)}
+    for name, (exact, target, _) in _exact(x, 0, "rows", compile=True).items():
+        candidates[f"{name}, compiled"] = exact, target, note
+    yield from _over_copy(f"{shape[0]:,} x {shape[1]:,} float32", x, candidates, pairs=pairs, device=device)
 
 
 def _two_threads(shape: tuple[int, int], *, pairs: int) -> Iterator[BenchRow]:
     before = torch.get_num_threads()
     keys = {"one thread": 1, "two threads": 2}
-    for dim, name in _NAMES.items():
+    for dim, name in enumerate(_DIRECTIONS):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         fresh, radius = x.clone(), radius_for_sparsity(x, 0.5, (dim,))
         seconds: dict[str, list[float]] = {key: [] for key in keys}
