@@ -1,7 +1,9 @@
 """The one place that touches private attributes of Lightning, each with its reason."""
 
 import contextlib
+import csv
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -176,3 +178,21 @@ def bring_back_progress(trainer: Any, state: dict[str, Any]) -> None:
         loop = loops.pop()
         loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
         loops.extend(child for child in vars(loop).values() if hasattr(child, "_loaded_from_state_dict"))
+
+
+def keep_written_metrics(logger: Any) -> None:
+    """Let a `CSVLogger` go on with the file of another process, whose columns may be more than it knows of.
+
+    Its writer deletes the file when it is made, and takes for the header what it has written itself.
+    """
+    if "CSVLogger" not in {kind.__name__ for kind in type(logger).__mro__}:
+        return
+    kept = Path(logger.log_dir) / "metrics.csv"
+    if not kept.is_file():
+        return
+    text = kept.read_text(encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it would delete the file
+        writer = logger.experiment
+    kept.write_text(text, encoding="utf-8")
+    writer.metrics_keys = next(csv.reader(text.splitlines()), [])

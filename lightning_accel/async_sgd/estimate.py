@@ -8,6 +8,7 @@ import torch
 from lightning_accel.async_sgd.rules import expected_gain
 from lightning_accel.measure import time_interleaved
 
+_BUSIEST = 0.8  # share of its time that a server may be busy without workers queueing
 _OVERHEAD = 0.05  # most of a step that pushing and pulling should take
 
 
@@ -21,8 +22,9 @@ class TrafficEstimate:
         apply_seconds: Of one optimizer step on the server, all workers one after another.
         n_push: Smallest for which push and pull take at most 5 % of the steps between them.
         server_load: Fraction of its time that the server is busy with that ``n_push``; over 1 it holds workers up.
+        shards: Servers that would have to share the parameters so that none is busy for more than 80 % of its time.
         async_throughput: Batches a second of all workers.
-        lock_step_throughput: The same in lock-step at the pace of the slowest, communication left out.
+        lock_step_throughput: The same in lock-step at the pace of the slowest; communication, if its speed is given.
     """
 
     step_seconds: float
@@ -30,6 +32,7 @@ class TrafficEstimate:
     apply_seconds: float
     n_push: int
     server_load: float
+    shards: int
     async_throughput: float
     lock_step_throughput: float
 
@@ -47,6 +50,7 @@ def estimate_traffic(
     slowdown: float = 1.0,
     copy_bytes_per_second: float | None = None,
     apply_seconds: float | None = None,
+    link_bytes_per_second: float | None = None,
 ) -> TrafficEstimate:
     """Estimate throughput of asynchronous and of lock-step training.
 
@@ -57,6 +61,8 @@ def estimate_traffic(
         slowdown: How many times slower the slowest worker is, >= 1.
         copy_bytes_per_second: Of memory; measured here if None.
         apply_seconds: Of one optimizer step; five copies of the parameters if None (gradient, momentum, parameter).
+        link_bytes_per_second: Between two workers, for the all-reduce of lock-step, a ring of `2 (N - 1) / N` times
+            the bytes that hides behind the backward pass, taken for half of the step; None leaves it out.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -69,13 +75,27 @@ def estimate_traffic(
     speed = copy_speed(parameter_bytes) if copy_bytes_per_second is None else copy_bytes_per_second
     if speed <= 0.0:
         raise ValueError(f"`copy_bytes_per_second` must be > 0, got {speed}.")
+    if link_bytes_per_second is not None and link_bytes_per_second <= 0.0:
+        raise ValueError(f"`link_bytes_per_second` must be > 0, got {link_bytes_per_second}.")
+    link = math.inf if link_bytes_per_second is None else link_bytes_per_second
+    reduce = 2.0 * (workers - 1) / workers * parameter_bytes / link
     traffic = 2.0 * parameter_bytes / speed
     apply = 5.0 * parameter_bytes / speed if apply_seconds is None else apply_seconds
     n_push = max(1, math.ceil(traffic / (_OVERHEAD * step_seconds)))
-    lock_step = workers / (slowdown * step_seconds)
-    wanted = gain * lock_step * step_seconds / (step_seconds + traffic / n_push)
+    slowest = workers / (slowdown * step_seconds)
+    lock_step = workers / (slowdown * step_seconds + max(0.0, reduce - 0.5 * slowdown * step_seconds))
+    wanted = gain * slowest * step_seconds / (step_seconds + traffic / n_push)
     busy = wanted / n_push * (apply + parameter_bytes / speed)  # apply, then publish
-    return TrafficEstimate(step_seconds, traffic, apply, n_push, busy, wanted / max(1.0, busy), lock_step)
+    return TrafficEstimate(
+        step_seconds=step_seconds,
+        traffic_seconds=traffic,
+        apply_seconds=apply,
+        n_push=n_push,
+        server_load=busy,
+        shards=max(1, math.ceil(busy / _BUSIEST)),
+        async_throughput=wanted / max(1.0, busy),
+        lock_step_throughput=lock_step,
+    )
 
 
 def copy_speed(nbytes: int) -> float:

@@ -1,11 +1,14 @@
 """Start worker processes with `multiprocessing`, each on its end of a socket pair."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from lightning_accel.async_sgd.channel import ChannelClosedError
@@ -64,10 +67,27 @@ def starter(
             args=(function, args, worker, incarnation, sock, settings),
             name=f"async-sgd-worker-{worker}",
         )
-        process.start()
+        with _interrupts_ignored():
+            process.start()
         return process
 
     return start
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Let workers ignore Ctrl-C, which their whole group gets: the parent alone ends the run, and them.
+
+    A child keeps an ignored SIGINT through ``exec``; only the main thread may say so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _work(  # noqa: PLR0917  # a process is started with a flat list of arguments

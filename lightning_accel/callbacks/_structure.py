@@ -6,6 +6,7 @@ optimizers exist, so that ``configure_optimizers`` meets the same layers in a re
 factors take their places in module and optimizers (`StructureHook.held`).
 """
 
+import contextlib
 import copy
 import gc
 import logging
@@ -47,6 +48,14 @@ class ChangesStructure(Protocol):
 
     def structure_state(self) -> str:
         """Return ``"pending"``, ``"low rank"`` or ``"dense"``."""
+
+
+@runtime_checkable
+class SharesLayers(Protocol):
+    """A strategy whose processes share parameters that none of them owns: rank 0 exchanges layers, all follow."""
+
+    def exchanging_layers(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which layers are exchanged and the optimizers hold the moments of all processes."""
 
 
 class StructureHook:
@@ -193,7 +202,16 @@ def exchange_layers(
 def exchange_layers_in_fit(
     trainer: "pl.Trainer", pl_module: "pl.LightningModule", change: Callable[[nn.Module], Sequence[str]]
 ) -> list[str]:
-    """`exchange_layers`, and let DDP, weight averages and other callbacks follow."""
+    """`exchange_layers`, and let the strategy, weight averages and other callbacks follow."""
+    strategy = trainer.strategy
+    with strategy.exchanging_layers() if isinstance(strategy, SharesLayers) else contextlib.nullcontext():
+        return exchange_own_layers(trainer, pl_module, change)
+
+
+def exchange_own_layers(
+    trainer: "pl.Trainer", pl_module: "pl.LightningModule", change: Callable[[nn.Module], Sequence[str]]
+) -> list[str]:
+    """`exchange_layers_in_fit` in this process alone."""
     names = exchange_layers(pl_module, trainer.optimizers, change)
     if not names:
         return names
@@ -225,7 +243,12 @@ def rewrap_ddp(trainer: "pl.Trainer") -> None:
 
 def can_switch_in_fit(strategy: object) -> bool:
     """Say whether optimizers and wrappers of ``strategy`` follow `exchange_layers_in_fit`."""
-    return bool(_SWITCHING & {kind.__name__ for kind in type(strategy).__mro__})
+    return isinstance(strategy, SharesLayers) or bool(_SWITCHING & {kind.__name__ for kind in type(strategy).__mro__})
+
+
+def follows_others(trainer: "pl.Trainer") -> bool:
+    """Say whether this process gets its layers from another one, and so decides nothing itself."""
+    return isinstance(trainer.strategy, SharesLayers) and not trainer.is_global_zero
 
 
 def refuse_unprepared(trainer: "pl.Trainer", module: nn.Module, accelerator: str) -> None:

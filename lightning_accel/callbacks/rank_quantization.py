@@ -22,6 +22,7 @@ from lightning_accel.callbacks._rank_choice import Choice, RankSearch
 from lightning_accel.callbacks._structure import (
     can_switch_in_fit,
     exchange_layers_in_fit,
+    follows_others,
     load_factors,
     refuse_sharded,
     refuse_unprepared,
@@ -157,7 +158,7 @@ class RankQuantization(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Decide and switch, once, when the time has come."""
-        if self._outcome is not None:
+        if self._outcome is not None or follows_others(trainer):
             return
         if batch_idx % trainer.accumulate_grad_batches:  # gradients of the dense weights are under way
             return
@@ -169,6 +170,11 @@ class RankQuantization(pl.Callback):
             choice = self.decision.choose(trainer, pl_module, batch, batch_idx)
         if choice is not None:
             self._switch(trainer, pl_module, choice)
+
+    def on_structure_change(self, trainer: "pl.Trainer", *_: Any) -> None:
+        """Know that another process has decided, where one decides for all."""
+        if follows_others(trainer):
+            self._outcome = "low rank"
 
     @override
     def on_train_batch_end(self, *_: Any) -> None:

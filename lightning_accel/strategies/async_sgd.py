@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -21,6 +21,7 @@ from lightning_accel.async_sgd import Compression, Settings, SharedMemoryStore, 
 from lightning_accel.async_sgd.compression import CompressionName
 from lightning_accel.async_sgd.rules import StalenessRule
 from lightning_accel.async_sgd.settings import Buffers, Outer, Validate
+from lightning_accel.async_sgd.spawn import StartMethod
 from lightning_accel.async_sgd.worker import refuse_unsupported
 from lightning_accel.lightning_private import attach_launcher
 from lightning_accel.strategies.leased_data import lease_training_data
@@ -68,6 +69,9 @@ class AsyncSGDBody(_Base):
         snapshot_every_n_steps: Write ``async_sgd.ckpt`` into the Trainer's ``default_root_dir`` each time that the
             server took so many steps, so that a killed parent loses no more; None for never.
         live: Show a table with one row a worker while training.
+        start_method: Of worker processes. ``spawn`` starts each from nothing; ``forkserver`` forks them from a process
+            that has imported Lightning once, so that later and restarted workers are there within a fraction of a
+            second. Linux and macOS.
         accelerator: As of any strategy of Lightning, here and below.
         parallel_devices: The workers' devices.
         cluster_environment: As of any strategy.
@@ -112,6 +116,7 @@ class AsyncSGDBody(_Base):
         deterministic_replay: bool = False,
         snapshot_every_n_steps: int | None = None,
         live: bool = False,
+        start_method: StartMethod = "spawn",
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
@@ -142,7 +147,10 @@ class AsyncSGDBody(_Base):
         if snapshot_every_n_steps is not None and snapshot_every_n_steps < 1:
             raise ValueError(f"`snapshot_every_n_steps` must be >= 1, or None for never, got {snapshot_every_n_steps}.")
         self.snapshot_every_n_steps = snapshot_every_n_steps
+        if start_method not in get_args(StartMethod):
+            raise ValueError(f"`start_method` must be one of {', '.join(get_args(StartMethod))}, got {start_method!r}.")
         self.live = live
+        self.start_method: StartMethod = start_method
         self.statistics = Statistics()  # in the parent, after (and during) `fit`
         self.ending: Any = None
         self._store: SharedMemoryStore | None = None

@@ -1,14 +1,14 @@
 """What only the coordinator does, and how another worker takes it over."""
 
 import pickle
-from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
-from torch import Tensor
 
-from lightning_accel.async_sgd import SharedMemoryStore, Snapshot, Worker
+from lightning_accel.async_sgd import SharedMemoryStore
+from lightning_accel.lightning_private import keep_written_metrics
+from lightning_accel.strategies.results import follow_loggers, pickled_loggers
 
 _KEY = "coordinator"
 
@@ -46,10 +46,10 @@ class Watchers:
         for config in self._plateaus:
             configs.remove(config)
 
-    def take_over(self) -> None:
-        """Put everything that was held back to work; nothing to do if this worker has coordinated all along."""
+    def take_over(self) -> bool:
+        """Put everything that was held back to work; returns False if this worker has coordinated all along."""
         if self._limits is None:
-            return
+            return False
         trainer, module = self._trainer, self._trainer.lightning_module
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
         trainer.limit_val_batches, trainer.num_sanity_val_steps = self._limits
@@ -59,6 +59,7 @@ class Watchers:
             callback.setup(trainer, module, stage="fit")
         self._strategy.lr_scheduler_configs.extend(self._plateaus)
         self.restore()
+        return True
 
     def publish(self) -> None:
         """Let the others know the state of the watchers."""
@@ -67,6 +68,7 @@ class Watchers:
         state = {
             "callbacks": {callback.state_key: callback.state_dict() for callback in watching},
             "plateaus": [scheduler.state_dict() for scheduler in plateaus],
+            "loggers": pickled_loggers(self._trainer),
         }
         self._store.kv(_KEY, pickle.dumps(state), replace=True)
 
@@ -80,6 +82,10 @@ class Watchers:
             if isinstance(callback, self._kinds) and callback.state_key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
         plateaus = [c.scheduler for c in self._strategy.lr_scheduler_configs if c.reduce_on_plateau]
+        if self._store.is_coordinator:
+            follow_loggers(self._trainer, state["loggers"])
+            for logger in self._trainer.loggers:
+                keep_written_metrics(logger)
         for scheduler, found in zip(plateaus, state["plateaus"], strict=False):
             scheduler.load_state_dict(found)
 
@@ -96,52 +102,3 @@ def log_statistics(trainer: Any, store: SharedMemoryStore, *, always: bool = Fal
     metrics["async_sgd/pull_milliseconds"] = found.pull_milliseconds
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
-
-
-def with_values_of(cut: Snapshot, state: dict[str, Any], worker: Worker, *, buffers: bool) -> dict[str, Any]:
-    """Return a module's state dict with the parameters (and buffers) of a cut in the place of the worker's own.
-
-    Entries are told by the memory they lie in, so tied parameters and keys that hooks have renamed are found as well.
-    """
-    mine: list[Tensor] = list(worker.parameters.values())
-    theirs = cut.parameters
-    if buffers:
-        mine, theirs = [*mine, *worker.buffers.values()], [*theirs, *cut.buffers]
-    fresh = {(t.data_ptr(), t.shape): value for t, value in zip(mine, theirs, strict=True) if t.numel()}
-    for key, value in state.items():  # in place: a state dict carries metadata
-        if isinstance(value, Tensor):
-            state[key] = fresh.get((value.data_ptr(), value.shape), value)
-    return state
-
-
-def rewind_loops(checkpoint: dict[str, Any], cut: Snapshot, *, pending: int, batches: float) -> dict[str, Any]:
-    """Make the loops of a checkpoint count the batches of all workers, so that a plain Trainer resumes right.
-
-    Args:
-        checkpoint: As Lightning dumped it in the coordinator; its batch progress is changed in place.
-        cut: What the checkpoint holds.
-        pending: Batches of the coordinator whose gradients are not yet pushed (accumulation).
-        batches: Of an epoch.
-
-    Returns:
-        The unfinished epochs, for a resumed asynchronous run.
-    """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    epoch = checkpoint["epoch"]
-    known = {state["epoch"]: state for state in cut.epochs}
-    if known:
-        # an epoch that is no longer known is complete
-        done = len(known[epoch]["done"]) if epoch in known else min(batches, progress["current"]["processed"])
-        missing = int(done) + pending - progress["current"]["processed"]
-        for tracker in (progress["current"], progress["total"]):
-            for count in ("ready", "started", "processed", "completed"):
-                tracker[count] += missing
-    unfinished = [state for state in cut.epochs if len(state["done"]) < len(state["units"])]
-    return {"epochs": [state for state in unfinished if _is_plain(state["units"])]}
-
-
-def _is_plain(units: Any) -> bool:
-    """Whether units are numbers or lists of numbers, which a checkpoint may hold without trusting its author."""
-    if isinstance(units, Mapping):
-        return False
-    return all(type(u) is int or (isinstance(u, list) and all(type(i) is int for i in u)) for u in units)

@@ -6,6 +6,7 @@ coordinates in the end.
 """
 
 import logging
+import multiprocessing
 import os
 import random
 import shutil
@@ -17,8 +18,10 @@ from typing import Any
 import torch
 
 from lightning_accel.async_sgd import SharedMemoryStore, run_workers
-from lightning_accel.lightning_private import bring_back_progress, launcher_module
+from lightning_accel.lightning_private import launcher_module
+from lightning_accel.strategies.layer_exchange import prepare_to_come_back
 from lightning_accel.strategies.live import live_table
+from lightning_accel.strategies.results import bring_back, bring_back_optimizers, collect
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,10 @@ class AsyncSGDLauncherBody:
         strategy = self._strategy  # type: ignore[attr-defined]
         parts = launcher_module(strategy.distribution)
         parts._check_missing_main_guard()
+        if strategy.start_method == "forkserver":
+            multiprocessing.set_forkserver_preload([type(strategy).__module__, "lightning_accel.strategies.session"])
+        prepare_to_come_back(trainer)
+        strategy.optimizers = []  # of an earlier fit; the workers make their own
         states = parts._GlobalStateSnapshot.capture()
         # sums in another number of threads have other last bits; several workers share what this process may use
         threads = max(1, torch.get_num_threads() // strategy.num_processes)
@@ -43,6 +50,7 @@ class AsyncSGDLauncherBody:
                 workers=strategy.num_processes,
                 settings=strategy.settings,
                 on_tick=on_tick,
+                start_method=strategy.start_method,
             )
         strategy.statistics, strategy.ending = ending.statistics, ending
         if output is None:
@@ -52,6 +60,8 @@ class AsyncSGDLauncherBody:
             )
         weights = output.weights_path
         self._recover_results_in_main_process(output, trainer)  # type: ignore[attr-defined]
+        if not strategy.settings.local_steps:  # else each worker's optimizer has a state of its own
+            bring_back_optimizers(trainer, ending.state)
         if weights is not None:
             shutil.rmtree(Path(weights).parent, ignore_errors=True)  # made for this file alone
         return output.trainer_results
@@ -59,17 +69,13 @@ class AsyncSGDLauncherBody:
     def get_extra_results(self, trainer: Any) -> dict[str, Any]:
         """Add what a second `fit` and the caller's callbacks need to know to what Lightning brings back."""
         extra: dict[str, Any] = super().get_extra_results(trainer)  # type: ignore[misc]
-        extra["fit_loop"] = trainer.fit_loop.state_dict()
-        extra["callbacks"] = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}
+        extra["async_sgd"] = collect(trainer)
         return extra
 
     def update_main_process_results(self, trainer: Any, extra: dict[str, Any]) -> None:
         """Bring progress and the callbacks' state into the caller's Trainer."""
         super().update_main_process_results(trainer, extra)  # type: ignore[misc]
-        bring_back_progress(trainer, extra["fit_loop"])
-        for callback in trainer.callbacks:
-            if state := extra["callbacks"].get(callback.state_key):
-                callback.load_state_dict(state)
+        bring_back(trainer, extra["async_sgd"])
 
     def kill(self, signum: Any) -> None:
         """Nothing to do: workers end when this process does."""

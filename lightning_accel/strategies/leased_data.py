@@ -67,6 +67,32 @@ def lease_batches(
     return leased
 
 
+def lease_training_data(dataloader: Any, take: TakeBlock, started: Callable[[LeaseId], None], *, alone: bool) -> Any:
+    """Return a leased copy of a training loader; with one worker, what cannot be leased comes back as it is.
+
+    Args:
+        dataloader: What the user trains on.
+        take: See `lease_batches`.
+        started: See there.
+        alone: Whether there is one worker only.
+
+    Raises:
+        ValueError: If several workers cannot share the data out.
+    """
+    try:
+        if not isinstance(dataloader, DataLoader):
+            raise ValueError(
+                f"{type(dataloader).__name__} is no torch DataLoader, so its data cannot be shared out among "
+                "workers; pass a DataLoader over a map-style dataset, or use `devices=1`."
+            )
+        refuse_unleasable(dataloader)
+    except ValueError:
+        if alone:
+            return dataloader
+        raise
+    return lease_batches(dataloader, take, started, eager=alone and dataloader.num_workers == 0)
+
+
 def refuse_unleasable(loader: DataLoader) -> None:
     """Refuse data that cannot be shared out by index.
 
@@ -92,6 +118,9 @@ def _leased_class(
         order.given.clear()
         return hand_out(base.__iter__(self) if eager else None, self)
 
+    def stay(self: DataLoader, state_dict: Any) -> None:  # the loader's own signature
+        pass
+
     def hand_out(made: Iterator[Any] | None, loader: DataLoader) -> Iterator[Any]:
         batches = base.__iter__(loader) if made is None else made
         for batch in batches:
@@ -99,4 +128,7 @@ def _leased_class(
                 started(order.given.popleft())
             yield batch
 
-    return type(base.__name__, (base,), {"__iter__": iterate, "__module__": base.__module__})
+    members: dict[str, Any] = {"__iter__": iterate, "__module__": base.__module__}
+    if hasattr(base, "load_state_dict"):
+        members["load_state_dict"] = stay  # a loader that goes on by itself would skip batches that were leased anew
+    return type(base.__name__, (base,), members)

@@ -1,0 +1,62 @@
+"""What a `fit` in worker processes brings back into the Trainer of the process that called it."""
+
+import pickle
+from collections import defaultdict
+from typing import Any
+
+from lightning_accel.async_sgd import Opening
+from lightning_accel.lightning_private import bring_back_progress
+
+
+def collect(trainer: Any) -> dict[str, Any]:
+    """Return progress, the callbacks' states and the loggers of the worker that coordinated in the end."""
+    return {
+        "fit_loop": trainer.fit_loop.state_dict(),
+        "callbacks": {callback.state_key: callback.state_dict() for callback in trainer.callbacks},
+        "loggers": pickled_loggers(trainer),
+    }
+
+
+def bring_back(trainer: Any, collected: dict[str, Any]) -> None:
+    """Load what `collect` returned: a second `fit`, a `test` and the caller's callbacks go on from there."""
+    trainer.lightning_module.trainer = trainer  # as after any other fit
+    bring_back_progress(trainer, collected["fit_loop"])
+    for callback in trainer.callbacks:
+        if state := collected["callbacks"].get(callback.state_key):
+            callback.load_state_dict(state)
+    follow_loggers(trainer, collected["loggers"])
+
+
+def pickled_loggers(trainer: Any) -> list[bytes | None]:
+    """Return the loggers as they are, None for each that cannot be pickled."""
+    pickled: list[bytes | None] = []
+    for logger in trainer.loggers:
+        try:
+            pickled.append(pickle.dumps(logger))
+        except Exception:  # noqa: PERF203  # a logger of any make may hold anything
+            pickled.append(None)
+    return pickled
+
+
+def follow_loggers(trainer: Any, pickled: list[bytes | None]) -> None:
+    """Let this process's loggers go on where those of another process stopped, in the same run and the same files.
+
+    A logger that began anew would open a second run, and `CSVLogger` would delete what the first one has written.
+    """
+    for logger, state in zip(trainer.loggers, pickled, strict=False):
+        if state is not None:
+            vars(logger).update(vars(pickle.loads(state)))
+
+
+def bring_back_optimizers(trainer: Any, state: Opening | None) -> None:
+    """Give the caller's Trainer the server's optimizers, with their states, over the parameters of its own module."""
+    parameters = dict(trainer.lightning_module.named_parameters())
+    if state is None or list(parameters) != state.names:
+        return
+    mine = {id(theirs): parameters[name] for name, theirs in zip(state.names, state.parameters, strict=True)}
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [mine[id(parameter)] for parameter in group["params"]]
+        states = {mine[id(parameter)]: value for parameter, value in optimizer.state.items()}
+        optimizer.state = defaultdict(dict, states)
+    trainer.strategy.optimizers = state.optimizers

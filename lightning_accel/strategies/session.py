@@ -1,0 +1,327 @@
+"""What one worker process does in a `fit`: it joins the run, takes batches, pushes, validates one cut, and ends."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from lightning_accel.async_sgd import Lease, Settings, SharedMemoryStore, Snapshot, Worker
+from lightning_accel.async_sgd.leases import LeaseId
+from lightning_accel.lightning_private import (
+    checkpoint_periods,
+    count_steps_of_others,
+    expect_uncertain_end,
+    go_to_epoch,
+    looks_ahead,
+    restart_fetching,
+    validate_once_more,
+)
+from lightning_accel.strategies.checkpoints import rewind_loops, with_values_of
+from lightning_accel.strategies.coordination import Watchers, log_statistics
+from lightning_accel.strategies.layer_exchange import follow_layers
+from lightning_accel.strategies.schedules import SharedPace, follow_pace, step_to_show
+
+
+class Session:
+    """One worker's part in a run, from the set-up of its Trainer to the end of training.
+
+    Args:
+        strategy: Of the Trainer.
+        trainer: In this process.
+        store: This worker's end of the run.
+        settings: Of the run.
+        workers: How many were asked for.
+    """
+
+    def __init__(self, strategy: Any, trainer: Any, store: SharedMemoryStore, settings: Settings, workers: int) -> None:
+        self.store = store
+        self.settings = settings
+        self.watchers = Watchers(strategy, trainer, store)
+        self.leases: list[LeaseId] = []  # of batches that are loaded but not yet trained on
+        self._strategy = strategy
+        self._trainer = trainer
+        self._workers = workers
+        self._worker: Worker | None = None
+        self._cut: Snapshot | None = None  # what the module holds while it is validated, and at the end
+        self._dumped: Snapshot | None = None  # what the checkpoint that is being made holds
+        self._first_steps = 0
+        self._others_shown = 0
+        self._next_snapshot = 0
+        self._epoch = -1
+        self._ended = False
+        self._validated = False
+
+    @property
+    def worker(self) -> Worker:
+        """The worker, once training has started."""
+        assert self._worker is not None, "training has not started"
+        return self._worker
+
+    @property
+    def joined(self) -> bool:
+        """Whether training has started."""
+        return self._worker is not None
+
+    # --- data
+
+    def take(self, order: Callable[[], Any]) -> list[Lease] | None:
+        """Lease the next block of the epoch; None where the loader is not leased."""
+        trainer = self._trainer
+        if not isinstance(trainer.train_dataloader, DataLoader):
+            return None  # several loaders, and so one worker: leases know one order an epoch
+        epoch = trainer.current_epoch
+        if self.joined and epoch != self._epoch:
+            self._epoch = epoch
+            self.worker.flush()  # batches that led to no push must not keep the last epoch open
+
+        def limited() -> Any:
+            limit = trainer.num_training_batches
+            units = order()
+            return units if limit == float("inf") else units[: int(limit)]
+
+        final = trainer.max_epochs not in (None, -1) and epoch + 1 >= trainer.max_epochs
+        return self.store.lease(epoch, limited, final=final)
+
+    # --- training
+
+    def join(self, epochs: list[dict[str, Any]]) -> None:
+        """Join the run: the coordinator opens it with what it has, the others read.
+
+        Args:
+            epochs: Unfinished epochs of the checkpoint that is resumed.
+
+        Raises:
+            ValueError: If the data cannot be shared out, or another worker has another model.
+        """
+        trainer, store, module = self._trainer, self.store, self._trainer.lightning_module
+        parameters, buffers = _tensors_of(module)
+        optimizers = self._strategy.optimizers
+        worker = Worker(store, self.settings, parameters, buffers, optimizers, watch=True, module=module)
+        membership = store.join(lambda: worker.opening(version=trainer.global_step, epochs=epochs))
+        if store.parameter_names != list(parameters):
+            follow_layers(trainer, store)  # the run has exchanged layers before this worker was started
+            worker.follow(*_tensors_of(module))
+        store.check(list(worker.parameters.values()), list(worker.buffers.values()))
+        worker.begin()
+        worker.attach()
+        self._worker = worker
+        self._first_steps = self._steps_of_all
+        self._others_shown = 0
+        count_steps_of_others(trainer, worker.version - trainer.global_step)
+        if membership.incarnation > 0:
+            go_to_epoch(trainer, membership.epoch)
+            self.watchers.restore()
+        for config in self._strategy.lr_scheduler_configs:
+            if not config.reduce_on_plateau and (config.interval == "step" or not module.automatic_optimization):
+                follow_pace(config.scheduler, self._pace(config.scheduler.optimizer), self._is_epoch_call)
+        if self._workers > 1 or membership.incarnation > 0:
+            if not isinstance(trainer.train_dataloader, DataLoader) or not looks_ahead(trainer):
+                raise ValueError(
+                    "several workers share out one DataLoader, and the training loop must draw its batches itself; "
+                    "combine several into one dataset and take no `dataloader_iter`, or use `devices=1`."
+                )
+            expect_uncertain_end(trainer, self._workers)
+            restart_fetching(trainer)
+        if self.store.is_coordinator and membership.incarnation == 0:
+            self.watchers.publish()  # whoever takes over goes on with these loggers
+
+    @property
+    def _steps_of_all(self) -> int:
+        # with `local_steps` every optimizer steps in each push; the version counts pushes
+        return self.worker.version if self.settings.local_steps else sum(self.worker.steps)
+
+    def _pace(self, optimizer: Optimizer) -> SharedPace:
+        worker = self.worker
+        index = worker.optimizers.index(optimizer)
+        limit = self._trainer.estimated_stepping_batches if self._automatic else -1
+        limit = float("inf") if limit == -1 else limit - self._trainer.global_step
+        start = worker.steps[index]
+        return SharedPace(lambda: (worker.steps[index] - start, worker.own_steps[index]), limit)
+
+    @property
+    def _automatic(self) -> bool:
+        return bool(self._trainer.lightning_module.automatic_optimization)
+
+    def _is_epoch_call(self) -> bool:
+        # in manual optimization the call is the user's: one on the last batch is taken for one an epoch
+        return not self._automatic and bool(self._trainer.is_last_batch)
+
+    def begin_batch(self, batch_idx: int, *, snapshot_every: int | None) -> None:
+        """Take note of what the others did since the last batch, and of which batch this is."""
+        if self._cut is not None:
+            self.worker.send_changes()
+            self._cut = None
+            self.worker.pull()
+        if self.store.stopped:
+            self._trainer.should_stop = True
+            self._trainer.fit_loop.min_epochs = 0
+        elif self.store.is_coordinator:
+            self.watchers.take_over()
+            self._save_snapshot(snapshot_every)
+            log_statistics(self._trainer, self.store)
+        if not self.store.is_current and batch_idx % self._trainer.accumulate_grad_batches == 0:
+            self._follow_exchange()
+        if self.leases:
+            self.worker.pending.append(self.leases.pop(0))
+
+    def count_others(self) -> None:
+        """After an own step, let ``global_step`` show those of the others, past no multiple that callbacks wait for."""
+        if self.store.is_coordinator:
+            self.watchers.take_over()  # appointed since this batch began, which may be the last one
+        per_push = max(self.settings.n_push, self.settings.local_steps)
+        others = (self._steps_of_all - self._first_steps - sum(self.worker.own_steps)) * per_push
+        shown = self._trainer.global_step  # Lightning counts this step only when we return
+        actual = shown + 1 + max(0, others - self._others_shown)
+        news = step_to_show(shown, actual, checkpoint_periods(self._trainer)) - shown - 1
+        self._others_shown += news
+        count_steps_of_others(self._trainer, news)
+
+    # --- validation and the end
+
+    def begin_validation(self) -> None:
+        """Put one consistent cut into the module; a checkpoint of this validation holds the same one."""
+        self.worker.send_changes()
+        self.worker.flush()
+        self.store.idle(True)
+        self._cut = self.store.snapshot()
+        self.worker.load(self._cut)
+
+    def end_validation(self) -> None:
+        """Tell the others what was found, should one have to take over."""
+        self._validated = True
+        self.store.idle(False)
+        self.watchers.publish()
+
+    def stop_together(self) -> None:
+        """End training for all; in the coordinator the module then holds the result, for callbacks to finish it."""
+        if self._ended or not self.joined:
+            return
+        self._ended = True
+        worker, store = self.worker, self.store
+        worker.send_changes()
+        worker.flush()
+        if store.finish():
+            unvalidated = self.watchers.take_over() or (store.incarnation > 0 and not self._validated)
+            early = self._trainer.should_stop or 0 <= self._trainer.max_steps <= self._trainer.global_step
+            store.stop(complete=not early)
+            if self._workers > 1:
+                if not store.is_current:
+                    self._follow_exchange()
+                worker.enforce()
+            log_statistics(self._trainer, store, always=True)
+            self._cut = store.snapshot()
+            worker.load(self._cut)
+            if unvalidated:  # who coordinated before died too late for this worker to do it in its loop
+                validate_once_more(self._trainer)
+
+    def end(self) -> None:
+        """Take the result as callbacks have left it."""
+        self.stop_together()
+        self._take_result()
+        self.worker.detach()
+
+    # --- checkpoints
+
+    def model_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a module's state dict with the server's parameters and buffers, of one cut with the optimizers."""
+        if self._ended:
+            self._take_result()
+        elif self._cut is None:
+            self.worker.send_changes()
+        self._dumped = self._cut or self.store.snapshot()
+        shared = self.settings.buffers != "coordinator" or self._workers > 1
+        return with_values_of(self._dumped, state, self.worker, buffers=shared)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
+        """Return the server's state of an optimizer, of the same cut; None where this worker's own counts."""
+        if self._dumped is None or self.settings.local_steps:
+            return None
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        return self._dumped.optimizer_states[self.worker.optimizers.index(optimizer)]
+
+    def unfinished_epochs(self, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+        """Make the loops of a checkpoint count for all workers; returns what a resumed asynchronous run needs."""
+        if self._dumped is None:
+            return None
+        batches = self._trainer.num_training_batches
+        cut, self._dumped = self._dumped, None
+        alone = self._workers == 1
+        return rewind_loops(checkpoint, cut, pending=len(self.worker.pending), batches=batches, alone=alone)
+
+    def _take_result(self) -> None:
+        """Take what the module holds for the result: callbacks may have changed what the server had."""
+        if self._cut is not None:
+            parameters = [p.detach().cpu().clone() for p in self.worker.parameters.values()]
+            buffers = self._cut.buffers
+            if self.settings.buffers != "coordinator":
+                buffers = [b.detach().cpu().clone() for b in self.worker.buffers.values()]
+            self._cut = replace(self._cut, parameters=parameters, buffers=buffers)
+
+    def _save_snapshot(self, every: int | None) -> None:
+        version = self.worker.version
+        if every is None or version < self._next_snapshot:
+            return
+        if self._next_snapshot:
+            path = f"{self._trainer.default_root_dir}/async_sgd.ckpt"
+            self._trainer.save_checkpoint(path)  # Lightning's writer replaces the file at once, when it is whole
+        self._next_snapshot = (version // every + 1) * every
+
+    # --- other layers
+
+    @contextlib.contextmanager
+    def exchanging_layers(self) -> Iterator[None]:
+        """Let the body replace layers and put their parameters into the optimizers; the run goes on with them.
+
+        Nobody's pushes count meanwhile. The others follow at their next batch.
+        """
+        worker, store = self.worker, self.store
+        before = list(worker.parameters.values())
+        worker.send_changes()
+        worker.flush()
+        cut = store.hold()
+        try:
+            worker.load(cut)
+            if not self.settings.local_steps:
+                for optimizer, state in zip(worker.optimizers, cut.optimizer_states, strict=True):
+                    optimizer.load_state_dict(state)
+            yield
+        except BaseException:
+            store.let_go()
+            raise
+        parameters, buffers = _tensors_of(self._trainer.lightning_module)
+        if [id(p) for p in before] == [id(p) for p in parameters.values()]:
+            store.let_go()
+            worker.begin()
+            return
+        worker.follow(parameters, buffers)
+        store.exchange(worker.opening(version=cut.version, steps=cut.steps))
+        worker.begin()
+
+    def _follow_exchange(self) -> None:
+        self.worker.flush()  # is refused, and so its batches are given out again
+        self.store.rejoin()
+        if self.store.parameter_names != list(self.worker.parameters):
+            follow_layers(self._trainer, self.store)
+            self.worker.follow(*_tensors_of(self._trainer.lightning_module))
+        self.store.check(list(self.worker.parameters.values()), list(self.worker.buffers.values()))
+        self.worker.begin()
+
+
+def _tensors_of(module: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return dict(module.named_parameters()), {name: b for name, b in module.named_buffers() if b is not None}
+
+
+def stop_first(session: Session, callback_class: type[Any]) -> Any:
+    """Return a callback that, first in the list, stops all workers before any other callback's ``on_train_end``.
+
+    What callbacks make of the parameters there (a last projection, an average) is then made of the result itself.
+    """
+
+    def on_train_end(self: Any, trainer: Any, pl_module: Any) -> None:  # noqa: ARG001  # Lightning's signature
+        session.stop_together()
+
+    return type("StopFirst", (callback_class,), {"on_train_end": on_train_end})()
