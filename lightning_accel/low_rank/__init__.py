@@ -22,7 +22,14 @@ from lightning_accel.low_rank.calls import LayerCall, input_second_moments, reco
 from lightning_accel.low_rank.candidates import plateau_candidates, theoretical_ranks
 from lightning_accel.low_rank.decompose import decompose, merge, swap
 from lightning_accel.low_rank.eligibility import eligible_layers, low_rank_layers
-from lightning_accel.low_rank.factorize import EnergyProfile, empty_like, factorize, full_ranks, to_dense
+from lightning_accel.low_rank.factorize import (
+    EnergyProfile,
+    empty_like,
+    factorize,
+    full_ranks,
+    identity_factors,
+    to_dense,
+)
 from lightning_accel.low_rank.freezing import (
     NUM_GROUPS,
     FreezingSchedule,
@@ -30,6 +37,7 @@ from lightning_accel.low_rank.freezing import (
     freeze,
     frozen_factor_index,
     frozen_parameters,
+    mean_of_phases,
 )
 from lightning_accel.low_rank.gate import (
     GateDecision,
@@ -82,11 +90,13 @@ __all__ = [
     "frozen_parameters",
     "frozen_prefix",
     "full_ranks",
+    "identity_factors",
     "input_second_moments",
     "layer_groups",
     "low_rank_layers",
     "make_plan",
     "marginal_reverts",
+    "mean_of_phases",
     "merge",
     "orphans",
     "payback_steps",

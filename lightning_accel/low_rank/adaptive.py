@@ -14,7 +14,8 @@ class AdaptiveFreezing:
 
     Settled factors are frozen in at most ``max_events`` batches, so that a compiled model sees few patterns. With
     ``order``, every module before the first unsettled one is frozen as a whole (a *prefix*: biases and norms
-    included), so that the backward pass ends there and the input gradient is dropped too.
+    included), so that the backward pass ends there and the input gradient is dropped too. The order may be set later,
+    before the first `observe`; it is part of the state.
 
     The object is plain data: deep-copyable, picklable, and exact from its `state_dict`.
 
@@ -22,7 +23,8 @@ class AdaptiveFreezing:
         threshold: Relative update norm over one window under which a factor is settled, > 0.
         window_steps: Optimizer steps of a window, >= 1.
         max_events: Most changes of the frozen set, >= 1; with the start that makes one pattern more.
-        order: Names of the leaf modules in the order in which they run, to freeze prefixes; empty freezes none.
+        order: Names of the modules that own parameters in the order in which they run, to freeze prefixes (``""`` is
+            the model itself); empty freezes none.
 
     Raises:
         ValueError: If a value is out of range.
@@ -96,13 +98,14 @@ class AdaptiveFreezing:
             "frozen": sorted(self.frozen),
             "events": self.events,
             "steps": self._steps,
+            "order": list(self.order),
             "reference": {name: tensor.clone() for name, tensor in self._reference.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.settled, self.frozen = set(state["settled"]), set(state["frozen"])
-        self.events, self._steps = state["events"], state["steps"]
+        self.events, self._steps, self.order = state["events"], state["steps"], tuple(state["order"])
         self._reference = {name: tensor.clone() for name, tensor in state["reference"].items()}
 
     def _watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -110,22 +113,28 @@ class AdaptiveFreezing:
         names = factor_parameter_names(model)
         if not names:
             return {}
-        prefixes = tuple(f"{name}." for name in self.order)
-        return {n: p for n, p in model.named_parameters() if n in names or (prefixes and n.startswith(prefixes))}
+        return {n: p for n, p in model.named_parameters() if n in names or _owner(n) in self.order}
 
     def _remember(self, watched: dict[str, nn.Parameter]) -> None:
         self._reference = {n: p.detach().clone() for n, p in watched.items() if n not in self.settled}
 
     def _release(self, model: nn.Module, watched: dict[str, nn.Parameter]) -> bool:
-        """Freeze the settled ones once they make up the next share of all: 1 / max_events, 2 / max_events, ..."""
+        """Freeze the settled ones once their factors make up the next share of all: 1 / max_events, 2 / max_events, ...
+
+        When all factors rest, what events are left are for a prefix that grows.
+        """
         factors = factor_parameter_names(model)
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         ready = (self.settled & factors) | frozen_prefix(self.order, watched, self.settled)
-        if self.events >= self.max_events or len(ready) * self.max_events < len(factors) * (self.events + 1):
+        if trainable <= ready:  # a step needs something to train
+            ready = self.settled & factors
+        enough = len(ready & factors) * self.max_events >= len(factors) * (self.events + 1)
+        if self.events >= self.max_events or not enough or trainable <= ready:
             return False
         if ready <= self.frozen:
             return False
         self.frozen |= ready
-        self.events = min(self.max_events, max(self.events + 1, len(ready) * self.max_events // len(factors)))
+        self.events += 1
         return True
 
 
@@ -139,8 +148,12 @@ def frozen_prefix(order: Sequence[str], parameters: Collection[str], settled: Co
     """
     prefix: set[str] = set()
     for module in order:
-        own = {name for name in parameters if name.startswith(f"{module}.")}
+        own = {name for name in parameters if _owner(name) == module}
         if not own <= set(settled):
             break
         prefix |= own
     return prefix
+
+
+def _owner(parameter: str) -> str:
+    return parameter.rpartition(".")[0]

@@ -11,14 +11,24 @@ from lightning_accel.low_rank.plan import Candidate, LayerPlan
 MARGIN = 0.03
 """Share of the dense time that a low-rank layer must save to be considered at all."""
 
+SMALL_SHARE = 0.01
+"""Share of the entries of all layers below which a layer that is not measured stays dense: heads, stems, shortcuts."""
+
 _BISECTIONS = 12
 
 
-def choose_fixed(draft: LayerPlan) -> LayerPlan:
-    """Take the only candidate, the theoretical rank."""
-    if not draft.candidates:
-        return draft
-    return _decide(draft, draft.candidates[0], "theoretical rank, not measured")
+def choose_fixed(drafts: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """Take the only candidate of each layer, the theoretical rank; nobody has seen that small layers gain by it."""
+    entries = sum(draft.dense_parameters for draft in drafts)
+    small = f"has less than {SMALL_SHARE:.0%} of the entries, and was not measured"
+    return [
+        draft
+        if not draft.candidates
+        else dataclasses.replace(draft, reason=small)
+        if draft.dense_parameters < SMALL_SHARE * entries
+        else _decide(draft, draft.candidates[0], "theoretical rank, not measured")
+        for draft in drafts
+    ]
 
 
 def choose_by_paper(draft: LayerPlan) -> LayerPlan:

@@ -101,6 +101,21 @@ def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor 
     return layer
 
 
+def identity_factors(dense: DenseLayer) -> LowRankLayer:
+    """Return the two-factor layer that equals ``dense`` without a decomposition: its weight beside an identity.
+
+    For questions of the kind "does the model notice what kind of layer this is"; it saves nothing.
+    """
+    out, fan_in = dense.weight.shape[:2]
+    first = isinstance(dense, nn.Linear) and fan_in <= out
+    layer = empty_like(dense, (fan_in if first else out,))
+    with torch.no_grad():
+        identity, weight = (layer.factor_in, layer.factor_out) if first else (layer.factor_out, layer.factor_in)
+        identity.copy_(torch.eye(identity.shape[0]).view_as(identity))
+        weight.copy_(dense.weight.view_as(weight))
+    return layer
+
+
 def to_dense(layer: LowRankLayer) -> DenseLayer:
     """Return the dense layer whose weight is the product of the factors; the bias Parameter is shared.
 

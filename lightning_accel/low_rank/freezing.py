@@ -173,6 +173,17 @@ def freeze(model: nn.Module, group: int | None, *, user_frozen: Collection[str] 
     return frozen
 
 
+def mean_of_phases(phases: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
+    """Return times averaged over the phases of sequential freezing, pair by pair.
+
+    Args:
+        phases: For each group, the times with that group at rest; equal indices belong together.
+        weights: Relative length of each phase, >= 0, not all 0.
+    """
+    total = sum(weights)
+    return [sum(w * t for w, t in zip(weights, times, strict=True)) / total for times in zip(*phases, strict=True)]
+
+
 def set_trainable(parameter: nn.Parameter, trainable: bool) -> None:
     """Freeze (and drop the gradient of) or thaw one parameter."""
     parameter.requires_grad_(trainable)

@@ -132,7 +132,18 @@ class RankPlan:
             else layer
             for layer in self.layers
         )
-        return dataclasses.replace(self, layers=layers)
+        changed = dataclasses.replace(self, layers=layers)
+        return changed if self.reached is None else changed.with_reached()
+
+    def with_reached(self) -> "RankPlan":
+        """Return a copy whose ``reached`` is that of the layers' present decisions."""
+        after = self.parameters_after
+        values = {
+            "ratio": self.parameters_before / after if after else 1.0,
+            "energy": self.energy,
+            "speedup": self.predicted_speedup,
+        }
+        return dataclasses.replace(self, reached=values[self.target])
 
     def to_json(self) -> str:
         """Return the plan as JSON; `from_json` gives an equal plan back, floats bit for bit."""

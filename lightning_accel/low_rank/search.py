@@ -16,6 +16,7 @@ from lightning_accel.low_rank.candidates import every_rank, plateau_candidates, 
 from lightning_accel.low_rank.choose import choose_by_paper, choose_fixed, choose_in_knapsack
 from lightning_accel.low_rank.eligibility import eligible_layers
 from lightning_accel.low_rank.factorize import DenseLayer, EnergyProfile
+from lightning_accel.low_rank.freezing import NUM_GROUPS
 from lightning_accel.low_rank.plan import Candidate, LayerPlan, Method, RankPlan, Weighting, factor_parameters
 from lightning_accel.low_rank.timing import DiskCache, MakeOptimizer, Phase, Timer, candidate_name, time_layer
 
@@ -60,7 +61,8 @@ def make_plan(
         speedup: Target: dense over planned time of the layers considered, > 1; the knapsack keeps the most energy.
         method: ``"knapsack"``: measured plateaus, one choice for all layers together. ``"paper"``: layer by layer the
             largest drop in time between the ranks of ``ratio`` and ``ratio + 1``. ``"fixed"``: the theoretical rank
-            of ``ratio``, unmeasured. The last two need ``ratio``.
+            of ``ratio``, unmeasured; layers with less than 1 % of the entries (heads, stems) stay dense. The last two
+            need ``ratio``.
         min_energy: Floor of the retained energy of each layer, in [0, 1]; knapsack only.
         weighting: ``"activation"`` weighs energies (and the SVD) by the second moment of each layer's inputs.
         include: Shell patterns of module names to consider.
@@ -68,7 +70,7 @@ def make_plan(
         phase: Time a ``"train"`` step (forward, backward, update) or the ``"inference"`` forward.
         make_optimizer: Makes the optimizer whose update is timed, from a list of parameters.
         phase_weights: For a training under sequential freezing: time candidates as the mean over its two phases, by the
-            schedule's ``weights``. None times them with everything trainable.
+            schedule's ``weights``, >= 0 and not all 0. None times them with everything trainable.
         cache_dir: Keeps times and energies between runs, see `default_cache_dir`; None measures anew.
         timer: Replaces the clock, for tests.
 
@@ -90,8 +92,15 @@ def make_plan(
         raise ValueError(f"`weighting` must be none or activation, got {weighting!r}.")
     if phase not in ("train", "inference"):
         raise ValueError(f"`phase` must be train or inference, got {phase!r}.")
-    if phase_weights is not None and (len(phase_weights) != 2 or min(phase_weights) <= 0.0):
-        raise ValueError(f"`phase_weights` must be 2 numbers > 0, got {tuple(phase_weights)}.")
+    if phase_weights is not None and not (
+        len(phase_weights) == NUM_GROUPS and min(phase_weights) >= 0.0 and 0.0 < sum(phase_weights) < math.inf
+    ):
+        raise ValueError(f"`phase_weights` must be {NUM_GROUPS} numbers >= 0, not all 0, got {tuple(phase_weights)}.")
+    for patterns in (include, exclude):
+        if isinstance(patterns, str):
+            raise ValueError(
+                f"`include` and `exclude` must be lists of patterns, got {patterns!r}; use [{patterns!r}]."
+            )
     measured = method != "fixed"
     if run_batch is None and (measured or weighting == "activation"):
         raise ValueError("`run_batch` must run one real batch, got None; only method='fixed' does without.")
@@ -143,7 +152,7 @@ def make_plan(
     elif method == "paper":
         decided = [choose_by_paper(draft) for draft in drafts]
     else:
-        decided = [choose_fixed(draft) for draft in drafts]
+        decided = choose_fixed(drafts)
     return _assemble(model, decided, skipped, method=method, target=target, weighting=weighting)
 
 
@@ -222,20 +231,14 @@ def _assemble(
             reason=reason,
         )
     ordered = tuple(entries[name] for name, _ in model.named_modules() if name in entries)
-    plan = RankPlan(
+    return RankPlan(
         layers=ordered,
         method=method,
         target=target.name,
         value=target.value,
         weighting=weighting,
         device=measure.environment(next(model.parameters()).device),
-    )
-    reached = {
-        "ratio": plan.parameters_before / plan.parameters_after,
-        "energy": plan.energy,
-        "speedup": plan.predicted_speedup,
-    }
-    return dataclasses.replace(plan, reached=reached[target.name])
+    ).with_reached()
 
 
 def _digest(weight: Tensor) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_accel import measure
 from lightning_accel.low_rank.calls import LayerCall
 from lightning_accel.low_rank.factorize import DenseLayer, empty_like
-from lightning_accel.low_rank.freezing import NUM_GROUPS, freeze, frozen_parameters
+from lightning_accel.low_rank.freezing import NUM_GROUPS, freeze, frozen_parameters, mean_of_phases
 from lightning_accel.low_rank.layers import LowRankLayer
 
 Phase = Literal["train", "inference"]
@@ -81,7 +81,10 @@ def time_layer(
             steps = _steps(dense, candidates, call, phase, make_optimizer, frozen=len(weights) > 1)
             seconds = timer_or_clock(steps)
         if len(weights) > 1:
-            seconds = {name: _mean_of_phases(name, seconds, weights) for name in names}
+            averaged = {
+                name: mean_of_phases([seconds[f"{name}/{g}"] for g in range(NUM_GROUPS)], weights) for name in names[1:]
+            }
+            seconds = {names[0]: seconds[names[0]], **averaged}
         # Times that are compared with each other were taken in one go; earlier ones of other ranks are kept beside.
         known |= {name: 1000.0 * call.calls * statistics.median(seconds[name]) for name in names}
         if cache is not None and timer is None:
@@ -167,14 +170,6 @@ def _steps(
         name: functools.partial(_train, layer, x, gradient, call, _optimizer(layer, make_optimizer))
         for name, layer in layers.items()
     }
-
-
-def _mean_of_phases(name: str, seconds: Mapping[str, Sequence[float]], weights: tuple[float, ...]) -> Sequence[float]:
-    if name == candidate_name(None):
-        return seconds[name]
-    phases = [seconds[f"{name}/{group}"] for group in range(NUM_GROUPS)]
-    total = sum(weights)
-    return [sum(w * t for w, t in zip(weights, pair, strict=True)) / total for pair in zip(*phases, strict=True)]
 
 
 def _train(

@@ -17,6 +17,7 @@ from lightning_accel.low_rank import (
     frozen_parameters,
     frozen_prefix,
     low_rank_layers,
+    mean_of_phases,
 )
 
 
@@ -59,6 +60,11 @@ def test_modes_start_end_and_the_last_phase():
     assert groups(FreezingSchedule(start=2, end=5)) == [None, None, 0, 1, 0, None, None, None]
     assert groups(FreezingSchedule(period_epochs=2, final_trainable=3), total=8) == [0, 0, 1, 1, 0, None, None, None]
     assert groups(FreezingSchedule(mode="fixed", end=1), 2) == [0, None]
+
+
+def test_times_are_averaged_pair_by_pair():
+    assert mean_of_phases([[1.0, 2.0], [4.0, 8.0]], (2.0, 1.0)) == [2.0, 4.0]
+    assert mean_of_phases([[1.0, 2.0], [4.0, 8.0]], (0.0, 1.0)) == [4.0, 8.0]
 
 
 def test_steps_count_instead_of_epochs():
@@ -244,6 +250,40 @@ def test_a_settled_prefix_is_frozen_as_a_whole():
     assert not hidden.requires_grad  # the backward pass ends behind the prefix
     model(x).sum().backward()
     assert model[4].weight.grad is not None
+
+
+def test_a_prefix_that_grows_later_is_frozen_while_events_are_left():
+    model = net()
+    for index in (0, 3):
+        nn.init.ones_(model[index].bias)
+    watch = AdaptiveFreezing(threshold=0.01, window_steps=1, max_events=3, order=("0", "3", "4"))
+    factors = [name for name, _ in model.named_parameters() if "factor" in name or "core" in name]
+    for _ in range(2):
+        watch.observe(model)
+        move(model, dict.fromkeys(factors, 0.0))
+    watch.observe(model)
+    assert watch.frozen == set(factors)
+    still = {name: 0.0 for name, _ in model.named_parameters() if not name.startswith("4")}
+    for _ in range(2):
+        move(model, still)
+        watch.observe(model)
+    assert watch.frozen == set(still)
+    assert watch.events == 2
+
+
+def test_something_is_always_left_to_train():
+    model = net()
+    watch = AdaptiveFreezing(threshold=0.01, window_steps=1, max_events=5, order=("0", "3", "4"))
+    for _ in range(4):
+        watch.observe(model)
+        watch.apply(model)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    factors_only = nn.Sequential(LowRankLinear(4, 4, 2, bias=False))
+    watch = AdaptiveFreezing(threshold=0.01, window_steps=1)
+    for _ in range(4):
+        watch.observe(factors_only)
+        watch.apply(factors_only)
+    assert any(parameter.requires_grad for parameter in factors_only.parameters())
 
 
 def test_prefix_ends_at_the_first_module_that_still_moves():

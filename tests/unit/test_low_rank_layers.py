@@ -18,6 +18,7 @@ from lightning_accel.low_rank import (
     factorize,
     freeze,
     full_ranks,
+    identity_factors,
     to_dense,
 )
 
@@ -60,6 +61,17 @@ def test_full_rank_equals_dense(case):
     torch.testing.assert_close(layer(x), dense(x))
     torch.testing.assert_close(layer.weight, dense.weight)
     assert layer.bias is dense.bias
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_identity_factors_equal_dense_without_a_decomposition(case):
+    dense, x = dense_and_input(case)
+    before = dense.weight.detach().clone()
+    layer = identity_factors(dense)
+    torch.testing.assert_close(layer(x), dense(x))
+    assert torch.equal(layer.weight, dense.weight)
+    assert torch.equal(dense.weight, before)
+    assert any(torch.equal(p.flatten(1), torch.eye(len(p), dtype=p.dtype)) for p in layer.parameters() if p.dim() > 1)
 
 
 @pytest.mark.parametrize("case", DENSE)

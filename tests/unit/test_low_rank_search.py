@@ -408,6 +408,34 @@ def test_layers_can_be_sent_back_to_dense():
     assert plan.parameters_after == 3 * 2048
 
 
+@pytest.mark.parametrize(
+    ("target", "reached"),
+    [
+        ({"ratio": 2.0}, lambda plan: plan.parameters_before / plan.parameters_after),
+        ({"energy": 0.7}, lambda plan: plan.energy),
+        ({"speedup": 1.5}, lambda plan: plan.predicted_speedup),
+    ],
+    ids=["ratio", "energy", "speedup"],
+)
+def test_what_is_reached_follows_layers_that_are_sent_back(target, reached):
+    plan = make_plan(mlp(), run, min_energy=0.0, timer=Clock(proportional), **target)
+    low = {layer.name for layer in plan.layers if layer.ranks is not None}
+    less = plan.dense({min(low)}, "for a test")
+    assert plan.reached == pytest.approx(reached(plan))
+    assert less.reached == pytest.approx(reached(less))
+    assert less.reached != pytest.approx(plan.reached)
+    assert plan.dense(low, "for a test").reached == pytest.approx(1.0)
+    by_hand = RankPlan(layers=plan.layers, method="fixed", target="ratio", value=2.0)
+    assert by_hand.dense(low, "for a test").reached is None
+
+
+def test_fixed_leaves_heads_and_other_small_layers_dense():
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 4), nn.Linear(4, 512))
+    plan = make_plan(model, None, ratio=2.0, method="fixed")
+    assert [layer.decision for layer in plan.layers] == ["low rank", "dense", "dense"]
+    assert "less than 1% of the entries, and was not measured" in plan.layers[1].reason
+
+
 def test_an_empty_plan_keeps_everything():
     plan = RankPlan(layers=(), method="fixed", target="ratio", value=2.0)
     assert (plan.energy, plan.parameters_before, plan.predicted_speedup) == (1.0, 0, None)
@@ -440,7 +468,14 @@ def test_plan_entries_are_frozen():
         ({"energy": 0.9, "method": "paper"}, "method 'paper' needs `ratio`, got `energy`"),
         ({"ratio": 2.0, "min_energy": 1.5}, "`min_energy` must be in \\[0, 1\\], got 1.5"),
         ({"ratio": 2.0, "weighting": "all"}, "`weighting` must be none or activation, got 'all'"),
-        ({"ratio": 2.0, "phase_weights": (1.0, 0.0)}, "`phase_weights` must be 2 numbers > 0, got \\(1.0, 0.0\\)"),
+        ({"ratio": 2.0, "phase_weights": (0.0, 0.0)}, "`phase_weights` must be 2 numbers >= 0, not all 0"),
+        ({"ratio": 2.0, "phase_weights": (1.0, -1.0)}, "`phase_weights` must be 2 numbers >= 0"),
+        ({"ratio": 2.0, "phase_weights": (1.0, 2.0, 3.0)}, "`phase_weights` must be 2 numbers >= 0"),
+        ({"ratio": float("nan")}, "`ratio` must be > 1, got nan"),
+        ({"ratio": float("inf")}, "`ratio` must be > 1, got inf"),
+        ({"energy": float("nan")}, "`energy` must be in"),
+        ({"speedup": 1.0}, "`speedup` must be > 1, got 1.0"),
+        ({"ratio": 2.0, "include": "head"}, "must be lists of patterns, got 'head'; use \\['head'\\]"),
         ({"ratio": 2.0, "phase": "test"}, "`phase` must be train or inference, got 'test'"),
     ],
 )

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from lightning_accel.cli.bench._low_rank_peers import mac_guarded, weight_parameters
 from lightning_accel.evidence.rows import BenchRow
-from lightning_accel.low_rank import decompose, freeze, low_rank_layers, make_plan, verify_plan
+from lightning_accel.low_rank import decompose, freeze, low_rank_layers, make_plan, mean_of_phases, verify_plan
 from lightning_accel.low_rank.gate import apply_decision
 from lightning_accel.low_rank.plan import RankPlan
 from lightning_accel.low_rank.timing import Phase
@@ -136,10 +136,7 @@ class _Suite:
         seconds = self._timed(steps)
         for name in (*_IN_TURNS, fast):
             phases = [seconds.pop(f"{name}/{group}") for group in range(len(_WEIGHTS))]
-            seconds[name + _TURNS] = [
-                sum(w * t for w, t in zip(_WEIGHTS, pair, strict=True)) / sum(_WEIGHTS)
-                for pair in zip(*phases, strict=True)
-            ]
+            seconds[name + _TURNS] = mean_of_phases(phases, _WEIGHTS)
             kept[name + _TURNS] = f"{kept[name]}; phases {_WEIGHTS[0]:g}:{_WEIGHTS[1]:g}"
         note = f"{environment(self.device)['threads']} thread(s), AdamW, random weights; "
         title = f"{case.name}, training step"
