@@ -243,7 +243,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _row_slices(rows: Tensor, entries: int = _CHUNK) -> Iterator[slice]:
-    return _slices(*rows.shape, entries)
+    height, width = rows.shape
+    return _slices(height, width, entries)
 
 
 def _slices(rows: int, columns: int, entries: int = _CHUNK) -> Iterator[slice]:

@@ -52,8 +52,9 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
     for shape in ((500, 2_000),) if quick else _SHAPES:
         case = f"{shape[0]:,} x {shape[1]:,}"
         yield from _against_copy(case, shape, _DIRECTIONS, pairs=7 if shape[0] > 5_000 else pairs, device=device)
-    shape = (64, 64, 3, 3) if quick else _CONVOLUTION
-    yield from _against_copy(f"convolution {' x '.join(map(str, shape))}", shape, _CHANNELS, pairs=pairs, device=device)
+    kernel = (64, 64, 3, 3) if quick else _CONVOLUTION
+    case = f"convolution {' x '.join(map(str, kernel))}"
+    yield from _against_copy(case, kernel, _CHANNELS, pairs=pairs, device=device)
     if device == "cpu" and (os.cpu_count() or 1) > 1:
         yield from _two_threads((500, 2_000) if quick else _SHAPES[0], pairs=pairs)
     if not quick:
