@@ -1,5 +1,7 @@
 """What the recurrent rows run: models as a reader would write them, and the floor of any schedule."""
 
+import contextlib
+import resource
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Any
@@ -174,3 +176,12 @@ def _layer_floor(steps: int, batch: int, device: str, rows: int, size: int) -> C
         torch.mm(flat, w_ih, out=d_x)
 
     return products
+
+
+def peak_kib() -> int:
+    """Return the KiB that this process has held at most; ``getrusage`` also counts what it was forked from."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

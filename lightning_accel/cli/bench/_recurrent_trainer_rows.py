@@ -3,7 +3,6 @@
 The modules know nothing of it. The first steps of a fit, which it watches and measures in, are left out of the times.
 """
 
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader
 
 from lightning_accel.callbacks.intra_stream_scheduling import IntraStreamScheduling
+from lightning_accel.cli.bench._recurrent_cases import peak_kib
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import compare_paired
 from lightning_accel.zoo.char_lm import CharLM
@@ -206,7 +206,7 @@ class _Growth(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: ARG002
         if trainer.global_step == self.settled:
-            self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            self.before = peak_kib()
 
 
 def print_peak(name: str, arm: str) -> None:
@@ -216,4 +216,4 @@ def print_peak(name: str, arm: str) -> None:
     few = batches(8, _SETTLED + 1)
     growth = _Growth(len(few))
     fit(make, few + batches(128, 5), "cpu", *([IntraStreamScheduling()] if arm == "scheduled" else []), growth)
-    print(max(1, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - growth.before))
+    print(max(1, peak_kib() - growth.before))

@@ -5,7 +5,6 @@ and twice backward, the recurrent ones step by step, so that their weights are r
 """
 
 import copy
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from lightning_accel.cli.bench._recurrent_cases import (
     LoopOverTwoCells,
     floor,
     lstm_graph,
+    peak_kib,
 )
 from lightning_accel.cli.bench._recurrent_trainer_rows import rows as trainer_rows
 from lightning_accel.evidence.rows import BenchRow
@@ -264,11 +264,11 @@ def print_peak(name: str, schedule: Schedule) -> None:
     cell = _CELLS[name](INPUT, HIDDEN)
     layer = _layer(cell, schedule)
     _training_step(layer, torch.randn(4, _MEMORY_BATCH, INPUT))()  # plans and libraries are loaded
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_kib()
     step = _training_step(layer, torch.randn(128, _MEMORY_BATCH, INPUT))
     step()
     step()
-    print(max(1, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    print(max(1, peak_kib() - before))
 
 
 def _layer(cell: nn.Module, schedule: Schedule) -> Recurrent:
