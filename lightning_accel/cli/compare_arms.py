@@ -98,9 +98,16 @@ def arms(cfg: DictConfig) -> list[Arm]:
     """Return the arms that ``cfg.compare`` asks for, the plain one first.
 
     Raises:
-        UsageError: If there is nothing to compare, or a baseline is unknown.
+        UsageError: If there is nothing to compare, a baseline is unknown, or the strategy starts processes of its own.
     """
     settings = cfg.compare
+    strategy = cfg.trainer.get("strategy", "auto")
+    if "async" in str(strategy.get("_target_", "") if OmegaConf.is_config(strategy) else strategy).lower():
+        raise UsageError(
+            "compare times the steps of one process, and asynchronous workers are several: lightning-accel bench "
+            "suite=async_sgd compares them with one process and with DDP, lightning-accel bench suite=staleness their "
+            "accuracy, and lightning-accel plan strategy=async_sgd says which is expected to win for this model."
+        )
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     plain = ConfiguredFit(config, accelerators=False)
     if settings.aa:

@@ -1,5 +1,7 @@
 """What asynchrony is expected to gain, and the pace of learning-rate schedules."""
 
+import math
+
 import pytest
 import torch
 
@@ -28,11 +30,20 @@ def test_large_models_push_less_often_and_a_busy_server_holds_workers_up():
     assert flooded.advice == "ddp"
 
 
+def test_a_slow_link_speaks_against_lock_step_and_a_busy_server_for_shards():
+    slow_link = estimate(parameter_bytes=10**8, link_bytes_per_second=1e8)
+    assert slow_link.advice == "async"
+    assert slow_link.lock_step_throughput == pytest.approx(2 / (0.1 + 0.95))
+    assert estimate(link_bytes_per_second=1e8).lock_step_throughput == 20.0, "hidden behind the backward pass"
+    assert estimate().shards == 1
+    assert estimate(apply_seconds=0.2).shards == math.ceil(estimate(apply_seconds=0.2).server_load / 0.8) > 1
+
+
 def test_copying_is_measured():
     assert 1e6 < copy_speed(1 << 20) < 1e13
 
 
-@pytest.mark.parametrize("name", ["step_seconds", "parameter_bytes", "copy_bytes_per_second"])
+@pytest.mark.parametrize("name", ["step_seconds", "parameter_bytes", "copy_bytes_per_second", "link_bytes_per_second"])
 def test_estimates_refuse_what_makes_no_sense(name):
     with pytest.raises(ValueError, match=rf"`{name}` must be > 0, got 0"):
         estimate(**{name: 0})

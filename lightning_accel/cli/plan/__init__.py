@@ -1,8 +1,8 @@
 """``lightning-accel plan``: what the accelerators would do to this model on this machine, without training it.
 
-One real training step is watched, and undone with the process. For each callback that is composed, the file of its
-name in this folder has the function ``sketch``, which shows what that callback would do. One that has to watch the step
-itself has ``watch(module, settings)`` as well, a context manager around the step whose value is ``Scene.seen``.
+One real training step is watched, and undone with the process. For the strategy and each callback that is composed, the
+file of its name in this folder has the function ``sketch``, which shows what that one would do. If it has to watch the
+step itself, it has ``watch(module, settings)`` as well, a context manager around it whose value is ``Scene.seen``.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,7 @@ from lightning_accel.cli.fit import build, build_callbacks, fit, quiet
 from lightning_accel.cli.results import save_configuration
 from lightning_accel.low_rank import eligible_layers
 
+_STRATEGY = "async_sgd"
 _ONE_STEP = {
     "max_steps": 1,
     "limit_train_batches": 1,
@@ -78,7 +80,10 @@ class Scene:
         module: On its device; its layers have just seen the batch.
         trainer: Of that step.
         inputs: What the layers got.
-        settings: The callback's block of the configuration, resolved.
+        settings: The callback's (or strategy's) block of the configuration, resolved.
+        batch: Of the step.
+        step_seconds: Wall time of the step up to now: of the first one, so an upper bound.
+        devices: How many devices the configuration asks for.
         epochs: How long the training would be; ``None`` if it is not counted in epochs.
         folder: Where files go.
         console: Where tables go.
@@ -89,6 +94,9 @@ class Scene:
     trainer: Trainer
     inputs: SeenInputs
     settings: dict[str, Any]
+    batch: Any
+    step_seconds: float
+    devices: int
     epochs: int | None
     folder: Path
     console: Console
@@ -96,14 +104,17 @@ class Scene:
 
 
 def plan(cfg: DictConfig) -> None:
-    """Show what each callback of ``cfg.callbacks`` would do.
+    """Show what the strategy and each callback of ``cfg.callbacks`` would do.
 
     Raises:
         UsageError: If no callback is chosen, or one has nothing that can be shown before training.
     """
-    if not cfg.get("callbacks"):
+    names = [str(name) for name in cfg.get("callbacks") or {}]
+    if _is_asynchronous(cfg):
+        names.insert(0, _STRATEGY)
+    if not names:
         raise UsageError("No callback is chosen: add callbacks=[...]; lightning-accel plan --help lists them.")
-    sketches = {str(name): _sketch(str(name)) for name in cfg.callbacks}
+    sketches = {name: _sketch(name) for name in names}
     folder = Path(cfg.paths.output_dir)
     console = Console(highlight=False)
     build_callbacks(cfg, "callbacks")  # mistakes in their settings show here
@@ -130,6 +141,8 @@ class _FirstStep(Callback):
         self._inputs: SeenInputs | None = None
         self._step = contextlib.ExitStack()
         self._seen: dict[str, Any] = {}
+        self._batch: Any = None
+        self._began = 0.0
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -137,6 +150,7 @@ class _FirstStep(Callback):
         for name, sketch in self._sketches.items():
             if hasattr(sketch, "watch"):
                 self._seen[name] = self._step.enter_context(sketch.watch(pl_module, self._settings(name)))
+        self._batch, self._began = batch, time.perf_counter()
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -153,16 +167,33 @@ class _FirstStep(Callback):
         inputs, self._inputs = self._inputs, None
         if inputs is None:
             return
+        seconds = time.perf_counter() - self._began
         inputs.stop()
         self._step.close()
-        epochs = self._cfg.trainer.get("max_epochs")
+        devices = self._cfg.trainer.get("devices")
         for name, sketch in self._sketches.items():
-            settings, seen = self._settings(name), self._seen.get(name)
-            sketch.sketch(Scene(pl_module, trainer, inputs, settings, epochs, self._folder, self._console, seen))
+            sketch.sketch(
+                Scene(
+                    module=pl_module,
+                    trainer=trainer,
+                    inputs=inputs,
+                    settings=self._settings(name),
+                    batch=self._batch,
+                    step_seconds=seconds,
+                    devices=devices if isinstance(devices, int) else 1,
+                    epochs=self._cfg.trainer.get("max_epochs"),
+                    folder=self._folder,
+                    console=self._console,
+                    seen=self._seen.get(name),
+                )
+            )
         raise _AllShownError
 
     def _settings(self, name: str) -> dict[str, Any]:
-        settings = OmegaConf.to_container(self._cfg.callbacks[name], resolve=True)
+        block = self._cfg.trainer.strategy if name == _STRATEGY else self._cfg.callbacks[name]
+        if not OmegaConf.is_config(block):
+            return {}  # the strategy by its name alone
+        settings = OmegaConf.to_container(block, resolve=True)
         assert isinstance(settings, dict)
         return {str(k): v for k, v in settings.items() if k != "_target_"}
 
@@ -175,8 +206,15 @@ def _sketch(name: str) -> ModuleType:
     return importlib.import_module(home)
 
 
+def _is_asynchronous(cfg: DictConfig) -> bool:
+    strategy = cfg.trainer.get("strategy")
+    name = strategy.get("_target_", "") if OmegaConf.is_config(strategy) else strategy
+    return str(name).endswith("AsyncSGDStrategy") or name == _STRATEGY
+
+
 def _for_one_step(cfg: DictConfig) -> DictConfig:
     short = copy.deepcopy(cfg)
     with open_dict(short):
         short.trainer.update(_ONE_STEP)
+        short.trainer.update({"strategy": "auto", "devices": 1})  # one process sees all there is to see
     return short
