@@ -166,6 +166,21 @@ def go_to_epoch(trainer: Any, epoch: int) -> None:
         tracker.ready = tracker.started = tracker.processed = tracker.completed = epoch
 
 
+def validate_once_more(trainer: Any) -> None:
+    """Run validation when training is over, as at the end of an epoch; nothing if the Trainer validates nothing.
+
+    For a worker that took over from one which died before it had validated the result: the loop's own check for
+    validation lies behind it, and `Trainer.validate` would start another run.
+    """
+    if not trainer.enable_validation:
+        return
+    first = trainer._logger_connector._first_loop_iter
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    trainer._logger_connector._first_loop_iter = first
+
+
 def bring_back_progress(trainer: Any, state: dict[str, Any]) -> None:
     """Load the progress of a fit that ran in another process, as if it had run in this one.
 
