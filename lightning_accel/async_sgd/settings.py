@@ -83,6 +83,8 @@ class Settings:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
         if self.local_steps and max(self.n_push, self.n_fetch) > 1:
             raise ValueError("`local_steps` already says when to push and pull; leave `n_push` and `n_fetch` at 1.")
+        if self.local_steps and self.overlap:
+            raise ValueError("with `local_steps` a push is waited for; leave `overlap` off, or push gradients.")
         if self.local_steps and self.staleness == "delay_compensation":
             raise ValueError("`delay_compensation` needs gradients; choose another `staleness` with `local_steps`.")
 

@@ -169,6 +169,7 @@ def test_compression_refuses_unknown_names_and_fractions():
         ({"buffers": "recomputed"}, r"`buffers` must be one of mean, coordinator, got 'recomputed'"),
         ({"validate": "later"}, r"`validate` must be one of coordinator, pause, got 'later'"),
         ({"local_steps": 2, "n_push": 2}, r"`local_steps` already says when to push and pull"),
+        ({"local_steps": 2, "overlap": True}, r"with `local_steps` a push is waited for; leave `overlap` off"),
         ({"local_steps": 2, "staleness": "delay_compensation"}, r"`delay_compensation` needs gradients"),
     ],
 )
