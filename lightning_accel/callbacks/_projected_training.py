@@ -4,6 +4,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ from lightning_accel.callbacks.group_sparsity import GroupSparsity
 from lightning_accel.lightning_private import averaged_modules, callbacks_of, load_checkpoint_file
 from lightning_accel.projection.projector import Ball, Projector
 from lightning_accel.projection.ramp import Ramp
-from lightning_accel.projection.sharded import gather
+from lightning_accel.projection.sharded import alike, gather
 from lightning_accel.projection.targets import NAMED_GROUPS, Target, find_targets
 
 _log = logging.getLogger(__name__)
@@ -159,6 +160,11 @@ class ProjectedTraining:
     def start(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
         """Find what to project and watch the optimizers."""
         self.stop()
+        source = self.timing.rewind
+        if source not in ("none", "init") and "://" not in source and not Path(source).exists():
+            raise ValueError(
+                f"`rewind` must be 'none', 'init' or the path of a checkpoint, got {source!r}, where there is no file."
+            )
         self.projector = Projector([], self.ball, self.ramp, self.freeze_zero_groups)
         self.resolve(trainer, module)
         if not self.projector.targets:
@@ -331,7 +337,7 @@ class ProjectedTraining:
             "projections": self.projections,
             "steps": dict(self.steps),
             "masked": self.masked,
-            "first_weights": None if self.masked else self.first_weights,
+            "first_weights": None if self.masked or self.first_weights is None else _whole(self.first_weights),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -362,7 +368,8 @@ class ProjectedTraining:
             weights: Mapping[str, Tensor] = self.first_weights or {}
         else:
             weights = load_checkpoint_file(self.timing.rewind, "cpu", None)["state_dict"]
-        module.load_state_dict(weights)
+        now = module.state_dict()
+        module.load_state_dict({name: alike(w, now[name]) if name in now else w for name, w in weights.items()})
         self.first_weights = None
         for optimizer in trainer.optimizers:  # moments of other weights would push the rewound ones about
             optimizer.state.clear()
@@ -378,3 +385,8 @@ class ProjectedTraining:
             Projector(list(targets), self.ball, memories=self.projector.memories).hold()
         elif self.timing.mode == "project":
             self.projector.thin_out(targets)
+
+
+def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gather shards, for one process writes the checkpoint for all."""
+    return {name: gather(weight).cpu() for name, weight in weights.items()}

@@ -92,7 +92,16 @@ class GatheredPyramid:
 
 def gather(x: Tensor) -> Tensor:
     """Return the whole tensor on every process; ``x`` itself if it is not sharded."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.to(x.device_mesh.device_type).full_tensor() if isinstance(x, DTensor) else x
+
+
+def alike(whole: Tensor, x: Tensor) -> Tensor:
+    """Return ``whole`` on the device of ``x``, and sharded as ``x`` is; what is sharded already stays so."""
+    if not isinstance(x, DTensor) or isinstance(whole, DTensor):
+        return whole.to(x.device)
+    mesh = x.device_mesh
+    replicated = DTensor.from_local(whole.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim)
+    return replicated.redistribute(mesh, x.placements)
 
 
 def scatter(whole: Tensor, x: Tensor) -> None:

@@ -7,6 +7,7 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing
+from projection_sharded_fits import CASES, train, train_shards, whole
 from torch import nn
 
 from lightning_accel.projection.projector import Ball, Projector
@@ -53,14 +54,36 @@ def project_shards(rank, port):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_sharded_equals_unsharded_bit_for_bit():
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(project_shards, (port,), nprocs=2)
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_sharded_equals_unsharded_bit_for_bit():
+    torch.multiprocessing.spawn(project_shards, (free_port(),), nprocs=2)
 
 
 def test_partial_sums_are_refused():
     with pytest.raises(ValueError, match="must be placed by Shard and Replicate"):
         check_placements([torch.distributed.tensor.Partial()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_sharded_fit_equals_an_unsharded_one_bit_for_bit_and_resumes(case, tmp_path):
+    callback = CASES[case]()
+    trainer, net = train(callback, shards=False)
+    torch.multiprocessing.spawn(train_shards, (case, tmp_path, free_port()), nprocs=2)
+    one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert one["projections"] == callback.projections
+    assert one["steps"] == trainer.global_step == 18
+    expected = whole(net)
+    assert any((expected[name] == 0).any() for name in expected)
+    for rank in (one, other):
+        assert rank["logged"] == {k: float(v) for k, v in trainer.callback_metrics.items()}
+        for state in (rank["state"], rank["resumed"]):
+            assert list(state) == list(expected)
+            for name, value in state.items():
+                assert torch.equal(value, expected[name]), name
