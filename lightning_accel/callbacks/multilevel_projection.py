@@ -48,7 +48,8 @@ class MultilevelProjection(pl.Callback):
         retrain_epoch: Epoch (from 0) that begins with that projection.
         rewind: What the surviving weights go back to then: ``"none"``, ``"init"``, or the path of a checkpoint.
             Optimizer states start anew; schedules of the learning rate go on.
-        freeze_zero_groups: Never let a cleared group come back.
+        freeze_zero_groups: Never let a cleared group come back. What the first projection clears is then gone for good:
+            give a ``schedule`` or a ``start_step`` with it, else the initial weights choose the groups.
         nonfinite: ``"raise"`` or ``"skip"`` where a parameter holds NaN or infinity.
 
     Attributes:

@@ -121,4 +121,5 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> None:
         ValueError: If so.
     """
     if not 0.0 <= sparsity <= 1.0:
-        raise ValueError(f"`{name}` must be a fraction of groups in [0, 1], got {sparsity}.")
+        hint = f" {sparsity:g} % are {sparsity / 100:g}." if 1.0 < sparsity <= 100.0 else ""
+        raise ValueError(f"`{name}` must be a fraction of groups in [0, 1], got {sparsity}.{hint}")

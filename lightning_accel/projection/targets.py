@@ -109,9 +109,10 @@ def _is_of(module: nn.Module, types: Sequence[str] | None) -> bool:
 def _heads(name: str, shape: tuple[int, ...], num_heads: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     rows, *rest = shape
     if not num_heads or rows % num_heads:
+        problem = f"do not split among {num_heads} heads" if num_heads else "belong to a module without `num_heads`"
         raise ValueError(
-            f"`groups` 'heads': {rows} rows of `{name}` do not split among {num_heads} heads; pass `num_heads`, or "
-            "take the parameter out of `parameters`."
+            f"`groups` 'heads': {rows} rows of `{name}` {problem}; pass `num_heads`, or take the parameter out of "
+            "`parameters`."
         )
     fused = 3 if rows == 3 * rest[0] and rows % (3 * num_heads) == 0 else 1
     return (fused, num_heads, rows // (fused * num_heads), *rest), (1,)

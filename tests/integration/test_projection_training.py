@@ -118,14 +118,19 @@ def test_every_weight_is_feasible_after_training(make):
         assert l1inf(weight) <= 2.0, name
 
 
-def test_projections_equal_global_step_under_accumulation():
-    callback = L1InfProjection(2.0)
+BOTH = pytest.mark.parametrize("kind", [L1InfProjection, MultilevelProjection])
+
+
+@BOTH
+def test_projections_equal_global_step_under_accumulation(kind):
+    callback = kind(2.0)
     trainer = fit(Net(), callback, accumulate_grad_batches=3)
     assert callback.projections == trainer.global_step == 4
 
 
-def test_projections_equal_global_step_with_two_optimizers_by_hand():
-    callback = L1InfProjection(2.0)
+@BOTH
+def test_projections_equal_global_step_with_two_optimizers_by_hand(kind):
+    callback = kind(2.0)
     net = Net("manual")
     trainer = fit(net, callback)
     assert callback.projections == trainer.global_step == 18
@@ -134,7 +139,8 @@ def test_projections_equal_global_step_with_two_optimizers_by_hand():
 
 @pytest.mark.parametrize("optimization", ["automatic", "manual"])
 @pytest.mark.parametrize("settings", [{"radius": 2.0}, {"target_sparsity": 0.5, "freeze_zero_groups": True}])
-def test_projections_equal_global_step_when_amp_skips_steps(optimization, settings):
+@BOTH
+def test_projections_equal_global_step_when_amp_skips_steps(kind, optimization, settings):
     steps, before, kept = [], {}, []
 
     class Watch(Callback):
@@ -145,7 +151,7 @@ def test_projections_equal_global_step_when_amp_skips_steps(optimization, settin
             if batch_idx == 1:
                 kept.append(all(torch.equal(w, before[n]) for n, w in weights(pl_module).items()))
 
-    net, callback = Net(optimization, bad_step=1), L1InfProjection(**settings)
+    net, callback = Net(optimization, bad_step=1), kind(**settings)
     net.on_train_start = lambda: [o.register_step_post_hook(lambda *_: steps.append(1)) for o in net.trainer.optimizers]
     amp = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
     trainer = fit(net, callback, Watch(), plugins=[amp])
@@ -322,6 +328,19 @@ def test_averaged_weights_are_thinned_out_before_validation_and_at_the_end(first
     assert not torch.equal(raw, saved["state_dict"]["first.weight"])
 
 
+@BOTH
+@pytest.mark.parametrize(
+    "average", [lambda: EMAWeightAveraging(decay=0.9), lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1)]
+)
+def test_averaged_weights_are_feasible(kind, average, tmp_path):
+    net = Net()
+    fit(net, average(), kind(1.0), ModelCheckpoint(tmp_path, save_last=True), epochs=4, validate=True)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    for found in (net.seen_in_validation, weights(net), {name: saved[name] for name in weights(net)}):
+        for name, weight in found.items():
+            assert l1inf(weight) <= 1.0, name
+
+
 def test_averages_resume_as_they_were_before_projection(tmp_path):
     def callbacks():
         return L1InfProjection(target_sparsity=0.5), EMAWeightAveraging(decay=0.9)
@@ -485,3 +504,9 @@ def test_factors_that_never_come_are_an_error():
     plan = RankPlan(layers=(), method="fixed", target="ratio", value=1.0)
     with pytest.raises(MisconfigurationException, match=r"found no parameter to project .* No name fits"):
         fit(Net(), L1InfProjection(1.0, parameters="*factor_in"), RankQuantization(plan=plan, when=1), epochs=3)
+
+
+def test_a_checkpoint_to_rewind_to_must_be_there_before_training_starts():
+    callback = L1InfProjection(1.0, mode="project_then_retrain", retrain_epoch=1, rewind="nowhere.ckpt")
+    with pytest.raises(ValueError, match=r"`rewind` must be .* got 'nowhere\.ckpt', where there is no file"):
+        fit(Net(), callback)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_accel import zoo
+from lightning_accel.cli.bench._shrink_rows import describe, with_zero_rows
 from lightning_accel.projection import shrink
 from lightning_accel.projection.channels import SelectedFeatures
 
@@ -62,6 +63,21 @@ def test_zoo_models_shrink_and_compute_the_same(name, fraction):
     share = {"ViT": 1 - 0.5 * fraction}.get(name, (1 - fraction) + 0.05)
     assert result.parameters_after <= share * result.parameters_before * 1.4
     assert_same(result, model, x)
+
+
+@pytest.mark.parametrize(("fraction", "share"), [(0.5, 0.5), (0.9, 0.1)])
+def test_measured_models_have_that_many_zero_rows_and_lose_them(fraction, share):
+    torch.manual_seed(0)
+    model = zoo.MLP(in_features=64, width=200, depth=3)
+    sparse = with_zero_rows(model, fraction, ("head",))
+    rows = [int((layer.weight == 0).all(1).sum()) for layer in sparse.modules() if isinstance(layer, nn.Linear)]
+    assert rows[:-1] == [fraction * 200] * (len(rows) - 1)
+    assert rows[-1] == 0
+    x = torch.randn(4, 64)
+    result = shrink(sparse, x)
+    assert all(len(kept) == round(share * 200) for name, kept in result.kept.items() if name != "head")
+    assert f"{result.parameters_before:,} -> {result.parameters_after:,} parameters" in describe(result)
+    assert_same(result, sparse, x)
 
 
 def test_dead_row_with_a_bias_leaves_its_activation_in_the_next_bias():

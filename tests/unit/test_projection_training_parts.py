@@ -82,6 +82,8 @@ def test_invalid_groups_and_heads_are_refused():
         find_targets(Model(), groups="diagonal")
     with pytest.raises(ValueError, match="do not split among 5 heads"):
         find_targets(Model(), ("body.a.weight",), groups="heads", num_heads=5)
+    with pytest.raises(ValueError, match=r"12 rows of `body\.a\.weight` belong to a module without"):
+        find_targets(Model(), ("body.a.weight",), groups="heads")
 
 
 def test_target_whose_layer_has_changed_says_so():
@@ -117,11 +119,12 @@ def test_invalid_ramps_are_refused(arguments, match):
 
 
 INVALID = [
-    ({}, "give exactly one of `radius`"),
-    ({"radius": 1.0, "target_sparsity": 0.5}, "give exactly one of `radius`"),
+    ({}, "give exactly one of `radius`.*, got none"),
+    ({"radius": 1.0, "target_sparsity": 0.5}, "got `radius` and `target_sparsity`. Set the others to None"),
     ({"radius": -1.0}, "`radius` must be >= 0"),
     ({"radius_fraction": 1.5}, "`radius_fraction` must be in"),
     ({"target_sparsity": -0.5}, "`target_sparsity` must be a fraction"),
+    ({"target_sparsity": 90}, r"`target_sparsity` must be a fraction .*, got 90\. 90 % are 0\.9\."),
     ({"radius": 1.0, "scope": "layer"}, "`scope` must be"),
     ({"radius": 1.0, "nonfinite": "ignore"}, "`nonfinite` must be"),
     ({"radius": 1.0, "groups": "diagonal"}, "`groups` must be of"),
