@@ -22,7 +22,7 @@ def plot_accuracy_against_features(summaries: Sequence[Summary], path: Path) -> 
     """
     (plain,) = (s for s in summaries if s.method == PLAIN)
     known = plain.informative is not None
-    figure, axes = _figure(6.4 if not known else 11.0, 4.2, columns=1 + known)
+    figure, axes = _figure(9.0 if not known else 11.0, 4.2, columns=1 + known)
     mean, spread = plain.accuracy
     axes[0].axhspan(mean - spread, mean + spread, color=_GREY, alpha=0.12, linewidth=0.0)
     axes[0].axhline(mean, color=_GREY, linestyle="--", linewidth=1.2, label=f"all {plain.features:.0f} features")
