@@ -102,13 +102,20 @@ class LoneCut(NamedTuple):
 
 
 def cut_alone(
-    part: Pyramid, radius: float, *, start: float = 0.0, nonfinite: str = "raise", name: str = "x"
+    part: Pyramid,
+    radius: float | Callable[[Tensor], float],
+    *,
+    start: float = 0.0,
+    nonfinite: str = "raise",
+    name: str = "x",
 ) -> LoneCut:
     """Do what `cut` does for a single tensor on CPU and the outermost norm l1, in as few small operations as possible.
 
-    ``start`` is the tau of a similar tensor, or 0.
+    ``radius`` may be what gives it for the norms of the groups. ``start`` is the tau of a similar tensor, or 0.
     """
     tops = part.tops()
+    if callable(radius):
+        radius = radius(tops)
     terms = len(tops) + part.roundings
     near = threshold_near(tops, radius, terms, start) if start > 0.0 else None
     if near is not None:

@@ -1,7 +1,8 @@
 """Projecting the parameters of a model again and again while it trains."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -188,12 +189,17 @@ class Projector:
         It works on the data of the parameter, so it needs not tell autograd.
         """
         ball = self.ball
-        if ball.method == "exact" or ball.norms[0] != "l1" or ball.target_sparsity is not None:
+        if ball.method == "exact" or ball.norms[0] != "l1":
             return False
         x = target.view()
         if self.freeze_zero_groups or x.device.type != "cpu" or isinstance(x, DTensor):
             return False
-        size, whole, memory = self._size([target], part), self._pyramid(x, target), self.memory(target)
+        whole, memory = self._pyramid(x, target), self.memory(target)
+        size: float | Callable[[Tensor], float]
+        if ball.target_sparsity is None:
+            size = self._size([target], part)
+        else:
+            size = functools.partial(_sparse_radius, sparsity=ball.target_sparsity * part)
         found = cut_alone(whole, size, start=memory.tau, nonfinite=ball.nonfinite, name=target.name)
         self._last[target.name], memory.tau = found, found.tau
         return True
@@ -319,6 +325,10 @@ class Projector:
             scatter(x, target.view())
             self.memory(target).mu = None if state.mu is None else bounds
         return found
+
+
+def _sparse_radius(norms: Tensor, sparsity: float) -> float:
+    return float(bilevel_radius(norms, sparsity))
 
 
 def _saved(value: Any) -> Any:
