@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,14 @@ class ConfiguredFit:
         accelerators: Whether the callbacks and the strategy of the configuration take part.
         peer: Name of what takes part in their place.
         is_warmup: Whether two epochs are enough.
+        seeded: Dotted keys that follow ``seed``, such as that of the data's split; see `following_seed`.
     """
 
     config: dict[str, Any]
     accelerators: bool
     peer: str | None = None
     is_warmup: bool = False
+    seeded: tuple[str, ...] = ()
 
     def __call__(self, seed: int, folder: Path) -> Fit:
         """Build trainer, module and data under ``seed``."""
@@ -61,6 +64,8 @@ class ConfiguredFit:
 
         cfg = OmegaConf.create(self.config)
         cfg.seed = seed
+        for key in self.seeded:
+            OmegaConf.update(cfg, key, seed)
         if self.is_warmup:
             cfg.trainer.max_epochs = min(_WARMUP_EPOCHS, max(1, cfg.trainer.get("max_epochs") or _WARMUP_EPOCHS))
         if cfg.compare.cold:
@@ -109,7 +114,8 @@ def arms(cfg: DictConfig) -> list[Arm]:
             "accuracy, and lightning-accel plan strategy=async_sgd says which is expected to win for this model."
         )
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    plain = ConfiguredFit(config, accelerators=False)
+    seeded = following_seed(cfg)
+    plain = ConfiguredFit(config, accelerators=False, seeded=seeded)
     if settings.aa:
         return [_arm(PLAIN, plain), _arm(PLAIN_AGAIN, plain)]
     if not cfg.get("callbacks") and cfg.trainer.get("strategy", "auto") == "auto":
@@ -120,11 +126,30 @@ def arms(cfg: DictConfig) -> list[Arm]:
     unknown = [name for name in settings.baselines if name not in _PEERS]
     if unknown:
         raise UsageError(f"`compare.baselines` must be among {', '.join(_PEERS)}, got {unknown[0]}.")
-    peers = [
-        _arm(_PEERS[name], ConfiguredFit(config, accelerators=False, peer=name))
-        for name in dict.fromkeys(settings.baselines)
-    ]
-    return [_arm(PLAIN, plain), _arm(ACCELERATED, ConfiguredFit(config, accelerators=True)), *peers]
+    peers = [_arm(_PEERS[name], dataclasses.replace(plain, peer=name)) for name in dict.fromkeys(settings.baselines)]
+    return [_arm(PLAIN, plain), _arm(ACCELERATED, dataclasses.replace(plain, accelerators=True)), *peers]
+
+
+def following_seed(cfg: DictConfig) -> tuple[str, ...]:
+    """Return the dotted keys whose values are that of ``seed``, and change with it.
+
+    Arms get plain data, in which ``${seed}`` is resolved, so what follows the seed must be told: else all pairs would
+    share the data of the first.
+    """
+    other = cfg.copy()
+    other.seed = cfg.seed + 1
+    here, there = (dict(_leaves(OmegaConf.to_container(c, resolve=True))) for c in (cfg, other))
+    return tuple(
+        key for key, value in here.items() if key != "seed" and (value, there.get(key)) == (cfg.seed, cfg.seed + 1)
+    )
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node
 
 
 def _arm(name: str, fit: ConfiguredFit) -> Arm:

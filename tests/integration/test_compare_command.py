@@ -192,7 +192,12 @@ def test_folder_that_cannot_be_written_is_told_with_exit_code_one(tmp_path):
         ("compare.pairs=many", "`compare.pairs` must be an integer >= 1, got many"),
         ("compare.threads=0", "`compare.threads` must be an integer >= 1, got 0"),
         ("compare.mode=up", "`compare.mode` must be max, min or null, got up"),
-        ("compare.target=high", "`compare.target` must be a number or null, got high"),
+        ("compare.target=high", r"`compare.target` must be a number, or plain_best or pair_best .*, got 'high'"),
+        (
+            "compare.target=true",
+            r"`compare.target` must be a number, a rule such as plain_best-0\.005, or null, got True",
+        ),
+        ("compare.target=[1]", r"`compare.target` must be a number, a rule such as .* got \[1\]"),
         ("compare.price_per_hour=-1", "`compare.price_per_hour` must be >= 0, got -1"),
         ("compare.price_per_hour=cheap", "`compare.price_per_hour` must be a number or null, got cheap"),
         ("seed=-1", "`seed` must be an integer >= 0, got -1"),
@@ -327,3 +332,13 @@ def _resolved(config):
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(config, resolve=True)
+
+
+def test_every_pair_has_the_split_and_the_order_of_its_own_seed(tmp_path):
+    plain, fast = arms(_config(tmp_path, "seed=5"))
+    assert plain.make.seeded == fast.make.seeded == ("data.seed",)
+    data = {(arm.name, seed): arm.make(seed, tmp_path)[2] for arm in (plain, fast) for seed in (5, 6)}
+    assert {key: module.seed for key, module in data.items()} == {key: key[1] for key in data}
+    fixed = arms(_config(tmp_path, "seed=5", "data.seed=5"))[0].make
+    assert fixed.seeded == ()  # it only happens to be equal
+    assert fixed(6, tmp_path)[2].seed == 5
