@@ -53,6 +53,8 @@ def compare(cfg: DictConfig) -> float:
     console = Console(highlight=False)
     where: dict[str, str | int] = environment()
     note = _SAME if cfg.compare.aa else ""
+    if cfg.compare.resume and not ledger.runs:
+        console.print(f"No rows in {os.path.relpath(folder)} to go on with: starting anew.", markup=False)
     try:
         with RunProgress(console, [a.name for a in chosen], cfg.compare.pairs, ledger) as progress, usage_errors():
             where = run_pairs(

@@ -8,18 +8,11 @@ from lightning_accel.evidence.runs import Run
 
 SETUP, CALLBACKS, VALIDATION, LOADING, REST = (
     "before the first step",
-    "callbacks",
+    "callbacks: measure, switch",
     "validation",
     "waiting for data",
-    "between epochs, counting operations",
+    "between epochs, other",
 )
-_NOTES = {
-    SETUP: "Trainer's set-up and sanity check",
-    CALLBACKS: "deciding, measuring, switching",
-    VALIDATION: "all of them",
-    LOADING: "of a step",
-    REST: "what no other line names",
-}
 
 
 @dataclass(frozen=True)
@@ -28,7 +21,7 @@ class Share:
 
     Attributes:
         name: Of the part.
-        note: What it is, or how many steps of which length.
+        note: Of a stage, how many steps of which length.
         seconds: Mean over the arm's runs, so that an arm's parts add up to its mean fit.
         is_training: Whether it is a stage of training.
     """
@@ -60,7 +53,7 @@ def time_budget(runs: Sequence[Run]) -> list[Share]:
     named = sum(share.seconds for share in stages) + sum(statistics.fmean(values) for values in outside.values())
     rest = statistics.fmean(run.fit_seconds for run in runs) - named
     parts = {name: statistics.fmean(values) for name, values in outside.items()} | {REST: max(0.0, rest)}
-    first, *others = (Share(name, _NOTES[name], seconds) for name, seconds in parts.items())
+    first, *others = (Share(name, "", seconds) for name, seconds in parts.items())
     return [first, *stages, *others]
 
 
@@ -73,8 +66,7 @@ def _stages(runs: Sequence[Run]) -> list[Share]:
         seconds = sum(stage["seconds"] for stage in mine)
         steps = sum(stage["steps"] for stage in mine)
         size, trained = (statistics.median(stage[key] for stage in mine) for key in ("parameters", "trained"))
-        frozen = size - trained
-        name = f"training, {_count(size)} parameters" + (f", {_count(frozen)} of them frozen" if frozen else "")
+        name = f"training {_count(trained)}{f' of {_count(size)}' if trained < size else ''} parameters"
         note = f"{steps / len(runs):.0f} steps of {1e3 * seconds / max(1, steps):.1f} ms"
         shares.append(Share(name, note, seconds / len(runs), is_training=True))
     return shares

@@ -144,7 +144,7 @@ def derive_goal(
         raise ValueError(f"`metric` must be the name of a logged metric, got {metric!r}; logged were: {names}.")
     mode = mode or ("min" if any(word in metric.lower() for word in _SMALL_IS_GOOD) else "max")
     if isinstance(target, int | float):
-        return Goal(metric, mode, target, derived=False, rule="given beforehand")
+        return Goal(metric, mode, target, derived=False, rule="a value given by the user")
     blank = Goal(metric, mode, 0.0)
     bests = {run.pair: value for run in baseline if (value := blank.best(run)) is not None}
     middle = statistics.median(bests.values())
