@@ -25,17 +25,23 @@ EXPERIMENTS = [
     "copy",
     "gan_digits",
     "mlp_digits",
+    "mlp_low_rank",
     "resnet18_digits",
+    "resnet18_low_rank",
     "sae_breast_cancer",
     "sae_synthetic",
     "vit_digits",
+    "vit_low_rank",
 ]
 FITS_DIGITS = {"mlp", "cnn", "resnet18", "vit", "sae", "gan"}
 # What keeps these fits short; the experiments themselves are as they are.
 SMALL = {
     "resnet18_digits": ["model.width=4"],
+    "resnet18_low_rank": ["model.width=4"],
     "vit_digits": ["model.dim=24", "model.depth=2"],
+    "vit_low_rank": ["model.dim=24", "model.depth=2"],
     "mlp_digits": ["model.width=32"],
+    "mlp_low_rank": ["model.width=32"],
     "char_lm": ["model.hidden_size=16"],
 }
 
