@@ -1,0 +1,28 @@
+import pytest
+
+from lightning_accel.cli.bench import suites, zoo
+
+
+def test_every_fit_of_the_zoo_composes_with_default_accelerators_and_without():
+    for name in zoo._CUT:
+        fits = zoo._fits(name, "cpu")
+        assert [fit.accelerators for fit in fits.values()] == [False, True]
+        callbacks = fits["default settings"].config["callbacks"]
+        assert list(callbacks) == ["rank_quantization", "sequential_freezing"]
+        assert callbacks["rank_quantization"]["ratio"] == 2.0
+        assert callbacks["rank_quantization"]["max_overhead"] == 0.03
+    assert zoo._fits("char_lm", "cuda:1")["plain"].config["trainer"]["devices"] == [1]
+    assert "zoo" in suites()
+
+
+@pytest.mark.slow
+def test_rows_compare_whole_fits_and_say_in_the_callbacks_words_why_a_model_stays_dense(caplog):
+    rows = list(zoo.rows(quick=True, device="cpu"))
+    assert [row.case.partition(",")[0] for row in rows] == ["sae_breast_cancer", "gan_digits"]
+    for row in rows:
+        assert row.ratio.pairs == 2
+        assert row.ratio.verdict == "undecided"
+        assert 0 < row.seconds["plain"] < 60
+        assert set(row.seconds) == {row.baseline, row.variant}
+        assert "dense" in row.note
+        assert "steps remain" in row.note
