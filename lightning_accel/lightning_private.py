@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.cloud_io import _load
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -50,6 +51,16 @@ def uncompiled(module: "pl.LightningModule") -> Iterator[Callable[[Any], Any] | 
     finally:
         module.__dict__.update(compiled)
         module._compiler_ctx = context
+
+
+def has_compiled_parts(module: nn.Module) -> bool:
+    """Say whether a module or a part of it is compiled: by Lightning's `from_compiled`, ``compile()`` or a wrapper.
+
+    Lightning marks its own way by a private attribute alone, torch ``Module.compile`` as well.
+    """
+    return getattr(module, "_compiler_ctx", None) is not None or any(
+        m._compiled_call_impl is not None or isinstance(m, OptimizedModule) for m in module.modules()
+    )
 
 
 def load_checkpoint_file(

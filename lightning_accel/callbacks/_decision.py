@@ -1,5 +1,6 @@
 """When and by which evidence rank quantization decides."""
 
+import dataclasses
 import logging
 import time
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_accel.callbacks._inputs import RecordedInputs
 from lightning_accel.callbacks._rank_choice import Choice, RankChooser, RankSearch, remaining_batches
+from lightning_accel.callbacks._structure import RestsFactors
 from lightning_accel.callbacks._trial import StepTrial
+from lightning_accel.lightning_private import callbacks_of
 from lightning_accel.low_rank import RankPlan
 from lightning_accel.low_rank.spectrum import looks_untrained
 
@@ -88,8 +91,9 @@ class Decision:
                 self._watch(pl_module, "")
                 return None
             return Choice(self.given, "as the given plan says")
+        search = dataclasses.replace(self.search, phase_weights=phase_weights(trainer))
         chooser = RankChooser(
-            trainer, self.search, remaining_batches(trainer, index), self.on_loss == "keep", self.max_overhead
+            trainer, search, remaining_batches(trainer, index), self.on_loss == "keep", self.max_overhead
         )
         if self.inputs is not None:
             return chooser.choose_by_layers(pl_module, self.inputs, self._seconds, self._untriable)
@@ -125,3 +129,9 @@ class Decision:
         self._untriable = why
         self.inputs, self._watching, self._seconds = RecordedInputs(pl_module), True, time.perf_counter()
         self.inputs.__enter__()
+
+
+def phase_weights(trainer: "pl.Trainer") -> tuple[float, float] | None:
+    """Return the shares of the phases in which other callbacks let factors rest; None where none do."""
+    resting = [callback for callback in callbacks_of(trainer) if isinstance(callback, RestsFactors)]
+    return resting[0].phase_weights() if resting else None

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_accel.lightning_private import has_compiled_parts
 from lightning_accel.low_rank import eligible_layers
 
 
@@ -44,3 +45,33 @@ class RecordedInputs:
             layer = module.get_submodule(name)
             for x in inputs:
                 layer(x)
+
+
+class RunningOrder:
+    """The order in which the modules that own parameters run.
+
+    Nothing is hooked where a part is compiled, as that would compile it anew: the order of the modules' names stands in
+    for it. A wrong order only freezes less usefully, never wrongly.
+
+    Args:
+        module: Watched from now until `stop`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        owners = {name: m for name, m in module.named_modules() if m._parameters}
+        self._seen: dict[str, None] = {}
+        self._handles: list[RemovableHandle] = []
+        if has_compiled_parts(module):
+            self._seen = dict.fromkeys(owners)
+            return
+        for name, owner in owners.items():
+            self._handles.append(owner.register_forward_pre_hook(functools.partial(self._note, name)))
+
+    def stop(self) -> tuple[str, ...]:
+        """Stop watching and return the names of the modules that ran, the first one first."""
+        for handle in self._handles:
+            handle.remove()
+        return tuple(self._seen)
+
+    def _note(self, name: str, *_: object) -> None:
+        self._seen.setdefault(name)

@@ -6,38 +6,38 @@ import glob
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import nn
 
 from lightning_accel.callbacks._inputs import RecordedInputs
+from lightning_accel.callbacks._layer_trial import Ranks, failure, other_loss, with_shapes_of
 from lightning_accel.callbacks._trial import StepTrial
 from lightning_accel.low_rank import (
+    NUM_GROUPS,
     RankPlan,
     apply_decision,
     eligible_layers,
+    freeze,
+    frozen_parameters,
+    low_rank_layers,
     make_plan,
-    swap,
+    mean_of_phases,
     theoretical_ranks,
     verify_plan,
 )
-from lightning_accel.low_rank.factorize import empty_like
 from lightning_accel.low_rank.plan import Method, Weighting, factor_parameters
 from lightning_accel.measure import PairedRatio, compare_paired, time_interleaved
 
 _log = logging.getLogger(__name__)
 
-Ranks = Mapping[str, tuple[int, ...]]
-
 _PAIRS = 8  # few, but enough for the exact test to say "faster" although one pair disagrees
-_STEPS_TO_TRY = 2 * (_PAIRS + 2) + 2
+_STEPS_TO_TRY = 2 * (_PAIRS + 2) + 2  # dense ones; two phases of low-rank layers take about as long as one of those
 _STEPS_TO_PLAN = 250.0  # what `make_plan` takes where layers are quick
-_SMALL_SHARE = 0.01  # of the weight entries of all layers that could be factored
 _SECONDS_A_LAYER = 3.0  # what it takes at most for one kind of layer
 
 
@@ -54,6 +54,7 @@ class RankSearch:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     cache_dir: Path | None
+    phase_weights: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         # The core judges its own arguments, now and not at the first batch; a layer that is never called costs nothing.
@@ -69,16 +70,11 @@ class RankSearch:
     def unmeasured_plan(self, module: nn.Module, run_batch: Callable[[Any], object] | None) -> RankPlan:
         """Make a plan of theoretical ranks, for want of time to measure.
 
-        Layers that would keep less than `min_energy` stay dense, and so do those too small to save much: nobody has
-        seen that they gain.
+        Layers that would keep less than `min_energy` stay dense.
         """
         plan = dataclasses.replace(self, method="fixed").plan(module, run_batch)
-        chosen = [layer for layer in plan.layers if layer.ranks is not None]
-        entries = sum(layer.dense_parameters for layer in chosen)
-        poor = {layer.name for layer in chosen if layer.energy is not None and layer.energy < self.min_energy}
-        small = {layer.name for layer in chosen if layer.dense_parameters < _SMALL_SHARE * entries}
-        plan = plan.dense(poor, f"retains less than {self.min_energy:.0%} of its energy")
-        return plan.dense(small, f"has less than {_SMALL_SHARE:.0%} of the entries, and was not measured")
+        poor = {layer.name for layer in plan.layers if layer.ranks is not None and layer.energy < self.min_energy}
+        return plan.dense(poor, f"retains less than {self.min_energy:.0%} of its energy")
 
     def unmeasured_ranks(self, module: nn.Module) -> Ranks:
         """Return theoretical ranks, for a first look at what could be gained."""
@@ -198,27 +194,29 @@ class RankChooser:
         return Choice(no_plan(), why)
 
     def _unfit(self, trial: StepTrial) -> dict[str, str]:
-        """Return the layers with which the step fails when they are low rank, and how.
+        """Return the layers that the model does not let go, and how that shows.
 
-        Some models ask for a layer's type or read its weight, and go another way if it is not the one they made.
+        Some models ask for a layer's type or read its weight, and go another way if it is not the one they made: the
+        step fails, or silently computes something else.
         """
         layers, _ = eligible_layers(trial.module, include=self.search.include, exclude=self.search.exclude)
         ranks = {name: theoretical_ranks(tuple(layer.weight.shape), 2.0) for name, layer in layers.items()}
-        if not ranks or (together := _failure(trial, ranks)) is None:
-            return self._agree({})
-        alone = {name: _failure(trial, {name: ranks[name]}) for name in ranks}
-        return self._agree(
-            {name: why for name, why in alone.items() if why is not None} or dict.fromkeys(ranks, together)
-        )
+        for problem in (failure, other_loss):
+            together: str | None = self._agree(problem(trial, ranks) if ranks else None)
+            if together is not None:
+                alone = {name: problem(trial, {name: ranks[name]}) for name in ranks}
+                found = {name: why for name, why in alone.items() if why is not None}
+                return self._agree(found or dict.fromkeys(ranks, together))
+        return {}
 
     def _without(self, unfit: Mapping[str, str], trial: StepTrial, inputs: RecordedInputs) -> Choice:
         """Choose among the other layers."""
         if self.trainer.is_global_zero:
             for name, why in unfit.items():
-                _log.warning("%s stays dense, because the training step fails with it low rank: %s", name, why)
+                _log.warning("%s stays dense, because the training step %s", name, why)
         search = dataclasses.replace(self.search, exclude=(*self.search.exclude, *map(glob.escape, unfit)))
         if not eligible_layers(trial.module, include=search.include, exclude=search.exclude)[0]:
-            return self.dense("the training step fails with any of its layers low rank")
+            return self.dense("the training step fails, or has another loss, with any of its layers low rank")
         return dataclasses.replace(self, search=search).choose(trial, inputs)
 
     def _paid_back(self, choice: Choice, setup: float, saved: float) -> Choice:
@@ -251,9 +249,23 @@ class RankChooser:
         steps: dict[str, Callable[[], object]] = {}
         for name, layers in variants.items():
             chosen = {layer: ranks[layer] for layer in ranks if layer in layers}
-            steps[name] = trial.changed(functools.partial(with_shapes_of, chosen)).step
+            changed = trial.changed(functools.partial(with_shapes_of, chosen))
+            if self.search.phase_weights is None or not low_rank_layers(changed.module):
+                steps[name] = changed.step
+                continue
+            mine = frozen_parameters(changed.module)
+            for group in range(NUM_GROUPS):
+                steps[f"{name}/{group}"] = functools.partial(_resting_step, changed, group, mine)
         device = self.trainer.strategy.root_device
-        return self._agree(time_interleaved(steps, rounds=_PAIRS, warmup=2, device=device))
+        seconds: Mapping[str, Sequence[float]] = self._agree(
+            time_interleaved(steps, rounds=_PAIRS, warmup=2, device=device)
+        )
+        return {name: self._over_phases(name, seconds) for name in variants}
+
+    def _over_phases(self, name: str, seconds: Mapping[str, Sequence[float]]) -> Sequence[float]:
+        if name in seconds or self.search.phase_weights is None:
+            return seconds[name]
+        return mean_of_phases([seconds[f"{name}/{group}"] for group in range(NUM_GROUPS)], self.search.phase_weights)
 
     def _in_context(self, inputs: RecordedInputs) -> Callable[[Any], object]:
         def run_batch(module: nn.Module) -> None:
@@ -290,23 +302,9 @@ class Comparison:
         return f"a whole step takes {1e3 * self.low_rank:.2f} ms instead of {1e3 * self.dense:.2f} ms, {interval}"
 
 
-def _failure(trial: StepTrial, ranks: Ranks) -> str | None:
-    """Say how a step fails with these layers low rank, or return None."""
-    try:
-        trial.changed(functools.partial(with_shapes_of, ranks)).step()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as problem:  # it is the model's own code that meets a layer it does not know
-        return f"{type(problem).__name__}: {problem}".splitlines()[0]
-    return None
-
-
-def with_shapes_of(ranks: Ranks, module: nn.Module) -> list[str]:
-    """Exchange layers for low-rank ones of these ranks with arbitrary values, which take as long as any others."""
-    layers, _ = eligible_layers(module)
-    for name, layer_ranks in ranks.items():
-        swap(module, name, empty_like(layers[name], layer_ranks))
-    return list(ranks)
+def _resting_step(trial: StepTrial, group: int, user_frozen: Collection[str]) -> None:
+    freeze(trial.module, group, user_frozen=user_frozen)
+    trial.step()
 
 
 def remaining_batches(trainer: "pl.Trainer", batch_idx: int) -> float:

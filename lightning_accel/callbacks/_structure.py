@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 _HOOK = "_low_rank_structure_hook"
 _FACTORS = ("factor_in", "core", "factor_out")
 _SWITCHING = {"SingleDeviceStrategy", "DDPStrategy"}
+_SHARDED_STATES = {"ZeroRedundancyOptimizer"}
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 Module = TypeVar("Module", bound="pl.LightningModule")
@@ -48,6 +49,14 @@ class ChangesStructure(Protocol):
 
     def structure_state(self) -> str:
         """Return ``"pending"``, ``"low rank"`` or ``"dense"``."""
+
+
+@runtime_checkable
+class RestsFactors(Protocol):
+    """A callback that trains low-rank layers with a part of their factors at rest."""
+
+    def phase_weights(self) -> tuple[float, float] | None:
+        """Return the shares of the steps in which group 0 and group 1 rest; None where they are not known."""
 
 
 @runtime_checkable
@@ -282,3 +291,18 @@ def refuse_sharded(strategy: object, accelerator: str) -> None:
             "decompose the model yourself before the Trainer sees it (`lightning_accel.low_rank.decompose` with a "
             "saved `RankPlan`) and leave the callback out."
         )
+
+
+def refuse_sharded_states(optimizers: Sequence[torch.optim.Optimizer], accelerator: str) -> None:
+    """Refuse optimizers that deal parameters and states out to the processes when they are made.
+
+    Raises:
+        MisconfigurationException: With what works.
+    """
+    for optimizer in optimizers:
+        names = {kind.__name__ for kind in type(optimizer).__mro__} & _SHARDED_STATES
+        if names:
+            raise MisconfigurationException(
+                f"{accelerator} changes which parameters are trained while the Trainer runs, and {', '.join(names)} "
+                "would deal them out anew and lose its states. Use the optimizer that it wraps, by itself."
+            )

@@ -25,6 +25,7 @@ from lightning_accel.callbacks._structure import (
     follows_others,
     load_factors,
     refuse_sharded,
+    refuse_sharded_states,
     refuse_unprepared,
     structure_hook,
 )
@@ -73,8 +74,8 @@ class RankQuantization(pl.Callback):
 
     Raises:
         ValueError: If a value is out of range or more than one target is given.
-        MisconfigurationException: When ``fit`` starts: no layer that can be factored, a sharding strategy, or one that
-            can not switch layers and gets no plan.
+        MisconfigurationException: When ``fit`` starts: no layer that can be factored, a sharding strategy or optimizer,
+            or a strategy that can not switch layers and gets no plan.
 
     References:
         Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824. *Deviations*: ranks of all layers are chosen together for the
@@ -98,6 +99,9 @@ class RankQuantization(pl.Callback):
         exclude: Sequence[str] = (),
         cache_dir: str | Path | None = None,
     ) -> None:
+        for patterns in (include, exclude):
+            if isinstance(patterns, str):
+                raise ValueError(f"`include` and `exclude` must be lists of patterns, got {patterns!r}.")
         search = RankSearch(
             ratio=2.0 if ratio is energy is speedup is None else ratio,
             energy=energy,
@@ -145,6 +149,7 @@ class RankQuantization(pl.Callback):
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Put a checkpoint's factors in their places, before the optimizers' states are restored."""
+        refuse_sharded_states(trainer.optimizers, "RankQuantization")
         held = structure_hook(pl_module).release()
         if held:
             with isolate_rng():

@@ -10,8 +10,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_accel.callbacks._factor_turns import FactorTurns
+from lightning_accel.callbacks._inputs import RunningOrder
 from lightning_accel.callbacks._order import correct_order
-from lightning_accel.callbacks._structure import ChangesStructure, refuse_sharded
+from lightning_accel.callbacks._structure import ChangesStructure, refuse_sharded, refuse_sharded_states
 from lightning_accel.lightning_private import callbacks_of
 from lightning_accel.low_rank import AdaptiveFreezing, FreezingSchedule, low_rank_layers
 
@@ -31,7 +32,8 @@ class SequentialFreezing(pl.Callback):
     ``sequential_freezing/step_seconds``, the mean of the epoch.
 
     Args:
-        mode: ``"sequential"``, ``"fixed"``, ``"adaptive"`` or ``"none"``.
+        mode: ``"sequential"``, ``"fixed"``, ``"adaptive"`` (factors that hardly move, and modules before the first that
+            does, rest for good) or ``"none"``.
         period_epochs: Mean length of a phase in epochs, >= 1. Give this or ``period_steps``; 1 epoch if neither.
         period_steps: Mean length of a phase in optimizer steps, >= 1.
         weights: Relative lengths of the phases in which group 0 and group 1 are frozen, > 0.
@@ -44,7 +46,7 @@ class SequentialFreezing(pl.Callback):
 
     Raises:
         ValueError: If a value is out of range.
-        MisconfigurationException: When ``fit`` starts: no low-rank layer, a sharding strategy, L-BFGS, or
+        MisconfigurationException: When ``fit`` starts: no low-rank layer, a sharding strategy or optimizer, L-BFGS, or
             ``final_trainable`` without a known end.
 
     References:
@@ -80,6 +82,13 @@ class SequentialFreezing(pl.Callback):
         self._steps = 0
         self._times: list[float] = []
         self._clock = 0.0
+        self._order: RunningOrder | None = None  # looks at one batch of the adaptive mode
+
+    def phase_weights(self) -> tuple[float, float] | None:
+        """Return the shares of the phases in which group 0 and group 1 rest; None where nobody knows beforehand."""
+        if self.schedule.mode == "fixed":
+            return (1.0, 0.0) if self.schedule.fixed_group == 0 else (0.0, 1.0)
+        return self.schedule.weights if self.schedule.mode == "sequential" else None
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -100,6 +109,7 @@ class SequentialFreezing(pl.Callback):
                 "LowRankConv and TuckerConv). Add RankQuantization() to the callbacks, or decompose the model with "
                 "`lightning_accel.low_rank.decompose`."
             )
+        refuse_sharded_states(trainer.optimizers, "SequentialFreezing")
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
             raise MisconfigurationException(
                 "SequentialFreezing can not rest factors under L-BFGS, which moves parameters without gradient along "
@@ -119,11 +129,15 @@ class SequentialFreezing(pl.Callback):
         self._clock = time.perf_counter()
         if not self._aside and self._ready(trainer, pl_module):
             self.turns.follow(trainer, pl_module)
+            if self._adapts and not self.turns.adaptive.order:
+                self._order = RunningOrder(pl_module)
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
         """Take the step's time; watch the factors in adaptive mode."""
         self._times.append(time.perf_counter() - self._clock)
+        if self._order is not None:
+            self.turns.adaptive.order, self._order = self._order.stop(), None
         if self._adapts and self.turns.applied is not None and trainer.global_step > self._steps:
             self._steps = trainer.global_step
             self.turns.adaptive.observe(pl_module)
@@ -145,6 +159,9 @@ class SequentialFreezing(pl.Callback):
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Leave the module as it was."""
+        if self._order is not None:
+            self._order.stop()
+            self._order = None
         self.turns.thaw(pl_module)
 
     def on_structure_change(self, *_: Any) -> None:
