@@ -66,7 +66,7 @@ def plot_rank_plan(plan: Mapping[str, Any], path: Path) -> None:
     Args:
         plan: ``{"layers": [...]}``; a layer has ``name``, ``dense_ms``, ``candidates`` (each ``rank``, ``ms`` and,
             where known, ``energy``) and ``rank``, the chosen one (or list of two, or ``None`` for dense). Layers
-            without candidates are left out.
+            without candidates are left out. Ranks of two numbers (Tucker-2) are drawn apart, at the larger one.
         path: Of the PNG to write.
 
     Raises:
@@ -81,25 +81,7 @@ def plot_rank_plan(plan: Mapping[str, Any], path: Path) -> None:
     figure, panels = _figure(4.2 * columns, 2.9 * lines, rows=lines, columns=columns)
     grid = panels if isinstance(panels, list) else [panels]
     for axes, layer in zip(grid, layers, strict=False):
-        points = sorted((_largest(c["rank"]), c["ms"], c.get("energy")) for c in layer["candidates"])
-        ranks, times = [p[0] for p in points], [p[1] for p in points]
-        axes.step(ranks, times, where="mid", color=COLOURS[0], linewidth=1.0, alpha=0.5)
-        axes.plot(ranks, times, "o", color=COLOURS[0], markersize=3.5, label="measured")
-        if layer.get("dense_ms") is not None:
-            axes.axhline(layer["dense_ms"], color="#808080", linestyle="--", linewidth=1.0, label="dense")
-        chosen = layer.get("rank")
-        if chosen is not None:
-            at = _largest(chosen)
-            height = dict(zip(ranks, times, strict=True)).get(at)
-            axes.axvline(at, color=COLOURS[1], linewidth=1.0, label=f"chosen: {at}")
-            if height is not None:
-                axes.plot([at], [height], "o", color=COLOURS[1], markersize=7)
-        _energy_axis(axes, ranks, [p[2] for p in points])
-        axes.set_title(layer["name"], fontsize=9)
-        axes.set_xlabel("rank")
-        axes.set_ylabel("ms")
-        axes.set_ylim(bottom=0.0)
-        axes.legend(frameon=False, fontsize=7, loc="lower right")
+        _draw_ranks(axes, layer)
     for axes in grid[len(layers) :]:
         axes.set_visible(False)
     _save(figure, path)
@@ -162,16 +144,40 @@ def _curve(run: Run, metric: str) -> tuple[list[float], list[float]]:
     return [seconds for seconds, _ in points], [value for _, value in points]
 
 
-def _largest(rank: Any) -> int:
-    """Tucker layers have two ranks; the larger one is drawn."""
-    return max(rank) if isinstance(rank, list | tuple) else int(rank)
+def _draw_ranks(axes: Any, layer: Mapping[str, Any]) -> None:
+    """Draw a layer's times, each form of factors by itself; a candidate is the upper end of its plateau."""
+    chosen = None if layer.get("rank") is None else _ranks(layer["rank"])
+    right = axes.twinx() if all(c.get("energy") is not None for c in layer["candidates"]) else None
+    for form, colour, marker, line in ((1, COLOURS[0], "o", "-"), (2, COLOURS[3], "s", ":")):
+        candidates = [c for c in layer["candidates"] if len(_ranks(c["rank"])) == form]
+        points = sorted(((max(_ranks(c["rank"])), c) for c in candidates), key=lambda point: point[0])
+        if not points:
+            continue
+        ranks, times = [rank for rank, _ in points], [c["ms"] for _, c in points]
+        label = "two factors" if form == 1 else "Tucker-2, by the larger rank"
+        axes.step(ranks, times, where="pre", color=colour, linewidth=1.0, alpha=0.6)
+        axes.plot(ranks, times, marker, color=colour, markersize=3.5, label=label)
+        if right is not None:
+            right.plot(ranks, [c["energy"] for _, c in points], line, color=COLOURS[2], linewidth=1.0)
+        for rank, candidate in points:
+            if _ranks(candidate["rank"]) == chosen:
+                label = f"chosen: {'x'.join(map(str, chosen))}"
+                axes.plot([rank], [candidate["ms"]], marker, color=COLOURS[1], markersize=8, label=label)
+                axes.axvline(rank, color=COLOURS[1], linewidth=1.0, alpha=0.5)
+    if layer.get("dense_ms") is not None:
+        label = "dense" if chosen is not None else "dense (chosen)"
+        colour = "#808080" if chosen is not None else COLOURS[1]
+        axes.axhline(layer["dense_ms"], color=colour, linestyle="--", linewidth=1.0, label=label)
+    if right is not None:
+        right.set_ylim(0.0, 1.05)
+        right.set_ylabel("energy kept", color=COLOURS[2])
+        right.spines["top"].set_visible(False)
+    axes.set_title(layer["name"], fontsize=9)
+    axes.set_xlabel("rank")
+    axes.set_ylabel("ms")
+    axes.set_ylim(bottom=0.0)
+    axes.legend(framealpha=0.7, edgecolor="none", fontsize=7, loc="lower right")
 
 
-def _energy_axis(axes: Any, ranks: list[int], energies: list[float | None]) -> None:
-    if any(energy is None for energy in energies):
-        return
-    right = axes.twinx()
-    right.plot(ranks, energies, color=COLOURS[2], linewidth=1.0)
-    right.set_ylim(0.0, 1.05)
-    right.set_ylabel("energy kept", color=COLOURS[2])
-    right.spines["top"].set_visible(False)
+def _ranks(rank: Any) -> list[int]:
+    return list(rank) if isinstance(rank, list | tuple) else [int(rank)]

@@ -81,18 +81,23 @@ def rank_table(plan: RankPlan) -> Table:
 
 
 def drawable(plan: RankPlan) -> dict[str, Any]:
-    """Return the plan as `plot_rank_plan` takes it: measured candidates only."""
-    return {"layers": [_drawable(layer) for layer in plan.layers]}
+    """Return the plan as `plot_rank_plan` takes it: measured candidates only, equal layers together."""
+    alike: dict[object, list[LayerPlan]] = {}
+    for layer in plan.layers:
+        times = tuple((candidate.ranks, candidate.ms) for candidate in layer.candidates)
+        alike.setdefault((layer.kind, layer.shape, layer.input_shape, layer.ranks, times), []).append(layer)
+    return {"layers": [_drawable(layers[0], len(layers) - 1) for layers in alike.values()]}
 
 
-def _drawable(layer: LayerPlan) -> dict[str, Any]:
+def _drawable(layer: LayerPlan, more: int) -> dict[str, Any]:
     candidates = [
         {"rank": list(candidate.ranks), "ms": candidate.ms, "energy": candidate.energy}
         for candidate in layer.candidates
         if candidate.ms is not None
     ]
     rank = None if layer.ranks is None else list(layer.ranks)
-    return {**dataclasses.asdict(layer), "rank": rank, "candidates": candidates}
+    name = f"{layer.name}{f' and {more} more' if more else ''}: {' x '.join(map(str, layer.shape))}"
+    return {**dataclasses.asdict(layer), "name": name, "rank": rank, "candidates": candidates}
 
 
 def _ms(value: float | None) -> str:
