@@ -188,7 +188,7 @@ if __name__ == "__main__":
 def train_for_ever(store):
     def tell(store, pushes, stage):
         if pushes == 3 and stage == "before":
-            print("pid", os.getpid(), flush=True)
+            os.write(1, f"pid {os.getpid()}\n".encode())  # in one piece: the other worker writes here, too
 
     return train(store, 10**9, die=tell, wait_for=BOTH)
 
@@ -201,9 +201,11 @@ def test_workers_end_when_the_parent_is_killed(tmp_path):
     before = set(os.listdir(shm)) if shm.exists() else set()
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    pids = [int(line.split()[1]) for line in (parent.stdout.readline(), parent.stdout.readline())]
-    parent.send_signal(signal.SIGKILL)
-    parent.wait(30)
+    try:
+        pids = [int(line.split()[1]) for line in (parent.stdout.readline(), parent.stdout.readline())]
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait(30)
     deadline = time.monotonic() + 30
     # workers hold the other end of this pipe: it ends when the last of them is gone
     assert parent.stdout.read() == ""
