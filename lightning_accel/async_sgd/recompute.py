@@ -38,8 +38,8 @@ class Recomputation:
         self._handles: list[Any] = []
         for part in module.modules():
             if any(isinstance(m, _BatchNorm) and m.track_running_stats for m in part.modules()):
-                self._handles.append(part.register_forward_pre_hook(self._enter, with_kwargs=True))
-                self._handles.append(part.register_forward_hook(self._leave, always_call=True))
+                self._handles.append(part.register_forward_pre_hook(self._enter))
+                self._handles.append(part.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
 
     def detach(self) -> None:
         """Remember nothing more, and forget what is remembered."""
@@ -72,13 +72,14 @@ class Recomputation:
             part.training = training
         return True
 
-    def _enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._depth == 0 and part.training and torch.is_grad_enabled():
-            self._calls.append((part, _detached(args), _detached(kwargs)))
+    def _enter(self, part: nn.Module, args: Any) -> None:  # noqa: ARG002  # a hook's signature
         self._depth += 1
 
-    def _leave(self, part: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002  # a hook's signature
+    def _leave(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._depth -= 1
+        # a call that failed has no output
+        if self._depth == 0 and part.training and torch.is_grad_enabled() and output is not None:
+            self._calls.append((part, _detached(args), _detached(kwargs)))
 
 
 def _count(norm: _BatchNorm) -> Tensor | None:
