@@ -336,9 +336,10 @@ def test_averaged_weights_are_feasible(kind, average, tmp_path):
     net = Net()
     fit(net, average(), kind(1.0), ModelCheckpoint(tmp_path, save_last=True), epochs=4, validate=True)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    for found in (net.seen_in_validation, weights(net), {name: saved[name] for name in weights(net)}):
+    assert all(l1inf(weight) <= 1.0 for weight in weights(net).values())
+    for found in (net.seen_in_validation, {name: saved[name] for name in weights(net)}):
         for name, weight in found.items():
-            assert l1inf(weight) <= 1.0, name
+            assert l1inf(weight) <= 1.0 + 1e-6, name  # averaging in float32 rounds
 
 
 def test_averages_resume_as_they_were_before_projection(tmp_path):
