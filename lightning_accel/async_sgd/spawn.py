@@ -59,7 +59,7 @@ def starter(
     function: WorkerFunction, args: tuple[Any, ...], settings: Settings, start_method: StartMethod = "spawn"
 ) -> StartWorker:
     """Return what starts one worker process for a `Supervisor`."""
-    context = multiprocessing.get_context(start_method)
+    context: Any = multiprocessing.get_context(start_method)  # a context without processes, says its type
 
     def start(worker: int, incarnation: int, sock: socket.socket) -> WorkerProcess:
         process = context.Process(

@@ -31,8 +31,9 @@ _WORKERS = 2
 _SLOWDOWN = 3.0
 _STOP_EVERY = 5  # steps between two agreements of the lock-step ranks on whether the window is over
 _TRANSFER_BYTES = 40_000_000
-_EACH = Settings()  # a push and a pull each step
-_EIGHTH = Settings(local_steps=8)
+_EACH = Settings(lease_batches=16)  # a push and a pull each step, waited for
+_SECOND = Settings(lease_batches=16, n_push=2, n_fetch=2, overlap=True)
+_FOURTH = Settings(lease_batches=16, n_push=4, n_fetch=4, overlap=True)
 _CALM_SECONDS = 15.0
 
 
@@ -55,7 +56,7 @@ def rows(*, quick: bool, device: str, kills: int = 200, chaos_minutes: float = 1
         raise ValueError(f"`chaos_minutes` must be > 0, got {chaos_minutes}.")
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     yield _transfer(rounds=15 if quick else 60)
-    yield from _training(*((2, 1.0) if quick else (6, 4.0)), device=device)
+    yield from _training(*((2, 1.0) if quick else (6, 3.0)), device=device)
     with _silent():
         yield _killed(min(kills, 20) if quick else kills)
         yield _chaotic(6.0 if quick else 60.0 * chaos_minutes, calm=3.0 if quick else _CALM_SECONDS)
@@ -63,17 +64,16 @@ def rows(*, quick: bool, device: str, kills: int = 200, chaos_minutes: float = 1
 
 def _training(rounds: int, window: float, *, device: str) -> Iterator[BenchRow]:
     slow = (_SLOWDOWN - 1.0) * Task(device).seconds_a_step()  # one delay for all, or the variants would not compare
-    each, eighth, ranks = "async, 2 workers", "async, 2 workers, local_steps=8", "DDP, 2 ranks"
-    slow_each, slow_eighth, slow_ranks = (f"{name}, one 3x slower" for name in (each, eighth, ranks))
-    one = "one process"
+    each, fourth = "async, 2 workers", "async, 2 workers, n_push=4 overlap"
+    second, ranks = "async, n_push=2 overlap, one 3x slower", "DDP, one 3x slower"
+    one, healthy_ranks = "one process", "DDP, 2 ranks"
     variants: dict[str, Callable[[], Outcome]] = {
         one: functools.partial(_one_process, window, device),
         each: functools.partial(_asynchronous, window, 0.0, device, _EACH),
-        eighth: functools.partial(_asynchronous, window, 0.0, device, _EIGHTH),
-        ranks: functools.partial(_lock_step, window, 0.0, device),
-        slow_each: functools.partial(_asynchronous, window, slow, device, _EACH),
-        slow_eighth: functools.partial(_asynchronous, window, slow, device, _EIGHTH),
-        slow_ranks: functools.partial(_lock_step, window, slow, device),
+        fourth: functools.partial(_asynchronous, window, 0.0, device, _FOURTH),
+        healthy_ranks: functools.partial(_lock_step, window, 0.0, device),
+        second: functools.partial(_asynchronous, window, slow, device, _SECOND),
+        ranks: functools.partial(_lock_step, window, slow, device),
     }
     found: dict[str, list[Outcome]] = {name: [] for name in variants}
     order, generator = list(variants), random.Random(0)
@@ -81,15 +81,12 @@ def _training(rounds: int, window: float, *, device: str) -> Iterator[BenchRow]:
         generator.shuffle(order)
         for name in order:
             found[name].append(variants[name]())
-    yield _throughput(found, eighth, one, target=1.8)
+    yield _throughput(found, fourth, one, target=1.8)
     yield _throughput(found, each, one, target=None)
-    yield _throughput(found, ranks, one, target=None)
-    yield _throughput(found, eighth, ranks, target=None)
-    yield _throughput(found, slow_eighth, slow_ranks, target=2.0)
-    yield _throughput(found, slow_each, slow_ranks, target=2.0)
-    yield _time_to_accuracy(found, slow_eighth, slow_ranks)
-    yield _time_to_accuracy(found, slow_each, slow_ranks)
-    for name in (eighth, each, slow_eighth, slow_each):
+    yield _throughput(found, healthy_ranks, one, target=None)
+    yield _throughput(found, second, ranks, target=2.0)
+    yield _time_to_accuracy(found, second, ranks)
+    for name in (fourth, each, second):
         yield _final_accuracy(found, name, one)
 
 
@@ -227,15 +224,21 @@ def _transfer(rounds: int) -> BenchRow:
 def _asynchronous(window: float, delay: float, device: str, settings: Settings) -> Outcome:
     outcome: Outcome
     outcome, _ = run_workers(
-        _async_worker, (window, delay, device), workers=_WORKERS, settings=settings, start_method="forkserver"
+        _async_worker,
+        (window, delay, device, settings),
+        workers=_WORKERS,
+        settings=settings,
+        start_method="forkserver",
     )
     return outcome
 
 
-def _async_worker(store: ParameterStore, window: float, delay: float, device: str) -> Outcome | None:
+def _async_worker(
+    store: ParameterStore, window: float, delay: float, device: str, settings: Settings
+) -> Outcome | None:
     task = Task(device)
     buffers = dict(task.net.named_buffers())
-    worker = Worker(store, store.settings, dict(task.net.named_parameters()), buffers, [task.optimizer])
+    worker = Worker(store, settings, dict(task.net.named_parameters()), buffers, [task.optimizer])
     number = worker.join(worker.opening).worker
     worker.attach()
     for other in (number, 1 - number):
