@@ -166,7 +166,7 @@ def test_compression_refuses_unknown_names_and_fractions():
         ({"max_staleness": -1}, r"`max_staleness` must be >= 0 or None for no bound, got -1"),
         ({"heartbeat_seconds": 0.0}, r"`heartbeat_seconds` must be > 0, got 0.0"),
         ({"outer_momentum": 1.0}, r"`outer_momentum` must be in \[0, 1\), got 1.0"),
-        ({"buffers": "recomputed"}, r"`buffers` must be one of mean, coordinator, got 'recomputed'"),
+        ({"buffers": "recomputed"}, r"`buffers` must be one of mean, coordinator, recompute, got 'recomputed'"),
         ({"validate": "later"}, r"`validate` must be one of coordinator, pause, got 'later'"),
         ({"local_steps": 2, "n_push": 2}, r"`local_steps` already says when to push and pull"),
         ({"local_steps": 2, "overlap": True}, r"with `local_steps` a push is waited for; leave `overlap` off"),
