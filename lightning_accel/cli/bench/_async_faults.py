@@ -213,11 +213,11 @@ def _unharmed(store: SharedMemoryStore, pushes: int, stage: str) -> None:
 def kill_sweep(kills: int, *, seed: int = 0) -> Damage:
     """Kill ``kills`` processes: workers and coordinators at every stage of a push and at any moment, and parents.
 
-    One in 20 is a parent; of the others half choose a stage of a push and half are hit from outside.
+    One in 25 is a parent; of the others half choose a stage of a push and half are hit from outside.
     """
     damage = Damage()
     before = _shared_memory()
-    parents = kills // 20
+    parents = kills // 25
     left = kills - parents
     while left > 0:
         deaths = min(12, left)
@@ -234,7 +234,7 @@ def kill_sweep(kills: int, *, seed: int = 0) -> Damage:
 def _kill_workers(damage: Damage, inside: int, outside: int, seed: int) -> None:
     generator = random.Random(seed)
     watch = Watch(damage)
-    job = Job(epochs=2, batches=300, seconds=0.004)
+    job = Job(epochs=2, batches=150, seconds=0.004)
     settings = Settings(record_log=True, staleness="none", max_restarts=100, heartbeat_seconds=HANG_SECONDS)
     plan = SelfDestruction(seed, (inside // 2, inside - inside // 2))
     shots = outside

@@ -14,7 +14,7 @@ from lightning_accel.zoo.digits import Digits
 
 BATCH = 64
 ACCURACY = 0.97
-_PASSES = 10
+_PASSES = 50
 
 
 @dataclass(frozen=True)
