@@ -112,7 +112,9 @@ class DeferredCells:
         handles = []
         for name, module in self.root.named_modules():
             apart = any(name == other or name.startswith(f"{other}.") for other in self._apart_from)
-            if name and not apart and _may_be_cell(module) and not _is_compiled(self.root, name):
+            if is_torch_cell(module) and _is_compiled(self.root, name):
+                self.reasons[name] = "it is compiled"
+            elif name and not apart and _may_be_cell(module) and not _is_compiled(self.root, name):
                 self._watches[name] = watch = _Watch()
                 handles.append(module.register_forward_hook(_seeing(watch), with_kwargs=True))
         try:
@@ -209,4 +211,9 @@ def _is_compiled(root: nn.Module, name: str) -> bool:
     for part in name.split("."):
         module = module.get_submodule(part)
         path.append(module)
-    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in path)
+    marks = (
+        "_compiled_call_impl",
+        "_orig_mod",
+        "_compiler_ctx",
+    )  # the last one: a Trainer took the compiled wrapper off
+    return any(getattr(m, mark, None) is not None for m in path for mark in marks)
