@@ -10,7 +10,10 @@ import fnmatch
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import pytest
+from _pytest.mark import ParameterSet
 from contract_models import (
     classification_data,
     convolutional,
@@ -34,6 +37,8 @@ from lightning_accel.callbacks import (
     SequentialFreezing,
 )
 from lightning_accel.low_rank import LayerPlan, RankPlan, decompose, eligible_layers, low_rank_layers
+from lightning_accel.strategies import AsyncSGDStrategy
+from lightning_accel.strategies.for_pytorch_lightning import AsyncSGDStrategy as OtherAsyncSGDStrategy
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class Accelerator:
         callbacks: The accelerator, switched on, with settings that make its decisions without a clock.
         neutral: The same with the setting that must not change results (row 2).
         acted: Says of the module after ``fit`` (row 1, 3, 4) whether the accelerator did something.
-        nothing_to_act_on: Pattern of the error for a network without anything to act on (row 7).
+        nothing_to_act_on: Pattern of the error for a network without anything to act on (row 7), or None if it acts on
+            any network.
         hopeless_network: Such a network; the same data must fit.
         steps_aside: Callbacks that find, without a fake clock, that acting does not pay, or None if it always acts
             (row 9). The run must equal plain training bit for bit.
@@ -62,6 +68,7 @@ class Accelerator:
         ddp_refusal: Pattern of the error in a DDP run, or None if two processes stay equal (row 4).
         epochs: Length of the contract's runs; long enough for several phases.
         optimizations: Ways to optimize it supports (row 6); another way is refused as ``optimization_refusal`` says.
+        refused: Features of row 6 that are refused alike, by their names.
         optimization_refusal: Pattern of that refusal.
     """
 
@@ -70,7 +77,7 @@ class Accelerator:
     callbacks: Callable[[], list[Callback]]
     neutral: Callable[[], list[Callback]]
     acted: Callable[[LightningModule], bool]
-    nothing_to_act_on: str
+    nothing_to_act_on: str | None
     data: Callable[[], TensorDataset] = classification_data
     hopeless_network: Callable[[], nn.Module] = embedding_only
     steps_aside: Callable[[], list[Callback]] | None = None
@@ -85,7 +92,13 @@ class Accelerator:
     ddp_refusal: str | None = None
     epochs: int = 4
     optimizations: tuple[str, ...] = ("automatic", "manual", "two optimizers")
+    refused: tuple[str, ...] = ()
     optimization_refusal: str = ""
+
+
+def trained_by_workers(module: LightningModule) -> bool:
+    """Say whether worker processes made all the steps of the module's last Trainer."""
+    return sum(module.trainer.strategy.statistics.worker_pushes) > 0
 
 
 def all_dense_plan() -> RankPlan:
@@ -138,8 +151,12 @@ def has_zero_rows(patterns: tuple[str, ...]) -> Callable[[LightningModule], bool
 def has_recurrent_report(module: LightningModule) -> bool:
     """Say whether the callback of the module's last Trainer says what its recurrent layers ran with."""
     callbacks = module.trainer.callbacks
-    return any(callback.report for callback in callbacks if isinstance(callback, IntraStreamScheduling))
+    # the report stays in the process that trained; the state comes back
+    ours = [callback for callback in callbacks if isinstance(callback, IntraStreamScheduling)]
+    return any(callback.report or callback.state_dict() for callback in ours)
 
+
+QUICK_START: dict[str, Any] = {"start_method": "forkserver", "heartbeat_seconds": 300.0}  # a busy machine is no death
 
 ACCELERATORS = (
     Accelerator(
@@ -235,6 +252,14 @@ ACCELERATORS = (
         conf=("intra_stream_scheduling",),
     ),
     Accelerator(
+        name="intra_stream_scheduling_by_measurement",
+        network=loop_over_cell,
+        callbacks=lambda: [IntraStreamScheduling()],
+        neutral=lambda: [IntraStreamScheduling("loop")],
+        acted=has_recurrent_report,
+        nothing_to_act_on="found no recurrent layer",
+    ),
+    Accelerator(
         name="intra_stream_scheduling_of_a_decoder",
         network=decoder,
         callbacks=lambda: [IntraStreamScheduling("intra_stream")],
@@ -244,7 +269,31 @@ ACCELERATORS = (
         steps_aside=lambda: [IntraStreamScheduling()],
         aside_log="uses every step's result before the next step",
     ),
+    Accelerator(
+        name="async_sgd",
+        network=convolutional,
+        data=image_data,
+        callbacks=list,
+        neutral=list,
+        acted=trained_by_workers,
+        nothing_to_act_on=None,
+        strategy=lambda: AsyncSGDStrategy(**QUICK_START),
+        other_strategy=lambda: OtherAsyncSGDStrategy(**QUICK_START),
+        neutral_strategy=lambda: AsyncSGDStrategy(**QUICK_START),
+        refused=("compiled",),  # by Lightning, which knows of no strategy but its own
+        optimization_refusal="compiled model is incompatible with the current strategy",
+    ),
 )
+
+
+def cases(where: Callable[[Accelerator], bool] = lambda _: True) -> list[ParameterSet]:
+    """Return the entries as parameters of a test; those that start processes for every fit are slow."""
+    return [pytest.param(e, id=e.name, marks=slow_if_processes(e)) for e in ACCELERATORS if where(e)]
+
+
+def slow_if_processes(*entries: Accelerator) -> list[pytest.MarkDecorator]:
+    """Return the mark of tests that start processes."""
+    return [pytest.mark.slow] if any(entry.strategy() != "auto" for entry in entries) else []
 
 
 def by_name(name: str) -> Accelerator:
