@@ -92,7 +92,11 @@ class GatheredPyramid:
 
 def gather(x: Tensor) -> Tensor:
     """Return the whole tensor on every process; ``x`` itself if it is not sharded."""
-    return x.to(x.device_mesh.device_type).full_tensor() if isinstance(x, DTensor) else x
+    if not isinstance(x, DTensor):
+        return x
+    mesh = x.device_mesh
+    local = x.to_local().to(mesh.device_type)
+    return DTensor.from_local(local, mesh, x.placements, shape=x.shape, stride=x.stride()).full_tensor()
 
 
 def alike(whole: Tensor, x: Tensor) -> Tensor:

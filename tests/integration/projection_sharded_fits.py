@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel.callbacks import L1InfProjection, MultilevelProjection
 
 CASES = {
-    "bi-level": lambda: L1InfProjection(radius_fraction=0.3),
+    "bi-level": lambda: L1InfProjection(radius_fraction=0.1),
     "sparsity": lambda: L1InfProjection(target_sparsity=0.5, freeze_zero_groups=True, every_n_steps=2),
     "columns": lambda: L1InfProjection(target_sparsity=0.5, groups="columns", schedule="cubic", end_step=8),
     "global exact": lambda: L1InfProjection(target_sparsity=0.5, scope="global", method="exact"),
