@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from recurrent_errors import relative_errors
 from torch import nn
-from torch.utils.data import DataLoader
 
-from lightning_accel.callbacks import StatefulStreams
+from lightning_accel.callbacks import IntraStreamScheduling, StatefulStreams
 from lightning_accel.recurrent import PeepholeLSTMCell, Recurrent
+from lightning_accel.zoo.loading import ResumableLoader
 
 STEPS, BATCHES, STREAMS = 4, 3, 2
 
@@ -46,13 +48,15 @@ def batches(resets=None, x=None):
     return [{"x": c, "new": torch.tensor(r)} for c, r in zip(x.split(STEPS), resets, strict=True)]
 
 
-def fit(kind, callback, data, epochs=1, lr=0.0, **settings):
+def fit(kind, callbacks, data, epochs=1, lr=0.0, **settings):
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     model = kind if isinstance(kind, Model) else Model(kind, lr)
     runner = Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback],
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=checkpoints, callbacks=callbacks,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    runner.fit(model, DataLoader(data, batch_size=None), **settings)
+    runner.fit(model, ResumableLoader(data, batch_size=None), **settings)
     return model, runner
 
 
@@ -103,26 +107,76 @@ def test_a_reset_within_the_prefix_stops_the_gradient():
         torch.testing.assert_close(a, e)
 
 
-def test_a_resumed_run_goes_on_with_the_state(tmp_path):
-    whole, _ = fit(nn.LSTM, StatefulStreams(), batches(), lr=0.01)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_at_every_border_is_the_whole_computations(kind):
+    borders = []
 
-    class Stop(StatefulStreams):
+    class Watching(StatefulStreams):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            if batch_idx == 1:
-                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+            borders.append(copy.deepcopy(self.state_dict()["rnn"]["start"]))
 
-    fit(nn.LSTM, Stop(), batches(), lr=0.01)
-    states = torch.load(tmp_path / "middle.ckpt", weights_only=True)["callbacks"]
-    saved = next(state for name, state in states.items() if name.endswith("Stop"))
-    callback = StatefulStreams()
-    callback.load_state_dict(copy.deepcopy(saved))
-    model = Model(nn.LSTM)
-    callback.on_train_start(None, model)
-    callback.on_train_epoch_start(None, model)
-    callback.on_train_batch_start(None, model, batches()[2], 2)
-    model.load_state_dict(torch.load(tmp_path / "middle.ckpt", weights_only=True)["state_dict"])
-    torch.testing.assert_close(model.rnn(batches()[2]["x"])[0], whole.outputs[2])
+    model, _ = fit(kind, Watching(), batches())
+    x = stream()
+    for k, carried in enumerate(borders):
+        _, expected = model.rnn(x[: (k + 1) * STEPS])
+        found = torch.utils._pytree.tree_leaves(carried)
+        for a, e in zip(found, torch.utils._pytree.tree_leaves(expected), strict=True):
+            assert not a.requires_grad
+            torch.testing.assert_close(a, e.detach(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_batchs_gradient_is_that_of_its_window(kind):
+    """Within the window the gradient is exact; what lies before it counts as a constant."""
+    model, _ = fit(kind, StatefulStreams(), batches())
+    x, state = stream(), None
+    for k, found in enumerate(model.gradients):
+        y, state = model.rnn(x[k * STEPS : (k + 1) * STEPS], state)
+        expected = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+        state = torch.utils._pytree.tree_map(torch.Tensor.detach, state)
+        errors = relative_errors(dict(enumerate(found)), dict(enumerate(expected)))
+        assert max(errors.values()) <= 1e-12, errors
+
+
+def test_a_window_as_long_as_the_stream_has_the_whole_gradient():
+    model, _ = fit(nn.LSTM, StatefulStreams(prefix_batches=BATCHES - 1), batches())
+    y, _ = model.rnn(stream())
+    expected = torch.autograd.grad(y[-STEPS:].square().sum(), list(model.parameters()))
+    errors = relative_errors(dict(enumerate(model.gradients[-1])), dict(enumerate(expected)))
+    assert max(errors.values()) <= 1e-12, errors
+
+
+@pytest.mark.parametrize("schedule", ["intra_stream", "auto"])
+def test_scheduled_layers_carry_their_state_too(schedule):
+    resets = [[False, False], [True, False], [False, True]]
+    plain, _ = fit("recurrent", StatefulStreams(resets="new", prefix_batches=1), batches(resets), lr=0.01, epochs=2)
+    model = Model("recurrent", 0.01)
+    model.rnn.schedules[0].schedule = schedule
+    both = [StatefulStreams(resets="new", prefix_batches=1), IntraStreamScheduling()]
+    fit(model, both, batches(resets), epochs=2)
+    torch.testing.assert_close(model.outputs, plain.outputs, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(model.gradients, plain.gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_a_run_resumed_within_an_epoch_equals_the_uninterrupted_one(prefix, tmp_path):
+    resets = [[False, False], [False, True], [True, False]]
+
+    def run(**settings):
+        every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        callbacks = [StatefulStreams(resets="new", prefix_batches=prefix), every]
+        return fit(nn.LSTM, callbacks, batches(resets), lr=0.01, epochs=2, **settings)[0]
+
+    whole = run()
+    for step in (1, 2, 4, 5):
+        resumed = run(ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert len(resumed.outputs) == 2 * BATCHES - step
+        for found, expected in zip(resumed.outputs, whole.outputs[step:], strict=True):
+            assert torch.equal(found, expected)
+        for found, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(found, expected)
 
 
 def test_wrong_uses_are_refused():
