@@ -31,7 +31,7 @@ _QUIET: dict[str, Any] = {
     "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
-    "max_epochs": 1,
+    "max_epochs": 1000,  # so that a schedule may take its time to be made; the clock ends the fit after one
     "devices": 1,
 }
 
@@ -120,6 +120,9 @@ class _StepClock(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         self._begin = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:  # noqa: ARG002
         self.losses.append(float(outputs["loss"]))
