@@ -341,9 +341,12 @@ class ProjectedTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep the state until the model's parameters are known."""
+        """Keep the state until the model's parameters are known; strategies that shard restore after that."""
         if state:
-            self._restored = state
+            if self.projector is not None and self._handles:
+                self.projector.load_state_dict(state["projector"])
+            else:
+                self._restored = state
             self.projections, self.steps = state["projections"], dict(state["steps"])
             self.masked, self.first_weights = state["masked"], state["first_weights"]
 
