@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import _load
 from torch import nn
 from torch._dynamo import OptimizedModule
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 
 def callbacks_of(trainer: "pl.Trainer") -> list["pl.Callback"]:
@@ -204,6 +204,35 @@ def bring_back_progress(trainer: Any, state: dict[str, Any]) -> None:
         loop = loops.pop()
         loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
         loops.extend(child for child in vars(loop).values() if hasattr(child, "_loaded_from_state_dict"))
+
+
+class MovingAverage:
+    """An averaging function of `torch.optim.swa_utils` that can be pickled: it is made anew from its decay."""
+
+    def __init__(self, make: Callable[[float], Callable[..., Any]], decay: float) -> None:
+        self._made_of = make, decay
+        self._update = make(decay)
+
+    def __call__(self, *args: Any) -> Any:
+        """Average."""
+        return self._update(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MovingAverage, self._made_of
+
+
+def make_averages_picklable(trainer: Any) -> None:
+    """Let `EMAWeightAveraging` go to other processes: its averaging function is local to the function that made it.
+
+    The callback keeps it among the arguments of torch's `AveragedModel`, in a private attribute.
+    """
+    makers = (("avg_fn", get_ema_avg_fn), ("multi_avg_fn", get_ema_multi_avg_fn))
+    for callback in trainer.callbacks:
+        arguments: Any = getattr(callback, "_kwargs", None)
+        for name, make in makers if isinstance(arguments, dict) else ():
+            found: Any = inspect.unwrap(arguments[name]) if callable(arguments.get(name)) else None
+            if getattr(found, "__qualname__", "") == f"{make.__name__}.<locals>.ema_update":
+                arguments[name] = MovingAverage(make, inspect.getclosurevars(found).nonlocals["decay"])
 
 
 def keep_written_metrics(logger: Any) -> None:

@@ -165,6 +165,9 @@ class Supervisor:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             process = self._start(worker, incarnation, theirs)
+        except BaseException:
+            ours.close()
+            raise
         finally:
             theirs.close()
         peer = Peer(worker, incarnation, process, Channel(ours))

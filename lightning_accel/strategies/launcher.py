@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lightning_accel.async_sgd import SharedMemoryStore, run_workers
-from lightning_accel.lightning_private import launcher_module
+from lightning_accel.lightning_private import launcher_module, make_averages_picklable
 from lightning_accel.strategies.layer_exchange import prepare_to_come_back
 from lightning_accel.strategies.live import live_table
 from lightning_accel.strategies.results import bring_back, bring_back_optimizers, collect
@@ -39,6 +39,7 @@ class AsyncSGDLauncherBody:
         if strategy.start_method == "forkserver":
             multiprocessing.set_forkserver_preload([type(strategy).__module__, "lightning_accel.strategies.session"])
         prepare_to_come_back(trainer)
+        make_averages_picklable(trainer)
         strategy.optimizers = []  # of an earlier fit; the workers make their own
         states = parts._GlobalStateSnapshot.capture()
         # sums in another number of threads have other last bits; several workers share what this process may use
@@ -59,9 +60,10 @@ class AsyncSGDLauncherBody:
                 "checkpoint is resumable with `fit(ckpt_path=...)`."
             )
         weights = output.weights_path
+        strategy.precision_plugin.convert_module(trainer.lightning_module)  # as the workers' was; a fit leaves it so
         self._recover_results_in_main_process(output, trainer)  # type: ignore[attr-defined]
         if not strategy.settings.local_steps:  # else each worker's optimizer has a state of its own
-            bring_back_optimizers(trainer, ending.state)
+            bring_back_optimizers(trainer, ending.state, output.extra["async_sgd"]["groups"])
         if weights is not None:
             shutil.rmtree(Path(weights).parent, ignore_errors=True)  # made for this file alone
         return output.trainer_results

@@ -5,6 +5,7 @@ from collections import defaultdict
 from typing import Any
 
 from lightning_accel.async_sgd import Opening
+from lightning_accel.async_sgd.server import get_groups, set_groups
 from lightning_accel.lightning_private import bring_back_progress
 
 
@@ -14,6 +15,7 @@ def collect(trainer: Any) -> dict[str, Any]:
         "fit_loop": trainer.fit_loop.state_dict(),
         "callbacks": {callback.state_key: callback.state_dict() for callback in trainer.callbacks},
         "loggers": pickled_loggers(trainer),
+        "groups": [get_groups(optimizer) for optimizer in trainer.optimizers],
     }
 
 
@@ -48,13 +50,20 @@ def follow_loggers(trainer: Any, pickled: list[bytes | None]) -> None:
             vars(logger).update(vars(pickle.loads(state)))
 
 
-def bring_back_optimizers(trainer: Any, state: Opening | None) -> None:
-    """Give the caller's Trainer the server's optimizers, with their states, over the parameters of its own module."""
+def bring_back_optimizers(trainer: Any, state: Opening | None, groups: list[list[dict[str, Any]]]) -> None:
+    """Give the caller's Trainer the server's optimizers, with their states, over the parameters of its own module.
+
+    Args:
+        trainer: The caller's.
+        state: Of the server, at the end.
+        groups: Hyper-parameters of each optimizer as the schedules have left them.
+    """
     parameters = dict(trainer.lightning_module.named_parameters())
     if state is None or list(parameters) != state.names:
         return
     mine = {id(theirs): parameters[name] for name, theirs in zip(state.names, state.parameters, strict=True)}
-    for optimizer in state.optimizers:
+    for optimizer, values in zip(state.optimizers, groups, strict=True):
+        set_groups(optimizer, values)
         for group in optimizer.param_groups:
             group["params"] = [mine[id(parameter)] for parameter in group["params"]]
         states = {mine[id(parameter)]: value for parameter, value in optimizer.state.items()}

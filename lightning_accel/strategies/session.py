@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_accel.async_sgd import Lease, Settings, SharedMemoryStore, Snapshot, Worker
 from lightning_accel.async_sgd.leases import LeaseId
+from lightning_accel.async_sgd.server import get_groups
 from lightning_accel.lightning_private import (
     checkpoint_periods,
     count_steps_of_others,
@@ -237,11 +238,16 @@ class Session:
         return with_values_of(self._dumped, state, self.worker, buffers=shared)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
-        """Return the server's state of an optimizer, of the same cut; None where this worker's own counts."""
+        """Return the server's state of an optimizer, of the same cut; None where this worker's own counts.
+
+        Hyper-parameters are this worker's: a schedule may have acted since its last push.
+        """
         if self._dumped is None or self.settings.local_steps:
             return None
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        return self._dumped.optimizer_states[self.worker.optimizers.index(optimizer)]
+        state = self._dumped.optimizer_states[self.worker.optimizers.index(optimizer)]
+        pairs = zip(state["param_groups"], get_groups(optimizer), strict=True)
+        return {**state, "param_groups": [{**theirs, **mine} for theirs, mine in pairs]}
 
     def unfinished_epochs(self, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
         """Make the loops of a checkpoint count for all workers; returns what a resumed asynchronous run needs."""

@@ -6,7 +6,9 @@ import signal
 import lightning.pytorch as pl
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_accel import AsyncSGDStrategy
 
 
 class Noted(Dataset):
@@ -32,11 +34,13 @@ def loader(size=64, *, shuffle=True):
 class Classifier(pl.LightningModule):
     """An MLP with batch norm and dropout; every choice of optimizer and schedule that the tests need."""
 
-    def __init__(self, optimizer="sgd", schedule=None, *, dropout=0.2, notes=None):
+    def __init__(self, optimizer="sgd", schedule=None, *, dropout=0.2, notes=None, width=16):
         super().__init__()
         self.save_hyperparameters(ignore=["notes"])
         self.notes = notes
-        layers = [nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 2)]
+        layers = [nn.Linear(8, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 2)]
+        if width != 16:
+            layers[3:3] = [nn.Linear(width, width), nn.ReLU()]
         self.net = nn.Sequential(*layers)
 
     def training_step(self, batch, batch_idx):
@@ -101,6 +105,83 @@ class Adversaries(pl.LightningModule):
         return [critic, generator], [torch.optim.lr_scheduler.ExponentialLR(generator, 0.99)]
 
 
+class Clipped(Adversaries):
+    """Clips the critic's weights by hand, between the steps of its two optimizers."""
+
+    def training_step(self, batch, batch_idx):
+        x, _, _ = batch
+        first, second = self.optimizers()
+        fake = self.generator(torch.randn(len(x), 4))
+        first.zero_grad()
+        self.manual_backward(self.critic(fake.detach()).mean() - self.critic(x).mean())
+        first.step()
+        for parameter in self.critic.parameters():
+            parameter.data.clamp_(-0.05, 0.05)
+        second.zero_grad()
+        self.manual_backward(-self.critic(fake).mean())
+        second.step()
+        self.lr_schedulers().step()
+
+
+class ClampedBetweenSteps(pl.Callback):
+    """No weight leaves [-0.05, 0.05], seen to by a callback between two batches."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for parameter in pl_module.parameters():
+            parameter.data.clamp_(-0.05, 0.05)
+
+    def on_train_end(self, trainer, pl_module):
+        self.on_train_batch_end(trainer, pl_module, None, None, 0)
+
+
+class Synchronized(Classifier):
+    """Has a batch norm that waits for all processes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[1] = nn.SyncBatchNorm(16)
+
+
+class Grouped(Classifier):
+    """Makes a default process group of its own."""
+
+    def configure_model(self):
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+
+
+class Gathering(Classifier):
+    """Gathers from all processes in a training step."""
+
+    def training_step(self, batch, batch_idx):
+        return self.all_gather(super().training_step(batch, batch_idx)).mean()
+
+
+class RunningCell(pl.LightningModule):
+    """Loops over a cell by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(4, 8)
+        self.head = nn.Linear(8, 2)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        state = torch.zeros(len(x), 8)
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        return nn.functional.cross_entropy(self.head(state), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def sequences():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(48, 6, 4, generator=generator)
+    return DataLoader(TensorDataset(x, (x.sum((1, 2)) > 0).long()), batch_size=8)
+
+
 class Clamped(pl.Callback):
     """A projection: no weight leaves [-0.05, 0.05] after a step."""
 
@@ -115,12 +196,14 @@ class Clamped(pl.Callback):
 
 
 class DiesOnce(pl.Callback):
-    """Kill the process of one rank in the middle of the first epoch, the first time it gets there."""
+    """Kill the process of one rank in the middle of an epoch, the first time it gets there."""
 
-    def __init__(self, flag, rank):
-        self.flag, self.rank = flag, rank
+    def __init__(self, flag, rank, epoch=0):
+        self.flag, self.rank, self.epoch = flag, rank, epoch
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch < self.epoch:
+            return
         if trainer.strategy._store.worker == self.rank and batch_idx == 1 and not os.path.exists(self.flag):
             with open(self.flag, "w", encoding="utf-8"):
                 pass
@@ -162,18 +245,24 @@ class DiesAtTheEnd(pl.Callback):
 
 
 class WaitForAll(pl.Callback):
-    """Hold every worker at its first batch until all of them are there."""
+    """Hold every worker at its first batch of an epoch until all of them are there."""
 
-    def __init__(self, workers):
-        self.workers = workers
+    def __init__(self, workers, epoch=0):
+        self.workers, self.epoch = workers, epoch
+
+    @property
+    def state_key(self):
+        return f"WaitForAll {self.epoch}"
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        store = trainer.strategy._store
-        if batch_idx == 0:  # a worker that was started again says so, too: the first may have died before it could
-            store.kv(f"there {store.worker}", b"yes")
-        if batch_idx == 0 and trainer.current_epoch == 0 and store.incarnation == 0:
+        store, epoch = trainer.strategy._store, trainer.current_epoch
+        if (
+            batch_idx == 0 and epoch >= self.epoch
+        ):  # one that was started again says so, too: the first may have died before
+            store.kv(f"there {self.epoch} {store.worker}", b"yes")
+        if batch_idx == 0 and epoch == self.epoch and store.incarnation == 0:
             for worker in range(self.workers):
-                store.kv(f"there {worker}")
+                store.kv(f"there {self.epoch} {worker}")
 
 
 class TwoLoaders(Classifier):
@@ -181,6 +270,9 @@ class TwoLoaders(Classifier):
 
     def training_step(self, batch, batch_idx):
         return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
+
+
+QUICK = {"start_method": "forkserver", "heartbeat_seconds": 300.0}  # a busy machine is no death
 
 
 def fit(
@@ -199,6 +291,8 @@ def fit(
 ):
     """Fit from one seed; returns the Trainer."""
     torch.manual_seed(1)
+    if strategy == "async_sgd":
+        strategy = AsyncSGDStrategy(**QUICK)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=devices,
@@ -210,6 +304,9 @@ def fit(
         enable_model_summary=False,
         **{"logger": False, "enable_checkpointing": False, **options},
     )
+    if isinstance(data, pl.LightningDataModule):
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt)
+        return trainer
     trainer.fit(module, data or loader(size), loader(32, shuffle=False) if validate else None, ckpt_path=ckpt)
     return trainer
 

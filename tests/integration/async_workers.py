@@ -114,6 +114,15 @@ class _Thread:
 
 def run_threads(workers, epochs, *, die, wait_for=(), **settings):
     """Run workers as threads: a "kill" is as sudden as for a process, and costs no start."""
+
+    def function(store):
+        train(store, epochs, die=die, wait_for=wait_for if store.worker == 0 and store.incarnation == 0 else ())
+
+    return run_thread_workers(workers, function, **settings)
+
+
+def run_thread_workers(workers, function, **settings):
+    """Run ``function(store)`` in a thread for every worker, and serve them."""
     settings = Settings(**{**SETTINGS, **settings})
 
     def start(worker, incarnation, sock):
@@ -122,7 +131,7 @@ def run_threads(workers, epochs, *, die, wait_for=(), **settings):
         def work():
             store = SharedMemoryStore(worker, incarnation, sock, settings, parent=os.getppid())
             try:
-                train(store, epochs, die=die, wait_for=wait_for if worker == 0 and incarnation == 0 else ())
+                function(store)
                 coordinates = store.finish()
                 store.report(b"result")
                 store.leave(stop=coordinates)
@@ -144,4 +153,13 @@ def train_and_die(store, epochs, stage, victim, wait_for):
     return train(store, epochs, die=die, wait_for=wait_for)
 
 
-__all__ = ["PUSH_STAGES", "SETTINGS", "Killed", "check_ending", "run_threads", "train", "train_and_die"]
+__all__ = [
+    "PUSH_STAGES",
+    "SETTINGS",
+    "Killed",
+    "check_ending",
+    "run_thread_workers",
+    "run_threads",
+    "train",
+    "train_and_die",
+]

@@ -1,19 +1,27 @@
 """The asynchronous strategy in real fits: one worker is plain training, several see all the data once."""
 
+import csv
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from async_modules import (
+    QUICK,
     Adversaries,
     Clamped,
     Classifier,
     DiesAtTheEnd,
     DiesOnce,
+    Gathering,
+    Grouped,
     LeavesMoreThanAnEpoch,
+    Synchronized,
     TwoLoaders,
     WaitForAll,
     fit,
@@ -27,6 +35,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_accel import AsyncSGDStrategy
 from lightning_accel.async_sgd import WorkerFailedError
+from lightning_accel.zoo import CNN, Digits
 
 
 def equal(one, other):
@@ -54,6 +63,25 @@ def test_one_worker_equals_plain_training_bit_for_bit(tmp_path, arguments, optio
     assert {k: float(v) for k, v in actual.callback_metrics.items()} == {
         k: float(v) for k, v in expected.callback_metrics.items()
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["onecycle", "plateau"])
+@pytest.mark.parametrize("optimizer", ["plain", "momentum", "nesterov", "adamw"])
+def test_one_worker_equals_plain_training_with_clipping_accumulation_and_schedules(tmp_path, optimizer, schedule):
+    options = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 3, "epochs": 3}
+    plain, ours = seeded(Classifier, optimizer, schedule), seeded(Classifier, optimizer, schedule)
+    expected = fit(tmp_path, "auto", plain, **options)
+    actual = fit(tmp_path, "async_sgd", ours, **options)
+    assert equal(plain, ours) == []
+    assert actual.global_step == expected.global_step
+    one, other = expected.optimizers[0].state_dict(), actual.optimizers[0].state_dict()
+    assert one["param_groups"] == other["param_groups"]  # the rate that the schedule ended with
+    assert one["state"].keys() == other["state"].keys()
+    for place, state in one["state"].items():
+        for name, value in state.items():
+            same = torch.equal(value, other["state"][place][name]) if torch.is_tensor(value) else value is None
+            assert same, (place, name)
 
 
 def test_one_worker_equals_plain_training_with_two_optimizers_by_hand(tmp_path):
@@ -85,7 +113,7 @@ def test_two_workers_share_the_data_validate_stop_and_checkpoint_together(tmp_pa
     stop = EarlyStopping("val/loss", patience=0, min_delta=1e6)  # stops after the second validation
     trainer = fit(
         tmp_path,
-        AsyncSGDStrategy(),
+        AsyncSGDStrategy(**QUICK),
         module,
         devices=2,
         epochs=5,
@@ -112,6 +140,84 @@ def test_two_workers_share_the_data_validate_stop_and_checkpoint_together(tmp_pa
     assert resumed.current_epoch == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("validate", ["coordinator", "pause"])
+def test_validation_under_asynchrony_is_a_plain_validation_of_the_same_weights_on_all_data(tmp_path, validate):
+    digits = Digits()
+    last = ModelCheckpoint(tmp_path / "last", filename="{epoch}", save_top_k=-1)
+    options = {"devices": 2, "epochs": 2, "callbacks": [WaitForAll(2), last], "enable_checkpointing": True}
+    trainer = fit(tmp_path, AsyncSGDStrategy(validate=validate, **QUICK), seeded(CNN), data=digits, **options)
+    plain = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    found = plain.validate(CNN.load_from_checkpoint(tmp_path / "last" / "epoch=1.ckpt"), digits, verbose=False)[0]
+    assert {name: float(trainer.callback_metrics[name]) for name in found} == found
+    assert 100 * found["val/accuracy"] != pytest.approx(10, abs=2), "it has learned something"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")  # as any plain run says
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed without the callbacks, on purpose
+def test_a_checkpoint_of_four_workers_resumes_on_two_on_one_and_in_a_plain_trainer(tmp_path):
+    every = ModelCheckpoint(tmp_path / "every", every_n_train_steps=80, save_top_k=-1, filename="{step}")
+    strategy = AsyncSGDStrategy(deterministic_replay=True, **QUICK)
+    module = seeded(Classifier, "momentum", "onecycle")
+    options = {"callbacks": [WaitForAll(4), every], "enable_checkpointing": True}
+    trainer = fit(tmp_path, strategy, module, devices=4, size=512, **options)
+    assert {entry.worker for entry in strategy.ending.log} == {0, 1, 2, 3}
+    assert trainer.global_step == 128
+    middle = tmp_path / "every" / "step=80.ckpt"  # in the second epoch
+    (state,) = torch.load(middle, weights_only=True)["async_sgd"]["epochs"]
+    done, units = state["done"], state["units"]
+    assert len(done) >= 80 - 64
+    for target, devices in (("async_sgd", 2), ("async_sgd", 1), ("auto", 1)):
+        notes = tmp_path / f"{target} {devices}"
+        resumed = seeded(Classifier, "momentum", "onecycle")
+        resumed.notes = str(notes)
+        again = fit(tmp_path, target, resumed, devices=devices, ckpt=middle, size=512)
+        assert again.current_epoch == 2
+        assert again.global_step == 80 + 64 - len(done)
+        assert all(torch.isfinite(value).all() for value in resumed.state_dict().values())
+        indices = [int(i) for line in notes.read_text(encoding="utf-8").splitlines() for i in line.split()[2:]]
+        assert len(indices) == 512 - 8 * len(done), "what is left of the epoch"
+        if target == "async_sgd":
+            assert sorted(indices) == sorted(set(range(512)) - {i for unit in done for i in units[unit]})
+
+
+@pytest.mark.slow
+def test_the_coordinator_warms_up_and_cools_down_alone(tmp_path):
+    strategy = AsyncSGDStrategy(
+        deterministic_replay=True, warm_start_steps=5, cooldown_steps=4, staleness="none", **QUICK
+    )
+    fit(tmp_path, strategy, seeded(Classifier, "momentum"), devices=2, epochs=3, size=128)
+    log = strategy.ending.log
+    assert len(log) == 48
+    assert {entry.worker for entry in log[:5]} == {0}
+    assert {entry.worker for entry in log if entry.leases[0] in [(2, i) for i in range(12, 16)]} == {0}
+    assert all(entry.base_version == entry.version - 1 for entry in log[:5])
+
+
+@pytest.mark.slow
+def test_metrics_in_a_file_survive_a_test_in_this_process_and_a_new_coordinator(tmp_path):
+    logger = CSVLogger(tmp_path, name="logs", version="all", flush_logs_every_n_steps=1)
+    module = seeded(Classifier, "momentum")
+    trainer = fit(
+        tmp_path,
+        AsyncSGDStrategy(**QUICK),
+        module,
+        devices=2,
+        epochs=3,
+        logger=logger,
+        log_every_n_steps=1,
+        callbacks=[WaitForAll(2), DiesOnce(str(tmp_path / "died"), 0, epoch=1)],
+    )
+    trainer.test(module, loader_of_validation(), verbose=False)
+    with open(tmp_path / "logs" / "all" / "metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    epochs = [row["epoch"] for row in rows if row["val/loss"]]
+    assert "0" in epochs, "what the first coordinator wrote"
+    assert "2" in epochs, "what the second one wrote"
+    assert epochs[-1] == "3", "what the test in this process wrote"
+
+
 def loader_of_validation():
     return loader(32, shuffle=False)
 
@@ -123,7 +229,7 @@ def test_a_killed_worker_loses_no_batch_and_the_run_ends_validated(tmp_path, ran
     best = ModelCheckpoint(tmp_path / "best", monitor="val/loss")
     trainer = fit(
         tmp_path,
-        AsyncSGDStrategy(deterministic_replay=True, heartbeat_seconds=300.0),  # a busy machine is no death
+        AsyncSGDStrategy(deterministic_replay=True, **QUICK),
         seeded(Classifier, "momentum", "plateau", notes=str(notes)),
         devices=2,
         callbacks=[WaitForAll(2), DiesOnce(str(tmp_path / "died"), rank), best],
@@ -141,7 +247,7 @@ def test_a_worker_that_takes_over_with_more_batches_than_the_epoch_has_trains_on
     best = ModelCheckpoint(tmp_path / "best", monitor="val/loss")
     trainer = fit(
         tmp_path,
-        AsyncSGDStrategy(deterministic_replay=True, heartbeat_seconds=300.0),  # a busy machine is no death
+        AsyncSGDStrategy(deterministic_replay=True, **QUICK),
         seeded(Classifier, "momentum", "plateau"),
         devices=2,
         callbacks=[WaitForAll(2), LeavesMoreThanAnEpoch(), best],
@@ -182,13 +288,16 @@ def units(checkpoint):
     [
         (lambda: Classifier("lbfgs"), {}, "LBFGS evaluates the loss several times"),
         (lambda: Classifier(), {"sync_batchnorm": True}, "synchronized batch norm waits for all workers"),
+        (Synchronized, {}, r"synchronized batch norm waits for all workers .*\(net.1\)"),
+        (Grouped, {}, "a default process group exists"),
+        (Gathering, {}, "`all_gather` in training waits for all workers"),
     ],
-    ids=["lbfgs", "sync_batchnorm"],
+    ids=["lbfgs", "sync_batchnorm", "a synchronized layer", "process group", "collective"],
 )
 def test_what_can_not_work_is_refused(tmp_path, build, options, match):
     with pytest.raises(WorkerFailedError, match=match) as caught:
         fit(tmp_path, "async_sgd", build(), **options)
-    assert isinstance(caught.value.__cause__, (ValueError, MisconfigurationException))
+    assert isinstance(caught.value.__cause__, (ValueError, RuntimeError, MisconfigurationException))
 
 
 @pytest.mark.slow
@@ -227,7 +336,7 @@ def test_two_fits_with_one_trainer_are_two_plain_fits(tmp_path):
 def test_the_server_snapshots_and_logs_while_training(tmp_path):
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
     options = {"epochs": 1, "logger": logger, "log_every_n_steps": 4}
-    fit(tmp_path, AsyncSGDStrategy(snapshot_every_n_steps=3), seeded(Classifier), **options)
+    fit(tmp_path, AsyncSGDStrategy(snapshot_every_n_steps=3, **QUICK), seeded(Classifier), **options)
     header = next(tmp_path.rglob("metrics.csv")).read_text(encoding="utf-8").splitlines()[0].split(",")
     wanted = {"staleness_mean", "staleness_p95", "updates_per_second", "live_workers", "dropped", "pull_milliseconds"}
     assert {f"async_sgd/{name}" for name in wanted} <= set(header)
@@ -240,6 +349,37 @@ def test_the_server_snapshots_and_logs_while_training(tmp_path):
 def test_a_coordinator_that_dies_with_the_result_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(RuntimeError, match="the coordinator died when training was over"):
         fit(tmp_path, "async_sgd", Classifier(), devices=2, epochs=1, callbacks=[WaitForAll(2), DiesAtTheEnd()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("live", ["live", "silent"])
+def test_an_interrupted_run_ends_with_all_its_processes_and_leaves_nothing(tmp_path, live):
+    pipe, shared = tmp_path / "pipe", set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    os.mkfifo(pipe)
+    script = Path(__file__).with_name("async_interrupted.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(pipe), live]
+    with open(tmp_path / "out", "w+", encoding="utf-8") as out:
+        run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            workers: set[int] = set()
+            while len(workers) < 2:  # opening the pipe waits for a writer; pytest's timeout is the deadline
+                workers |= {int(line) for line in pipe.read_text(encoding="utf-8").split()}
+            os.killpg(run.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
+            code = run.wait(timeout=120)
+        finally:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)
+                run.wait()
+        out.seek(0)
+        said = out.read()
+    assert code != 0, said
+    assert "KeyboardInterrupt" in said
+    assert "Traceback" not in said, said
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+    if shared:
+        assert {name for name in os.listdir("/dev/shm") if "lightning" in name or "torch" in name} <= shared
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ import lightning_accel
 from lightning_accel.async_sgd import Lease, Settings, Statistics, Supervisor, Worker
 from lightning_accel.async_sgd.client import SharedMemoryStore
 from lightning_accel.async_sgd.memory import ParameterPage, TensorSpec
-from lightning_accel.strategies.coordination import rewind_loops
+from lightning_accel.strategies.checkpoints import rewind_loops
 from lightning_accel.strategies.leased_data import lease_batches, refuse_unleasable
-from lightning_accel.strategies.live import live_table, render
+from lightning_accel.strategies.live import Rates, live_table, render
 from lightning_accel.strategies.registration import register_by_name
 
 
@@ -47,6 +47,8 @@ def test_constructor_refuses_and_survives_pickling():
         lightning_accel.AsyncSGDStrategy(snapshot_every_n_steps=0)
     with pytest.raises(ValueError, match=r"`n_push` must be >= 1, got 0"):
         lightning_accel.AsyncSGDStrategy(n_push=0)
+    with pytest.raises(ValueError, match=r"`start_method` must be one of spawn, forkserver, got 'fork'"):
+        lightning_accel.AsyncSGDStrategy(start_method="fork")
     strategy = lightning_accel.AsyncSGDStrategy(compression="topk", kept=0.5)
     for other in (copy.deepcopy(strategy), pickle.loads(pickle.dumps(strategy))):
         assert other.settings == strategy.settings
@@ -152,14 +154,25 @@ def test_a_run_needs_a_worker():
 
 def test_the_live_table_has_a_row_a_worker(capsys):
     statistics = Statistics(version=9, worker_pushes=(6, 3), staleness_mean=0.5, live_workers=2)
-    table = render(statistics, 3)
+    table = render(statistics, 3, [2.0])
     assert table.row_count == 3
-    assert "step 9" in table.title
+    assert "step 9" in table.caption
+    assert [list(column.cells) for column in table.columns][1:3] == [["6", "3", "0"], ["2.0", "-", "-"]]
     strategy = lightning_accel.AsyncSGDStrategy(live=True)
     with live_table(strategy) as on_tick:
         on_tick(statistics)
     assert strategy.statistics is statistics
     assert "step 9" in capsys.readouterr().out
+
+
+def test_rates_are_those_of_the_last_seconds():
+    times = iter([0.0, 1.0, 2.0, 6.0, 7.0])
+    rates = Rates(lambda: next(times))
+    assert rates.of(()) == []
+    assert rates.of((10,)) == [10.0]
+    assert rates.of((10, 4)) == [5.0, 2.0]
+    assert rates.of((30, 4)) == [5.0, 0.0]
+    assert rates.of((40, 5)) == [10.0, 1.0]
 
 
 def test_loops_of_a_checkpoint_count_the_batches_of_all_workers():

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import compare_paired
-from lightning_accel.strategies import AsyncSGDStrategy
+from lightning_accel.strategies.for_lightning import AsyncSGDStrategy
 from lightning_accel.zoo.cnn import CNN
 from lightning_accel.zoo.digits import Digits
 

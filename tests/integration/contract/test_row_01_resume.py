@@ -1,7 +1,7 @@
 """Row 1: interrupted and resumed equals uninterrupted, bit for bit, mid-epoch checkpoints included."""
 
 import pytest
-from accelerators import ACCELERATORS
+from accelerators import ACCELERATORS, cases
 from contract_runs import assert_equal_modules, assert_equal_optimizers, fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -9,7 +9,7 @@ BATCHES_PER_EPOCH = 6
 
 
 @pytest.mark.parametrize("step", [6, 9, 12, 16], ids=lambda step: f"step{step}")
-@pytest.mark.parametrize("entry", ACCELERATORS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", cases())
 def test_resumed_run_equals_uninterrupted_run(entry, step, tmp_path):
     every_step = ModelCheckpoint(dirpath=tmp_path / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     whole, whole_trainer = fit(entry, tmp_path, callbacks=[*entry.callbacks(), every_step])

@@ -1,11 +1,11 @@
 """Row 2: the neutral setting equals plain training."""
 
 import pytest
-from accelerators import ACCELERATORS
+from accelerators import cases
 from contract_runs import assert_equal_modules, assert_equal_optimizers, fit
 
 
-@pytest.mark.parametrize("entry", ACCELERATORS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", cases())
 def test_neutral_setting_equals_plain_training(entry, tmp_path):
     plain, plain_trainer = fit(entry, tmp_path / "plain", callbacks=[], strategy="auto")
     neutral, neutral_trainer = fit(

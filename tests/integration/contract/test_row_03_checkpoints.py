@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accelerators import ACCELERATORS
+from accelerators import cases
 from contract_models import ContractModule, loader
 from contract_runs import assert_equal_modules, fit, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,7 +11,7 @@ from lightning_accel import enable_low_rank_loading, load_from_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
 
-PARAMETRIZED = pytest.mark.parametrize("entry", ACCELERATORS, ids=lambda entry: entry.name)
+PARAMETRIZED = pytest.mark.parametrize("entry", cases())
 WEIGHTS_ONLY = pytest.mark.parametrize("weights_only", [False, True], ids=["complete", "weights-only"])
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerators import ACCELERATORS
+from accelerators import cases
 from contract_processes import run_two_processes
 
 WORKER = Path(__file__).with_name("contract_ddp_worker.py")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", ACCELERATORS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", cases(lambda entry: entry.strategy() == "auto"))
 def test_two_processes_stay_equal_or_are_refused(entry, tmp_path):
     one, other = run_two_processes(WORKER, entry.name, tmp_path)
     if entry.ddp_refusal is not None:

@@ -4,14 +4,17 @@ import itertools
 
 import pytest
 import torch
-from accelerators import ACCELERATORS, by_name
+from accelerators import ACCELERATORS, by_name, slow_if_processes
 from contract_models import ContractModule, classification_data, loader
 from contract_runs import trainer
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 COMPOSED = tuple(entry for entry in ACCELERATORS if entry.conf or entry.strategy() != "auto")
-PAIRS = [(one.name, other.name) for one, other in itertools.permutations(COMPOSED, 2)]
+PAIRS = [
+    pytest.param((one.name, other.name), id=f"{one.name}-then-{other.name}", marks=slow_if_processes(one, other))
+    for one, other in itertools.permutations(COMPOSED, 2)
+]
 
 
 def composed_callbacks(entries):
@@ -36,10 +39,15 @@ def check_fit(entries, folder):
     return module
 
 
-@pytest.mark.parametrize("names", PAIRS, ids="-then-".join)
+@pytest.mark.parametrize("names", PAIRS)
 def test_pair_composes(names, tmp_path):
     check_fit([by_name(name) for name in names], tmp_path)
 
 
+@pytest.mark.slow
 def test_all_together_compose(tmp_path):
     check_fit(COMPOSED, tmp_path)
+
+
+def test_all_callbacks_together_compose(tmp_path):
+    check_fit([entry for entry in COMPOSED if entry.strategy() == "auto"], tmp_path)

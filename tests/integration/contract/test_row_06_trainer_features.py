@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerators import ACCELERATORS
+from accelerators import ACCELERATORS, cases, slow_if_processes
 from contract_models import ContractModule, loader
 from contract_runs import assert_equal_modules, fit, trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 EVERY_PAIR = pytest.mark.parametrize(
     ("entry", "feature"),
     [
-        pytest.param(e, f, id=f"{e.name}-{f.name}", marks=[pytest.mark.slow] if f.compiled else [])
+        pytest.param(e, f, id=f"{e.name}-{f.name}", marks=[pytest.mark.slow] if f.compiled else slow_if_processes(e))
         for e in ACCELERATORS
         for f in FEATURES
     ],
@@ -60,7 +60,8 @@ def run(entry, feature, folder, callbacks, strategy):
 
 
 def supported(entry, feature):
-    return feature.module.get("optimization", "automatic") in entry.optimizations
+    fits = feature.module.get("optimization", "automatic") in entry.optimizations
+    return fits and feature.name not in entry.refused
 
 
 @EVERY_PAIR
@@ -94,14 +95,14 @@ def test_accelerator_acts(entry, feature, tmp_path):
     assert set(changed) == {name for name, _ in module.named_parameters()}, "every parameter was trained"
 
 
-@pytest.mark.parametrize("entry", ACCELERATORS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", cases())
 def test_fast_dev_run(entry, tmp_path):
     module, runner = fit(entry, tmp_path, fast_dev_run=2, max_epochs=1)
     assert runner.global_step == 2
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("entry", ACCELERATORS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", cases())
 def test_two_fits_with_one_trainer_and_validate_before(entry, tmp_path):
     module = ContractModule(entry.name)
     runner = trainer(tmp_path, entry.callbacks(), max_epochs=entry.epochs, strategy=entry.strategy())

@@ -3,12 +3,12 @@
 import pytest
 import pytorch_lightning
 import torch
-from accelerators import ACCELERATORS
+from accelerators import cases
 from contract_models import ContractModule, OtherContractModule, loader
 from contract_runs import QUIET, assert_equal_modules, fit
 
 
-@pytest.mark.parametrize("entry", ACCELERATORS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", cases())
 def test_pytorch_lightning_trains_to_the_same_weights(entry, tmp_path):
     expected, _ = fit(entry, tmp_path, module=ContractModule(entry.name))
     module = OtherContractModule(entry.name)
