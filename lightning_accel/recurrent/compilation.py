@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_accel.machine_code import CannotCompileError
 from lightning_accel.recurrent import batching
-from lightning_accel.recurrent.machine_code import CannotCompileError, MachineCode
+from lightning_accel.recurrent.machine_code import MachineCode
 from lightning_accel.recurrent.rewriting import aten
 from lightning_accel.recurrent.scan import scan_into
 from lightning_accel.recurrent.time_sums import layer_norm_sums

@@ -1,4 +1,4 @@
-"""Machine code of generated C: found compiler, compiled text, and the product of matrices that it calls.
+"""Machine code of generated C, and the product of matrices that it calls.
 
 The text includes nothing but the C library, so that a compiler takes a third of a second for it. Products of matrices
 are those of torch's own library, by its exported symbols.
@@ -7,21 +7,16 @@ are those of torch's own library, by its exported symbols.
 import contextlib
 import ctypes
 import functools
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lightning_accel.machine_code import CannotCompileError, find_compiler, load
+
 REALS = {torch.float32: "float", torch.float64: "double"}
 _PRODUCTS = {torch.float32: "sgemm_", torch.float64: "dgemm_"}
-_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
-_TUNED = ("-march=native", "-mprefer-vector-width=512")  # not every compiler knows them
-_LIMIT_SECONDS = 60
 
 # exp, sigmoid and tanh that a compiler can vectorize, within 2 units in the last place; in float64 the C library's.
 # Coefficients of exp and tanh as in the Cephes library (Moshier). NaN passes every comparison and stays.
@@ -81,10 +76,6 @@ static inline void product(product_t call, long rows, long columns, long inner, 
 """
 
 
-class CannotCompileError(Exception):
-    """There is no machine code to be had; the message says why."""
-
-
 class MachineCode:
     """Compiled functions, each called as ``run(name, n, blocks, constants)``.
 
@@ -139,15 +130,6 @@ def refusal() -> str | None:
     return None
 
 
-def find_compiler() -> str | None:
-    """Return the path of a C compiler."""
-    for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
-    return None
-
-
 @functools.cache
 def product_address(dtype: torch.dtype) -> ctypes.c_void_p:
     """Return the address of torch's product of matrices."""
@@ -164,28 +146,7 @@ def _torch_library() -> ctypes.CDLL | None:
 
 @functools.lru_cache(maxsize=256)
 def _load(source: str, dtype: torch.dtype) -> ctypes.CDLL:
-    compiler = find_compiler()
-    if compiler is None:
-        raise CannotCompileError("there is no C compiler.")
-    with tempfile.TemporaryDirectory(prefix="lightning_accel_") as folder:
-        text, library = Path(folder) / "loops.c", Path(folder) / "loops.so"
-        text.write_text(f"typedef {REALS[dtype]} real;\n{_PRELUDE}\n{source}\n", encoding="utf-8")
-        for flags in ((*_FLAGS, *_TUNED), _FLAGS):
-            command = [compiler, *flags, "-o", str(library), str(text), "-lm"]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_SECONDS, check=False)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise CannotCompileError(f"{compiler} did not run: {error}") from error
-            if done.returncode == 0:
-                return _opened(library)
-        raise CannotCompileError(f"{compiler} refused the text: {done.stderr.strip()[:300]}")
-
-
-def _opened(library: Path) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise CannotCompileError(f"the compiled text does not load: {error}") from error
+    return load(f"typedef {REALS[dtype]} real;\n{_PRELUDE}\n{source}\n")
 
 
 def _rows(tensor: Tensor) -> Tensor:

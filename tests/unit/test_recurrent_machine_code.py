@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.machine_code import CannotCompileError
 from lightning_accel.recurrent import (
     LayerNormLSTMCell,
     PeepholeLSTMCell,
@@ -16,7 +17,7 @@ from lightning_accel.recurrent import (
     executor,
     machine_code,
 )
-from lightning_accel.recurrent.machine_code import CannotCompileError, MachineCode
+from lightning_accel.recurrent.machine_code import MachineCode
 from lightning_accel.recurrent.scan import linear_scan
 
 F, H, T, B = 5, 20, 9, 3
@@ -222,7 +223,8 @@ def test_text_that_does_not_compile_and_compilers_that_do_not_work(monkeypatch, 
     silent.write_text("not a program")
     with pytest.raises(CannotCompileError, match="did not run"):
         MachineCode("int two(void) { return 2; }", torch.float32)
-    monkeypatch.setattr(machine_code, "find_compiler", lambda: None)
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(CannotCompileError, match="there is no C compiler"):
         MachineCode("int three(void) { return 3; }", torch.float32)
 
