@@ -5,9 +5,21 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from lightning_accel.recurrent import packed as packed_calls
 from lightning_accel.recurrent.packed import RunPackedPadded
+from lightning_accel.recurrent.packed_layouts import PaddedGrid, Stretches, best_layout
 
 LENGTHS = torch.tensor([3, 7, 1, 5])
+
+
+@pytest.fixture(params=[PaddedGrid, Stretches])
+def layout(request, monkeypatch):
+    monkeypatch.setattr(packed_calls, "best_layout", lambda *_: request.param)
+    return request.param
+
+
+def sizes(lengths):
+    return (torch.arange(max(lengths))[:, None] < torch.tensor(lengths)).sum(1)
 
 
 def run(rnn, x, states, *, padded, lengths=LENGTHS, seed=1):
@@ -35,6 +47,7 @@ def assert_equal(actual, expected, tolerance=1e-12):
         torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
@@ -50,6 +63,7 @@ def test_equals_the_packed_kernel(kind, layers, bias, bidirectional):
     assert_equal(run(rnn, x, states, padded=True), run(rnn, x, states, padded=False))
 
 
+@pytest.mark.usefixtures("layout")
 def test_projected_lstm_and_relu_rnn():
     torch.manual_seed(0)
     for rnn in (nn.LSTM(3, 5, proj_size=2, batch_first=True).double(), nn.RNN(3, 5, nonlinearity="relu").double()):
@@ -57,6 +71,7 @@ def test_projected_lstm_and_relu_rnn():
         assert_equal(run(rnn, x, None, padded=True), run(rnn, x, None, padded=False))
 
 
+@pytest.mark.usefixtures("layout")
 def test_nan_in_the_padding_never_enters():
     torch.manual_seed(0)
     rnn = nn.LSTM(3, 5, bidirectional=True)
@@ -70,7 +85,8 @@ def test_nan_in_the_padding_never_enters():
 
 def test_a_mostly_empty_grid_stays_with_the_packed_kernel():
     rnn = nn.GRU(2, 3)
-    packed = pack_padded_sequence(torch.randn(50, 20, 2), torch.tensor([50] + [1] * 19), enforce_sorted=True)
+    lengths = torch.tensor([20, *range(10, 0, -1), *[1] * 30])
+    packed = pack_padded_sequence(torch.randn(20, len(lengths), 2), lengths, enforce_sorted=True)
     with RunPackedPadded() as mode:
         rnn(packed)
     assert mode.replaced == 0
@@ -85,9 +101,10 @@ def test_unpacked_and_half_precision_calls_pass_through():
     assert mode.replaced == 0
 
 
+@pytest.mark.usefixtures("layout")
 def test_gradients_of_gradients():
     torch.manual_seed(0)
-    rnn = nn.RNN(2, 3).double()
+    rnn = nn.RNN(2, 3, bidirectional=True).double()
     x = torch.randn(4, 2, 2, dtype=torch.double, requires_grad=True)
 
     def loss(x):
@@ -96,3 +113,26 @@ def test_gradients_of_gradients():
         return out.data.square().sum()
 
     assert torch.autograd.gradgradcheck(loss, x)
+
+
+@pytest.mark.usefixtures("layout")
+def test_single_precision_of_the_fast_kernel():
+    torch.manual_seed(0)
+    rnn = nn.LSTM(6, 8, 2, bidirectional=True)
+    x = torch.randn(7, 4, 6, requires_grad=True)
+    assert_equal(run(rnn, x, None, padded=True), run(rnn, x, None, padded=False), 1e-5)
+
+
+def test_layout_follows_the_lengths():
+    weights = 1024 * 384
+    assert best_layout(sizes([8] * 4), weights) is Stretches  # one dense grid, nothing is padded
+    assert best_layout(sizes([500, 300, 256]), weights) is Stretches
+    assert best_layout(sizes([12, 11, 10, 9]), weights) is PaddedGrid
+    assert best_layout(sizes([500] + [1] * 19), weights) is Stretches
+    assert best_layout(sizes([20, *range(10, 0, -1), *[1] * 30]), weights) is None
+
+
+def test_small_networks_pad_where_large_ones_make_calls():
+    lengths = sizes([100, 80, 60])
+    assert best_layout(lengths, 4 * 64 * 128) is PaddedGrid
+    assert best_layout(lengths, 4 * 1024 * 2048) is Stretches
