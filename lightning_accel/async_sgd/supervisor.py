@@ -139,7 +139,9 @@ class Supervisor:
             # our own pauses (a suspended machine) must not count as theirs
             peer.silent_seconds = 0.0 if heartbeat != peer.heartbeat else peer.silent_seconds + min(seconds, 1.0)
             peer.heartbeat = heartbeat
-            if peer.state == "joined" and peer.silent_seconds > self.settings.heartbeat_seconds:
+            if peer.state != "joined":
+                peer.silent_seconds = 0.0  # a start takes what it takes, and its heart does not beat yet
+            if peer.silent_seconds > self.settings.heartbeat_seconds:
                 log.warning("worker %d was silent for %.0f s; ending it.", peer.worker, peer.silent_seconds)
                 peer.process.kill()
                 peer.silent_seconds = 0.0
