@@ -35,6 +35,7 @@ from lightning_accel.measure import PairedRatio, compare_paired, time_interleave
 
 _log = logging.getLogger(__name__)
 
+_UNDER_FLOOR = ("retains less than", "no candidate keeps an energy of")  # reasons given here and by `make_plan`
 _PAIRS = 8  # few, but enough for the exact test to say "faster" although one pair disagrees
 _STEPS_TO_TRY = 2 * (_PAIRS + 2) + 2  # dense ones; two phases of low-rank layers take about as long as one of those
 _STEPS_TO_PLAN = 250.0  # what `make_plan` takes where layers are quick
@@ -74,7 +75,17 @@ class RankSearch:
         """
         plan = dataclasses.replace(self, method="fixed").plan(module, run_batch)
         poor = {layer.name for layer in plan.layers if layer.ranks is not None and layer.energy < self.min_energy}
-        return plan.dense(poor, f"retains less than {self.min_energy:.0%} of its energy")
+        return plan.dense(poor, f"{_UNDER_FLOOR[0]} {self.min_energy:.0%} of its energy")
+
+    def lost_to_the_floor(self, plan: RankPlan) -> str:
+        """Say how many layers `min_energy` kept dense, and what to do; nothing if it kept none."""
+        lost = [layer for layer in plan.layers if any(words in layer.reason for words in _UNDER_FLOOR)]
+        if not lost:
+            return ""
+        return (
+            f" ({len(lost)} of {len(plan.layers)} layers stay dense because they would retain less than "
+            f"min_energy={self.min_energy:g} of their energy: lower it, take a smaller ratio, or warm up for longer)"
+        )
 
     def unmeasured_ranks(self, module: nn.Module) -> Ranks:
         """Return theoretical ranks, for a first look at what could be gained."""
@@ -143,36 +154,62 @@ class RankChooser:
             return self._without(unfit, trial, inputs)
         run_batch = self._in_context(inputs)
         if not self.keep:
+            dense = self._dense_seconds(trial)
+            planning = self.search.planning_seconds(trial.module, dense)
+            unpaid = (
+                f"measuring ranks would take about {planning:.1f} s, "
+                f"more than {self.remaining:.0f} remaining steps can be expected to give back"
+            )
+            if self.search.ratio is not None and planning > self.remaining * max(self.max_overhead, 0.5) * dense:
+                # Not even steps that took no time at all could pay for it: the first trial is that of the final ranks.
+                return self._unmeasured(trial, run_batch, started, unpaid)
             quick = self._compare(trial, self.search.unmeasured_ranks(trial.module))
-            planning = self.search.planning_seconds(trial.module, quick.dense)
             allowed = self.remaining * max(self.max_overhead * quick.dense, 0.5 * quick.saved if quick.faster else 0.0)
             if self._agree(time.perf_counter() - started) + planning > allowed:
-                why = (
-                    f"with unmeasured ranks {quick}; measuring ranks would take about {planning:.1f} s, "
-                    f"more than {self.remaining:.0f} remaining steps can be expected to give back"
-                )
+                why = f"with unmeasured ranks {quick}; {unpaid}"
                 if not quick.faster or self.search.ratio is None:
                     return self.dense(why)
-                plan = self._plan(trial.module, run_batch, unmeasured=True)
-                return self._verified(Choice(plan, ""), trial, started, f"{why}, so theoretical ranks are taken; ")
+                return self._unmeasured(trial, run_batch, started, why)
         return self._verified(Choice(self._plan(trial.module, run_batch), ""), trial, started)
 
-    def _verified(self, choice: Choice, trial: StepTrial, started: float, head: str = "") -> Choice:
+    def _unmeasured(self, trial: StepTrial, run_batch: Callable[[Any], object], started: float, unpaid: str) -> Choice:
+        """Take theoretical ranks if whole steps are faster with them."""
+        plan = self._plan(trial.module, run_batch, unmeasured=True)
+        choice = Choice(plan, "")
+        why = f"{unpaid}, so theoretical ranks are taken{self.search.lost_to_the_floor(plan)}; "
+        if not choice.ranks:
+            return Choice(plan, f"{why}no layer is left to be low rank")
+        tried = self._compare(trial, choice.ranks)
+        if not tried.faster:
+            return Choice(plan.dense(set(choice.ranks), str(tried)), f"low rank does not pay: {why}{tried}")
+        setup = self._agree(time.perf_counter() - started)
+        return self._paid_back(Choice(plan, f"{why}{tried}"), setup, self.remaining * tried.saved)
+
+    def _dense_seconds(self, trial: StepTrial) -> float:
+        """Return the median seconds of a dense step."""
+        copy = trial.changed(functools.partial(with_shapes_of, {}))
+        device = self.trainer.strategy.root_device
+        seconds: Mapping[str, Sequence[float]] = self._agree(
+            time_interleaved({"dense": copy.step}, rounds=3, warmup=1, device=device)
+        )
+        return statistics.median(seconds["dense"])
+
+    def _verified(self, choice: Choice, trial: StepTrial, started: float) -> Choice:
         """Try whole steps of a plan; take back what does not pay."""
         plan = choice.plan
         if not choice.ranks:
-            return Choice(plan, f"{head}no layer gains by low rank")
+            return Choice(plan, f"no layer gains by low rank{self.search.lost_to_the_floor(plan)}")
         verified = self._compare(trial, choice.ranks)
         if not self.keep and not verified.faster:
             decision = verify_plan(plan, functools.partial(self._time_variants, trial, choice.ranks))
             plan = apply_decision(plan, decision)
             if not decision.pays or not Choice(plan, "").ranks:
-                return Choice(plan, f"{head}low rank does not pay: {verified}; {decision.reason}")
+                return Choice(plan, f"low rank does not pay: {verified}; {decision.reason}")
             verified = self._compare(trial, Choice(plan, "").ranks)
             if not verified.faster:
-                return Choice(plan.dense(set(choice.ranks), str(verified)), f"{head}low rank does not pay: {verified}")
+                return Choice(plan.dense(set(choice.ranks), str(verified)), f"low rank does not pay: {verified}")
         setup = self._agree(time.perf_counter() - started)
-        return self._paid_back(Choice(plan, f"{head}{verified}"), setup, self.remaining * verified.saved)
+        return self._paid_back(Choice(plan, str(verified)), setup, self.remaining * verified.saved)
 
     def choose_by_layers(self, module: nn.Module, inputs: RecordedInputs, step_seconds: float, why: str) -> Choice:
         """Choose by the times of single layers, where whole steps can not be tried."""
