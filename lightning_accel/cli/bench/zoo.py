@@ -76,6 +76,7 @@ def _fits(experiment: str, device: str) -> dict[str, ConfiguredFit]:
     devices = f"trainer.devices=[{index or 0}]" if accelerator == "cuda" else "trainer.devices=1"
     # The process is one for all rows and keeps its threads.
     settings = [f"trainer.accelerator={accelerator}", devices, "compare.cold=true", *_CUT[experiment]]
+    settings.append("callbacks=[rank_quantization,sequential_freezing]")  # whatever the experiment has itself
     cfg = compose("compare", [f"experiment={experiment}", "paths.output_dir=.", *settings])
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     seeded = following_seed(cfg)
