@@ -125,6 +125,9 @@ class ScheduleChoice:
         trials = {n: self._trial(run, xs, states) for n, run in candidates.items()}
         clock = _clock(xs[0].device)
         seconds = time_interleaved(trials, rounds=_TRIAL_ROUNDS, device=xs[0].device, clock=clock, budget_seconds=2.0)
+        for schedule in self._made.values():
+            if schedule is not None:
+                schedule.release()  # what the trials left is of another length, or of a schedule that loses
         return {n: sorted(s)[len(s) // 2] for n, s in seconds.items()}
 
     def _trial(self, run: Callable[..., Any], xs: list[Tensor], states: list[Tensor]) -> Callable[[], None]:

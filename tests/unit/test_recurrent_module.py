@@ -234,6 +234,29 @@ def test_auto_measures_and_remembers():
     assert rnn.schedules[0].choices == {key: "loop"}
 
 
+def test_measuring_leaves_no_memory_behind(monkeypatch):
+    left = []
+    leave = executor.StepSchedule.leave
+
+    def noted(schedule, key, memory):
+        left.append((schedule, key))
+        leave(schedule, key, memory)
+
+    def loop_wins(trials, **_):
+        for trial in trials.values():
+            trial()
+        return {name: [0.0 if name == "loop" else 1.0] for name in trials}
+
+    monkeypatch.setattr(executor.StepSchedule, "leave", noted)
+    monkeypatch.setattr("lightning_accel.recurrent.choice.time_interleaved", loop_wins)
+    rnn = Recurrent(PeepholeLSTMCell(F, H))
+    rnn(torch.randn(T, B, F))
+    assert set(rnn.schedules[0].choices.values()) == {"loop"}
+    measured = [(schedule, key) for schedule, key in left if schedule in rnn.schedules[0]._made.values()]
+    assert measured
+    assert all(schedule.take(key) is None for schedule, key in measured)
+
+
 def test_copies_and_pickles():
     rnn = Recurrent(PeepholeLSTMCell(F, H), schedule="intra_stream")
     x = torch.randn(T, B, F)
