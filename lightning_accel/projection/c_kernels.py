@@ -4,6 +4,8 @@ Magnitudes are compared as integers: without the sign bit, floating-point number
 NaN is above infinity. So one text serves all types, maxima keep NaN, and what is not clipped keeps its bits.
 """
 
+import re
+
 _HEAD = """
 #include <math.h>
 #include <pthread.h>
@@ -12,7 +14,8 @@ _HEAD = """
 #define MOST_THREADS 64
 #define LINES 64 /* entries that are looked at together before any of them is written */
 #define TILE 8192 /* columns whose running values stay in the first-level caches */
-#define SUMMED 512 /* entries that are summed in float32 */
+#define SUMMED 1024 /* entries of a row that are summed in float32 before float64 takes over */
+#define TALL 32 /* entries of a column, likewise */
 typedef struct task {
     void (*work)(const struct task *, int64_t, int64_t);
     int64_t begin, end;
@@ -21,6 +24,7 @@ typedef struct task {
     const void *levels;
     const int64_t *chosen;
     double *sums, *counts;
+    void *largest;
     int64_t before, groups, after, inf;
 } task_t;
 static void *start_part(void *task) {
@@ -255,12 +259,164 @@ int64_t project_W(void *x, void *out, int64_t before, int64_t groups, int64_t af
 }
 """
 
+# Sums for the exact method, float32 and float64
+_SUMS = """
+#define MASK ((WORD)~((UWORD)1 << (8 * sizeof(WORD) - 1)))
+typedef REAL reals_W __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+typedef WORD words_W __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+#define LANES ((int)(64 / sizeof(REAL)))
+static inline double total_W(reals_W v) {
+    double sum = 0;
+    for (int j = 0; j < LANES; ++j) sum += v[j];
+    return sum;
+}
+/* Sum of what is above a level in one row, and how many entries are. */
+static double above_row_W(const REAL *x, int64_t n, REAL level, double *count) {
+    double sum = 0, many = 0;
+    int64_t i = 0;
+    while (i + 2 * LANES <= n) {
+        const int64_t stop = i + SUMMED < n ? i + SUMMED : n;
+        reals_W a = {0}, b = {0};
+        words_W k = {0};
+        for (; i + 2 * LANES <= stop; i += 2 * LANES) {
+            reals_W u = (reals_W)(*(const words_W *)(x + i) & MASK) - level;
+            reals_W v = (reals_W)(*(const words_W *)(x + i + LANES) & MASK) - level;
+            words_W p = u > 0, q = v > 0;
+            a += (reals_W)((words_W)u & p);
+            b += (reals_W)((words_W)v & q);
+            k -= p + q;
+        }
+        sum += total_W(a + b);
+        for (int j = 0; j < LANES; ++j) many += k[j];
+    }
+    for (; i < n; ++i) {
+        const REAL d = (REAL)fabs((double)x[i]) - level;
+        sum += d > 0 ? d : 0;
+        many += d > 0;
+    }
+    *count = many;
+    return sum;
+}
+static void above_rows_W(const task_t *t, int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+        const REAL *x = (const REAL *)t->x + t->chosen[k] * t->after;
+        t->sums[k] = above_row_W(x, t->after, ((const REAL *)t->levels)[k], t->counts + k);
+    }
+}
+static void above_columns_W(const task_t *t, int64_t begin, int64_t end) {
+    const int64_t width = t->groups * t->after;
+    REAL part[TILE / 4], many[TILE / 4];
+    for (int64_t c = begin; c < end; c += TILE / 4) {
+        const int64_t n = c + TILE / 4 < end ? TILE / 4 : end - c;
+        const REAL *restrict level = (const REAL *)t->levels + c;
+        double *restrict sums = t->sums + c, *restrict counts = t->counts + c;
+        memset(sums, 0, n * sizeof(double));
+        memset(counts, 0, n * sizeof(double));
+        for (int64_t r = 0; r < t->before;) {
+            const int64_t stop = r + TALL < t->before ? r + TALL : t->before;
+            memset(part, 0, n * sizeof(REAL));
+            memset(many, 0, n * sizeof(REAL));
+            for (; r < stop; ++r) {
+                const WORD *restrict x = (const WORD *)t->x + r * width + c;
+                for (int64_t i = 0; i < n; ++i) {
+                    const WORD m = x[i] & MASK;
+                    REAL v;
+                    memcpy(&v, &m, sizeof(REAL));
+                    v -= level[i];
+                    part[i] += v > 0 ? v : (REAL)0;
+                    many[i] += v > 0 ? (REAL)1 : (REAL)0;
+                }
+            }
+            for (int64_t i = 0; i < n; ++i) sums[i] += part[i];
+            for (int64_t i = 0; i < n; ++i) counts[i] += many[i];
+        }
+    }
+}
+/* Of chosen rows, or of all columns. */
+void above_W(const void *x, int64_t before, int64_t groups, int64_t after, int64_t threads, const void *levels,
+    const int64_t *chosen, int64_t many, double *sums, double *counts) {
+    task_t task = {.x = x, .before = before, .groups = groups, .after = after, .levels = levels, .chosen = chosen};
+    task.sums = sums;
+    task.counts = counts;
+    const int rows = before == 1 && after > 1;
+    task.work = rows ? above_rows_W : above_columns_W;
+    in_parts(task, rows ? many : groups * after, rows ? 16 : 64, threads);
+}
+static void norms_rows_W(const task_t *t, int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+        const WORD *x = (const WORD *)t->x + g * t->after;
+        double sum = 0;
+        WORD largest = 0;
+        int64_t i = 0;
+        words_W m = {0};
+        while (i + 2 * LANES <= t->after) {
+            const int64_t stop = i + SUMMED < t->after ? i + SUMMED : t->after;
+            reals_W a = {0}, b = {0};
+            for (; i + 2 * LANES <= stop; i += 2 * LANES) {
+                words_W u = *(const words_W *)(x + i) & MASK, v = *(const words_W *)(x + i + LANES) & MASK;
+                a += (reals_W)u;
+                b += (reals_W)v;
+                words_W p = u > m;
+                m = (u & p) | (m & ~p);
+                p = v > m;
+                m = (v & p) | (m & ~p);
+            }
+            sum += total_W(a + b);
+        }
+        for (int j = 0; j < LANES; ++j) largest = m[j] > largest ? m[j] : largest;
+        for (; i < t->after; ++i) {
+            const WORD v = x[i] & MASK;
+            largest = v > largest ? v : largest;
+            sum += fabs((double)((const REAL *)t->x)[g * t->after + i]);
+        }
+        ((WORD *)t->largest)[g] = largest;
+        t->sums[g] = sum;
+    }
+}
+static void norms_columns_W(const task_t *t, int64_t begin, int64_t end) {
+    const int64_t width = t->groups * t->after;
+    REAL part[TILE / 4];
+    for (int64_t c = begin; c < end; c += TILE / 4) {
+        const int64_t n = c + TILE / 4 < end ? TILE / 4 : end - c;
+        WORD *restrict m = (WORD *)t->largest + c;
+        double *restrict sums = t->sums + c;
+        memset(m, 0, n * sizeof(WORD));
+        memset(sums, 0, n * sizeof(double));
+        for (int64_t r = 0; r < t->before;) {
+            const int64_t stop = r + TALL < t->before ? r + TALL : t->before;
+            memset(part, 0, n * sizeof(REAL));
+            for (; r < stop; ++r) {
+                const WORD *restrict x = (const WORD *)t->x + r * width + c;
+                for (int64_t i = 0; i < n; ++i) {
+                    const WORD v = x[i] & MASK;
+                    REAL value;
+                    memcpy(&value, &v, sizeof(REAL));
+                    part[i] += value;
+                    m[i] = v > m[i] ? v : m[i];
+                }
+            }
+            for (int64_t i = 0; i < n; ++i) sums[i] += part[i];
+        }
+    }
+}
+/* Largest magnitude and sum of magnitudes, of every row or every column. */
+void norms_W(const void *x, int64_t before, int64_t groups, int64_t after, int64_t threads, void *largest,
+    double *sums) {
+    task_t task = {.x = x, .before = before, .groups = groups, .after = after, .largest = largest, .sums = sums};
+    const int rows = before == 1 && after > 1;
+    task.work = rows ? norms_rows_W : norms_columns_W;
+    in_parts(task, rows ? groups : groups * after, rows ? 16 : 64, threads);
+}
+#undef MASK
+#undef LANES
+"""
+
 
 def text() -> str:
     """Return the whole text."""
     parts = [_HEAD, _THRESHOLD]
     for bits, real in ((16, ""), (32, "float"), (64, "double")):
-        body = _WORDS + (_WHOLE if real else "")
-        body = body.replace("UWORD", f"uint{bits}_t").replace("WORD", f"int{bits}_t")
-        parts.append(body.replace("REAL", real).replace("_W(", f"_{bits}(").replace("_W;", f"_{bits};"))
+        body = _WORDS + (_WHOLE + _SUMS if real else "")
+        body = body.replace("UWORD", f"uint{bits}_t").replace("WORD", f"int{bits}_t").replace("REAL", real)
+        parts.append(re.sub(r"_W\b", f"_{bits}", body))
     return "\n".join(parts)

@@ -21,6 +21,7 @@ _SUMMED = 1 << 16  # the same for sums over rows, which put what they add up bes
 _MAGNITUDE = 0x7FFF
 _SIGN = -0x8000
 _HALVES = (torch.float16, torch.bfloat16)
+_READ_ALL = 8  # machine code reads all columns of a tensor as quickly as torch picks a part of this size
 _LONG = 4096  # entries; from here on an operation a row costs less than the memory it spares
 _SHORT = 32  # entries; reducing shorter rows one by one is slow
 
@@ -57,6 +58,8 @@ def _group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.device.type != "cpu":
         magnitude = x.abs()
         return magnitude.amax((0, 2)).double(), magnitude.sum((0, 2), dtype=torch.float64)
+    if x.dtype not in _HALVES and machine_code.wanted(x):
+        return machine_code.group_norms(x)
     if before == 1:
         magnitudes = (_wide(x[0, rows]).abs() for rows in _slices(groups, after, _SUMMED))
         pairs = [(m.amax(1), m.sum(1)) for m in magnitudes]
@@ -94,6 +97,9 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
     if x.device.type != "cpu":
         above = (x.index_select(1, groups).to(wide).abs_() - level.view(1, -1, 1)).clamp_min_(0.0)
         return above.sum((0, 2), dtype=torch.float64), (above > 0).sum((0, 2)).double()
+    many = before == 1 or _READ_ALL * len(groups) > total_groups
+    if many and wide == x.dtype and machine_code.wanted(x):
+        return machine_code.excess(x, groups, level)
     if before == 1:
         sums, counts = [], []
         for rows in _slices(len(groups), after, _SUMMED):

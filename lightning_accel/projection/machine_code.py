@@ -33,6 +33,8 @@ _BLOCKS = (_LONG, _LONG, _LONG, _LONG)  # before, groups, after, threads
 _ARGUMENTS = {
     "max": (_AT, *_BLOCKS, _AT, _AT),
     "clamp": (_AT, _AT, *_BLOCKS, _AT, _AT, _LONG),
+    "norms": (_AT, *_BLOCKS, _AT, _AT),
+    "above": (_AT, *_BLOCKS, _AT, _AT, _LONG, _AT, _AT),
     "project": (_AT, _AT, *_BLOCKS, _AT, _AT, _AT, _AT, _REAL, _REAL, _LONG),
 }
 
@@ -98,6 +100,36 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> None:
         _clamp(_library(), source[whole:], bounds, target[whole:])
     if not target.is_inference():
         torch.autograd.graph.increment_version(target)
+
+
+def group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `kernels.group_norms` does, for float32 and float64 that is `wanted`; sums may overflow."""
+    before, groups, after = x.shape
+    width = groups if before == 1 else groups * after
+    largest, total = x.new_empty(width), x.new_empty(width, dtype=torch.float64)
+    run = getattr(_library(), f"norms_{_WORDS[x.dtype]}")
+    run(x.data_ptr(), *x.shape, _threads(x.numel()), largest.data_ptr(), total.data_ptr())
+    return largest.view(groups, -1).amax(1).double(), total.view(groups, -1).sum(1)
+
+
+def excess(x: Tensor, chosen: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `kernels.excess` does, for float32 and float64 that is `wanted` and levels in its type.
+
+    Rows are read if they are chosen; columns all together, for they share their cache lines.
+    """
+    before, groups, after = x.shape
+    width = len(chosen)
+    if before > 1 or after == 1:
+        level = torch.full((groups,), torch.inf, dtype=x.dtype).index_copy_(0, chosen, level)
+        level, width = level.repeat_interleave(after), groups * after
+    total, count = torch.empty(2, width, dtype=torch.float64).unbind()
+    level, chosen = level.contiguous(), chosen.contiguous()
+    run = getattr(_library(), f"above_{_WORDS[x.dtype]}")
+    places = level.data_ptr(), chosen.data_ptr(), len(chosen), total.data_ptr(), count.data_ptr()
+    run(x.data_ptr(), *x.shape, _threads(x.numel()), *places)
+    if before == 1 and after > 1:
+        return total, count
+    return total.view(groups, after).sum(1)[chosen], count.view(groups, after).sum(1)[chosen]
 
 
 class Threshold(NamedTuple):
@@ -213,7 +245,7 @@ def _clamp(library: ctypes.CDLL, source: Tensor, bounds: Tensor, target: Tensor)
 def _library() -> ctypes.CDLL:
     library = load(text(), keep=True)
     for name, arguments in _ARGUMENTS.items():
-        for bits in (32, 64) if name == "project" else (16, 32, 64):
+        for bits in (16, 32, 64) if name in ("max", "clamp") else (32, 64):
             _declare(library, f"{name}_{bits}", arguments)
     _declare(library, "threshold", (_AT, _LONG, _REAL, _REAL, _AT, _AT))
     return library
