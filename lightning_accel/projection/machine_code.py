@@ -98,8 +98,7 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> None:
     _clamp(_library(), source[:whole].view(shape), bounds.repeat(fold), target[:whole].view(shape))
     if whole < before:
         _clamp(_library(), source[whole:], bounds, target[whole:])
-    if not target.is_inference():
-        torch.autograd.graph.increment_version(target)
+    _tell_autograd(target)
 
 
 def group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,6 +190,7 @@ class WholeProjection:
             inner_radius(radius, terms),
             self._infinity,
         )
+        _tell_autograd(self._blocks)
         return tops, Threshold(bounds, found[1], found[0])
 
 
@@ -210,6 +210,12 @@ def _is_plain(x: Tensor) -> bool:
         and not x.is_neg()
         and not torch.compiler.is_compiling()
     )
+
+
+def _tell_autograd(x: Tensor) -> None:
+    """Count as a write in place, so that a graph that saved ``x`` refuses to go backward with other numbers."""
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
 
 
 def _fold(x: Tensor) -> int:

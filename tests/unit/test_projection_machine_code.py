@@ -165,6 +165,14 @@ def test_a_weight_that_is_not_finite_raises_or_stays(value, size):
     assert torch.equal(model.weight.detach().view(torch.int32), before.view(torch.int32))
 
 
+def test_a_graph_that_saved_a_weight_notices_its_projection():
+    model = torch.nn.Linear(5, 4, bias=False)
+    loss = model.weight.square().sum()
+    Projector(find_targets(model), Ball(radius=0.5)).project(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_what_was_found_stays_when_the_next_step_is_projected():
     model = torch.nn.Linear(5, 4, bias=False)
     projector = Projector(find_targets(model), Ball(radius=0.5))
