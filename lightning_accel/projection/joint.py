@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.machine_code import threshold
-from lightning_accel.projection.pyramid import MaxPyramid, Norm, Pyramid, fibre_norms, project_fibres
+from lightning_accel.projection.pyramid import Norm, Pyramid, fibre_norms, project_fibres
 from lightning_accel.projection.rounding import inner_radius, require_finite
 from lightning_accel.projection.thresholds import Thresholds, l1_thresholds, single_threshold, threshold_near
 
@@ -41,7 +40,6 @@ class Team:
         name: For errors.
         start: The tau of similar tensors, or 0; looked at on CPU where no other team has as many groups, so that
             shards find what the whole does.
-        machine: Find the threshold by machine code instead, where the start would be looked at.
     """
 
     pyramids: Sequence[Pyramid]
@@ -49,7 +47,6 @@ class Team:
     dead: Sequence[Tensor | None] = ()
     name: str = "x"
     start: float = 0.0
-    machine: bool = False
 
 
 def cut(teams: Sequence[Team], *, outer: Norm = "l1", nonfinite: str = "raise") -> list[Cut]:
@@ -74,14 +71,7 @@ def cut(teams: Sequence[Team], *, outer: Norm = "l1", nonfinite: str = "raise") 
         radii = [teams[i].radius(together[i]) for i in members]
         terms = groups + roundings
         near = None
-        looked_at = alone and groups > 0 and outer == "l1" and rows.device.type == "cpu"
-        if looked_at and teams[members[0]].machine:
-            bounds, tau, norm = threshold(rows[0], float(radii[0]), terms)
-            if nonfinite == "raise" and not math.isfinite(norm):
-                require_finite(rows.new_full((), norm), teams[members[0]].name)
-            found[members[0]] = Thresholds(bounds, rows.new_full((), tau), rows.new_full((), norm))
-            continue
-        if looked_at and teams[members[0]].start > 0.0:
+        if alone and teams[members[0]].start > 0.0 and outer == "l1" and rows.device.type == "cpu":
             near = threshold_near(rows[0], float(radii[0]), terms, teams[members[0]].start)
         if near is not None:
             found[members[0]] = Thresholds(near[0], rows.new_full((), near[1]), rows.sum())
@@ -116,33 +106,17 @@ def cut_alone(
     radius: float | Callable[[Tensor], float],
     *,
     start: float = 0.0,
-    machine: bool = False,
     nonfinite: str = "raise",
     name: str = "x",
 ) -> LoneCut:
     """Do what `cut` does for a single tensor on CPU and the outermost norm l1, in as few small operations as possible.
 
     ``radius`` may be what gives it for the norms of the groups. ``start`` is the tau of a similar tensor, or 0.
-    With ``machine``, machine code finds the threshold; where it can, it does everything in one call.
     """
-    if machine and isinstance(part, MaxPyramid) and part.whole is not None and not callable(radius):
-        tops, done = part.whole.run(radius, part.blocks.source.shape[1])
-        if nonfinite == "raise" and not math.isfinite(done.norm):
-            require_finite(tops.new_full((), done.norm), name)
-        return LoneCut(tops, done.tau, done.bounds)
     tops = part.tops()
     if callable(radius):
         radius = radius(tops)
     terms = len(tops) + part.roundings
-    if machine:
-        bounds, tau, size = threshold(tops, radius, terms)
-        if nonfinite == "raise" and not math.isfinite(size):
-            require_finite(tops.new_full((), size), name)
-        if radius < size < math.inf:
-            part.cut(bounds)
-        else:
-            part.leave()
-        return LoneCut(tops, tau, bounds)
     near = threshold_near(tops, radius, terms, start) if start > 0.0 else None
     if near is not None:
         bounds, tau = near

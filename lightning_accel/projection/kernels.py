@@ -2,8 +2,8 @@
 
 On CPU each pass walks over chunks of rows that fit into the second-level cache, so that several elementwise operations
 cost one trip to memory; 16-bit floats are handled as integers there, whose order is that of the magnitudes once the
-sign bit is gone. On other devices an expression over the whole tensor does the same. Where there is a C
-compiler, `machine_code` takes one pass where these take several.
+sign bit is gone. On other devices an expression over the whole tensor does the same. Within `compiled.compiling`,
+passes over rows run compiled.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_accel.projection import machine_code
+from lightning_accel.projection import compiled
 
 _CHUNK = 1 << 17  # entries a thread works on at once with a copy beside them: 512 KiB of float32
 _BARE = 1 << 18  # the same without a copy
@@ -21,7 +21,6 @@ _SUMMED = 1 << 16  # the same for sums over rows, which put what they add up bes
 _MAGNITUDE = 0x7FFF
 _SIGN = -0x8000
 _HALVES = (torch.float16, torch.bfloat16)
-_READ_ALL = 8  # machine code reads all columns of a tensor as quickly as torch picks a part of this size
 _LONG = 4096  # entries; from here on an operation a row costs less than the memory it spares
 _SHORT = 32  # entries; reducing shorter rows one by one is slow
 
@@ -31,10 +30,8 @@ def group_max(x: Tensor) -> Tensor:
     before, groups, after = x.shape
     if x.device.type != "cpu":
         return x.abs().amax((0, 2))
-    if machine_code.wanted(x):
-        return machine_code.group_max(x)
     if before == 1:
-        return _max_of_rows(x[0])
+        return compiled.run(compiled.largest_of_rows, x[0]) if compiled.wanted(x) else _max_of_rows(x[0])
     if x.numel() <= _CHUNK and after == 1 and x.dtype not in _HALVES:  # few operations count more than few passes
         return x.abs().amax(0).view(groups)
     return _max_of_rows(_max_of_columns(x.view(before, groups * after)).view(groups, after))
@@ -58,8 +55,9 @@ def _group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.device.type != "cpu":
         magnitude = x.abs()
         return magnitude.amax((0, 2)).double(), magnitude.sum((0, 2), dtype=torch.float64)
-    if x.dtype not in _HALVES and machine_code.wanted(x):
-        return machine_code.group_norms(x)
+    if before == 1 and compiled.wanted(x):
+        largest, total = compiled.run(compiled.norms_of_rows, x[0])
+        return largest.double(), total.double()
     if before == 1:
         magnitudes = (_wide(x[0, rows]).abs() for rows in _slices(groups, after, _SUMMED))
         pairs = [(m.amax(1), m.sum(1)) for m in magnitudes]
@@ -97,9 +95,9 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
     if x.device.type != "cpu":
         above = (x.index_select(1, groups).to(wide).abs_() - level.view(1, -1, 1)).clamp_min_(0.0)
         return above.sum((0, 2), dtype=torch.float64), (above > 0).sum((0, 2)).double()
-    many = before == 1 or _READ_ALL * len(groups) > total_groups
-    if many and wide == x.dtype and machine_code.wanted(x):
-        return machine_code.excess(x, groups, level)
+    if before == 1 and level.dtype == x.dtype and compiled.wanted(x):
+        total, count = compiled.run(compiled.excess_of_rows, x[0], groups, level)
+        return total.double(), count.double()
     if before == 1:
         sums, counts = [], []
         for rows in _slices(len(groups), after, _SUMMED):
@@ -135,14 +133,13 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> None:
         bounds: ``(groups,)`` in the type of ``source``, >= 0; infinite leaves a group alone.
         target: As ``source``, or ``source`` itself.
     """
-    if machine_code.wanted(source) and machine_code.wanted(target):
-        machine_code.clamp(source, bounds, target)
-        return
     before, groups, after = source.shape
     few = after == 1 and before > 1 and source.numel() <= _FLAT and source.dtype not in _HALVES
     if few or source.device.type != "cpu":
         high = bounds.view(groups, 1)
         torch.clamp(source, -high, high, out=target)
+    elif before == 1 and compiled.wanted(source):
+        compiled.run(compiled.clamp_rows, source[0], bounds.unsqueeze(1), target[0])
     elif before == 1:
         _clamp_rows(source[0], bounds.unsqueeze(1), target[0])
     else:

@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_accel.projection.compiled import compiling
 from lightning_accel.projection.exact import ExactState, project_exact
 from lightning_accel.projection.joint import Team, cut
 from lightning_accel.projection.layout import empty_like_dense, normalize_dims
-from lightning_accel.projection.machine_code import Compile, compiling
 from lightning_accel.projection.pyramid import check_levels, pyramid
 from lightning_accel.projection.rounding import check_input, check_nonfinite, check_out, check_radius
 
@@ -83,7 +83,7 @@ def project_l1inf(
     out: Tensor | None = None,
     nonfinite: Nonfinite = "raise",
     state: ExactState | None = None,
-    compile: Compile = "auto",
+    compile: bool = False,
 ) -> Tensor:
     r"""Project onto the l1,inf ball: the sum over groups of the largest magnitude in each is at most the radius.
 
@@ -104,17 +104,16 @@ def project_l1inf(
         out: As in `project_multilevel`.
         nonfinite: As in `project_multilevel`.
         state: Of the exact method: where the last call for this tensor ended, to start from; it is updated.
-        compile: Run passes over memory as machine code, which the machine's C compiler makes in less than a second and
-            the user's cache folder keeps. ``"auto"``: for tensors on CPU of 65,536 entries or more, if there is a
-            compiler; True: whatever the size, with one warning if there is none; False: eager. Bi-level results are
-            the same bit for bit, but for the sign of zeros in cleared groups.
+        compile: Let `torch.compile` make the passes over groups that are contiguous in memory; worth its seconds for
+            the exact method on large tensors, many times. Bi-level results are the same bit for bit, exact ones to a
+            unit in the last place of the largest entry. Where there is no compiler, warn once and go on without.
 
     Returns:
         As `project_multilevel`.
 
     Raises:
         TypeError: If ``x`` is no floating-point tensor.
-        ValueError: As in `project_multilevel`, or if ``group_dims``, ``method`` or ``compile`` are not valid.
+        ValueError: As in `project_multilevel`, or if ``group_dims`` or ``method`` are not valid.
 
     References:
         Perez, Barlaud, arXiv:2407.16293 (bi-level), arXiv:2307.09836 (exact). *Deviations*: the exact method is a

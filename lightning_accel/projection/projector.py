@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from lightning_accel.projection.exact import ExactState, project_exact
 from lightning_accel.projection.joint import Cut, LoneCut, Team, cut, cut_alone
-from lightning_accel.projection.machine_code import refusal
 from lightning_accel.projection.multilevel import Method, Nonfinite
 from lightning_accel.projection.pyramid import MaxPyramid, Norm, Pyramid, check_levels, fibre_norms, pyramid
 from lightning_accel.projection.ramp import Ramp
@@ -127,11 +126,6 @@ class Projector:
     _layouts: dict[str, tuple[Any, MaxPyramid]] = field(default_factory=dict, repr=False)
     _last: dict[str, Cut | LoneCut] = field(default_factory=dict, repr=False)
 
-    @functools.cached_property
-    def _machine(self) -> bool:
-        """Whether there is machine code; training takes steps enough to pay for it, whatever the size."""
-        return refusal() is None
-
     @property
     def last(self) -> dict[str, Cut]:
         """The last `Cut` by target name (of a global budget: by ``"all parameters"``); for logs."""
@@ -206,9 +200,7 @@ class Projector:
             size = self._size([target], part)
         else:
             size = functools.partial(_sparse_radius, sparsity=ball.target_sparsity * part)
-        found = cut_alone(
-            whole, size, start=memory.tau, machine=self._machine, nonfinite=ball.nonfinite, name=target.name
-        )
+        found = cut_alone(whole, size, start=memory.tau, nonfinite=ball.nonfinite, name=target.name)
         self._last[target.name], memory.tau = found, found.tau
         return True
 
@@ -303,7 +295,7 @@ class Projector:
         dead = [self.memory(t).dead for t in targets] if self.freeze_zero_groups else []
         pyramids = [self._pyramid(t.view(), t) for t in targets]
         start = self.memory(targets[0]).tau if len(targets) == 1 else 0.0
-        return Team(pyramids, lambda norms: self._radius(targets, part, norms), dead, name, start, self._machine)
+        return Team(pyramids, lambda norms: self._radius(targets, part, norms), dead, name, start)
 
     def _radius(self, targets: Sequence[Target], part: float, norms: Tensor) -> Tensor:
         if self.ball.target_sparsity is not None:

@@ -1,6 +1,5 @@
 """Pyramids of norms: up by reducing, down by projecting every fibre onto the ball that the level above left for it."""
 
-import functools
 from collections.abc import Sequence
 from typing import Literal, Protocol, get_args
 
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from lightning_accel.projection.kernels import clamp, group_max
 from lightning_accel.projection.layout import Blocks, normalize_dims
-from lightning_accel.projection.machine_code import WholeProjection, whole
 from lightning_accel.projection.rounding import round_bound, round_toward_zero
 from lightning_accel.projection.thresholds import l1_thresholds
 
@@ -79,13 +77,6 @@ class MaxPyramid:
 
     def __init__(self, x: Tensor, group_dims: tuple[int, ...], out: Tensor) -> None:
         self.blocks = Blocks.of(x, group_dims, out)
-
-    @functools.cached_property
-    def whole(self) -> WholeProjection | None:
-        """The projection in one call, in place, where there is machine code for it."""
-        blocks = self.blocks
-        in_place = blocks.copied_dims is None and blocks.source.data_ptr() == blocks.target.data_ptr()
-        return whole(blocks.source) if in_place else None
 
     def tops(self) -> Tensor:
         """Return the largest magnitudes."""

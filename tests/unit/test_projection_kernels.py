@@ -2,21 +2,16 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
+from lightning_accel.projection import compiled, project_l1inf, radius_for_sparsity
+from lightning_accel.projection.compiled import compiling
 from lightning_accel.projection.kernels import clamp, excess, group_max, group_norms
 from lightning_accel.projection.layout import empty_like_dense
-from lightning_accel.projection.machine_code import compiling
-
-
-@pytest.fixture(autouse=True, params=["eager", "machine code"])
-def passes(request):
-    """Both make the same results."""
-    with compiling(request.param != "eager"):
-        yield
-
 
 SHAPES = {
     "rows": (1, 40, 9_000),
@@ -124,3 +119,58 @@ def test_large_new_tensors_are_tensors_like_any_other(dtype):
     again = empty_like_dense(x).zero_()
     del again
     assert torch.equal(y, x)
+
+
+@pytest.fixture
+def forget_compiling():
+    """Forget what was compiled, and that it failed."""
+    compiled._broken.clear()
+    compiled._compiled.cache_clear()
+    yield
+    compiled._broken.clear()
+    compiled._compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_passes_equal_eager_ones(dtype, forget_compiling):
+    x = torch.randn(60, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, :3] = torch.tensor([-0.0, 0.0, 1e-30])
+    for dims in ((0,), (1,)):
+        radius = radius_for_sparsity(x, 0.5, dims)
+        same = project_l1inf(x, radius, dims, compile=True)
+        assert torch.equal(same, project_l1inf(x, radius, dims))
+        assert torch.equal(project_l1inf(same, radius, dims, compile=True), same)
+        radius = radius_for_sparsity(x, 0.5, dims, "exact")
+        close, eager = (project_l1inf(x, radius, dims, "exact", compile=c) for c in (True, False))
+        assert torch.equal(close == 0, eager == 0)
+        bound = 4.0 * torch.finfo(dtype).eps * float(x.abs().max())
+        assert float((close - eager).abs().max()) <= bound
+        assert float(close.double().abs().amax([1 - d for d in dims]).sum()) <= radius
+    x[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="holds NaN"):
+        project_l1inf(x, 1.0, compile=True)
+    assert not compiled._broken
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_without_a_compiler_there_is_one_warning_and_the_same_result(forget_compiling):
+    x = tensor((60, 700), torch.float32)
+    expected = [project_l1inf(x, 9.0, method=m) for m in ("bilevel", "exact")]
+    none = {"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}
+    with inductor.patch(none), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        for method, result in zip(("bilevel", "exact", "bilevel"), (*expected, expected[0]), strict=True):
+            assert torch.equal(project_l1inf(x, 9.0, method=method, compile=True), result)
+    assert [str(w.message)[:29] for w in caught if w.category is RuntimeWarning] == ["Compiling projections failed,"]
+
+
+def test_compiling_is_asked_for_within_its_block_only():
+    x = tensor((2, 3), torch.float32)
+    with compiling(True):
+        assert compiled.wanted(x)
+        assert not compiled.wanted(x.bfloat16())
+    assert not compiled.wanted(x)
