@@ -155,7 +155,9 @@ def test_goal_is_derived_from_the_baseline():
     found = derive_goal(runs, metric="val/loss")
     assert (found.metric, found.mode, found.target) == ("val/loss", "min", pytest.approx(0.1 / 0.98))
     assert derive_goal(runs, metric="val/loss", mode="max").target == pytest.approx(0.98 * 0.4)
-    assert derive_goal(runs, target=0.5) == Goal("val/accuracy", "max", 0.5, derived=False, rule="a value given by the user")
+    assert derive_goal(runs, target=0.5) == Goal(
+        "val/accuracy", "max", 0.5, derived=False, rule="a value given by the user"
+    )
 
 
 def test_goal_below_zero_is_still_easier_than_the_best():
