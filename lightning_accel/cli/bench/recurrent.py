@@ -1,7 +1,8 @@
 """Training steps of recurrent networks: schedules against the plain loop, ``nn.LSTM`` and the measured floor.
 
 The floor is the time of the products alone at the machine's measured rate: input and recurrent products once forward
-and twice backward, the recurrent ones step by step, so that their weights are read once a step and a direction.
+and twice backward, the recurrent ones step by step, so that their weights are read once a step and a direction. For
+cells of any kind it is that of all products in one piece, for a linear recurrence that of passes over its tensors.
 """
 
 import copy
@@ -23,8 +24,10 @@ from lightning_accel.cli.bench._recurrent_cases import (
     LoopOverPeephole,
     LoopOverTwoCells,
     floor,
+    floor_in_one_piece,
     lstm_graph,
     peak_kib,
+    scan_floor,
 )
 from lightning_accel.cli.bench._recurrent_trainer_rows import rows as trainer_rows
 from lightning_accel.evidence.rows import BenchRow
@@ -58,6 +61,11 @@ _LOOPS: tuple[tuple[str, type[nn.Module], tuple[float, ...], int, tuple[int, ...
     ("an nn.GRUCell", LoopOverGRUCell, _TARGETS[128], 3, (INPUT,), lambda: nn.GRU(INPUT, HIDDEN)),
     ("a peephole cell", LoopOverPeephole, _TARGETS[128], 4, (INPUT,), lambda: nn.LSTM(INPUT, HIDDEN)),
 )
+_LAYERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.LSTMCell: nn.LSTM,
+    nn.GRUCell: nn.GRU,
+    nn.RNNCell: nn.RNN,
+}
 _MEMORY_BATCH = 32
 _NOTICED = 5  # batches after which a loop that gains nothing runs plain
 _NOT_SLOWER = 0.97  # what a program may measure against itself
@@ -200,6 +208,7 @@ def _scan_rows(lengths: tuple[int, ...], rounds: int, device: str) -> Iterator[B
         variants = {
             "unbind loop": _gradients(_unbind_loop, inputs, gradient),
             "scan": _gradients(linear_scan, inputs, gradient),
+            "floor": scan_floor(a, b, gradient),
         }
         yield _row(f"h = a h + b, D={HIDDEN}, T={steps}, B=1", "unbind loop", "scan", variants, rounds, device, target)
 
@@ -230,7 +239,13 @@ def _auto_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[B
             masks = (torch.rand(64, batch, 2 * HIDDEN, device=device) < 0.1).float()
             given = (x, masks) if kind is ZoneoutLSTMCell else x
             auto = _layer(cell, "auto")
-            variants = {"loop": _training_step(_layer(cell, "loop"), given), "auto": _training_step(auto, given)}
+            variants = {
+                "loop": _training_step(_layer(cell, "loop"), given),
+                "auto": _training_step(auto, given),
+                "floor": floor_in_one_piece(cell, len(x), batch, device),
+            }
+            if kind in _LAYERS:
+                variants["torch's layer"] = _training_step(_LAYERS[kind](INPUT, HIDDEN).to(device), x)
             case = f"auto, {kind.__name__}, H={HIDDEN}, T=64, B={batch}"
             yield _row(case, "loop", "auto", variants, rounds, device, 1.0, _chosen(auto))
 
