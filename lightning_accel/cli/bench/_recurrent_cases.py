@@ -205,7 +205,7 @@ def floor_in_one_piece(cell: nn.Module, steps: int, batch: int, device: str) -> 
 
 
 def scan_floor(a: Tensor, b: Tensor, gradient: Tensor) -> Callable[[], object]:
-    """Return what passes over the tensors of a linear recurrence once forward and once backward, for all steps at once."""
+    """Return what passes over the tensors of a linear recurrence once forward and once backward, as a whole."""
     a, b = a.detach(), b.detach()
     h, d_a, d_b = (torch.empty_like(a) for _ in range(3))
 
