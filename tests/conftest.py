@@ -2,12 +2,16 @@
 
 import logging
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+
+# Programs started in the background of a script ignore Ctrl-C, and so would everything they start; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
