@@ -43,6 +43,15 @@ def command_lines(page: Path) -> list[str]:
 COMMANDS = sorted({line for page in PAGES for line in command_lines(page)} - set(FRESH_MACHINE))
 
 
+SHORT_SELECTION = [  # a study of feature selection times ten single steps, and trains before and after its masks
+    "trainer.max_epochs=2",
+    "++trainer.limit_train_batches=8",
+    "++trainer.limit_val_batches=2",
+    "selection.retrain_epoch=1",
+    "compare.pairs=2",
+]
+
+
 def with_overrides(line: str) -> list[str]:
     program, *words = shlex.split(line)
     if program == "python":
@@ -50,6 +59,8 @@ def with_overrides(line: str) -> list[str]:
     assert program == "lightning-accel", f"a README line starts with an unknown program: {line}"
     command = [str(Path(sys.executable).with_name("lightning-accel")), *words]
     extra = SHORTENED.get(words[0], []) if words else []
+    if words[:1] == ["compare"] and any("experiment=sae_" in word for word in words):
+        extra = SHORT_SELECTION
     cut = command.index("--") if "--" in command else len(command)
     given = {word.lstrip("+").split("=")[0] for word in command}
     return [*command[:cut], *(e for e in extra if e.lstrip("+").split("=")[0] not in given), *command[cut:]]
