@@ -23,7 +23,7 @@ from lightning_accel.async_sgd.rules import StalenessRule
 from lightning_accel.async_sgd.settings import Buffers, Outer, Validate
 from lightning_accel.async_sgd.spawn import StartMethod
 from lightning_accel.async_sgd.worker import refuse_unsupported
-from lightning_accel.lightning_private import attach_launcher
+from lightning_accel.lightning_private import attach_launcher, keep_written_metrics
 from lightning_accel.strategies.leased_data import lease_training_data
 from lightning_accel.strategies.refusals import refuse_lock_step
 from lightning_accel.strategies.session import Session, stop_first
@@ -268,6 +268,9 @@ class AsyncSGDBody(_Base):
             self._trainer.callbacks.insert(0, stop_first(session, callbacks.Callback))
             if not self._store.is_coordinator:
                 session.watchers.hold_back()
+            if self._store.incarnation > 0:  # before Lightning opens the loggers of this process
+                for logger in self._trainer.loggers:
+                    keep_written_metrics(logger)
 
     def setup(self, trainer: Any) -> None:
         """Refuse what cannot work, then set up as any strategy does."""
