@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from lightning_accel.evidence.budget import CALLBACKS, LOADING, REST, SETUP, VALIDATION, Share
 from lightning_accel.evidence.comparison import Comparison, write_pairs
@@ -53,16 +54,10 @@ def write_page(report: Report, path: Path, *, picture: Path | None = None) -> No
     Raises:
         MissingPackageError: Without jinja2.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingPackageError(
-            "the page needs jinja2: pip install 'lightning-accel[examples]' (or jinja2)."
-        ) from None
     longest = max((sum(s.seconds for s in shares) for shares in report.budgets.values()), default=0.0)
-    source = files("lightning_accel.evidence").joinpath("report.html.j2").read_text(encoding="utf-8")
-    jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = jinja.from_string(source).render(
+    render_page(
+        "report.html.j2",
+        path,
         report=report,
         picture=None if picture is None else base64.b64encode(picture.read_bytes()).decode("ascii"),
         value=write_value,
@@ -72,6 +67,28 @@ def write_page(report: Report, path: Path, *, picture: Path | None = None) -> No
         kinds=[_Kind(c) for c in report.comparisons],
         bars=[_Bar(arm, shares, longest) for arm, shares in report.budgets.items()],
     )
+
+
+def render_page(template: str, path: Path, **values: Any) -> None:
+    """Write a page from a template of this package, without its blank lines.
+
+    Args:
+        template: File name of the template.
+        path: Of the HTML file.
+        **values: What the template shows.
+
+    Raises:
+        MissingPackageError: Without jinja2.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise MissingPackageError(
+            "the page needs jinja2: pip install 'lightning-accel[examples]' (or jinja2)."
+        ) from None
+    source = files("lightning_accel.evidence").joinpath(template).read_text(encoding="utf-8")
+    jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = jinja.from_string(source).render(**values)
     path.write_text(re.sub(r"\n\s*\n+", "\n", page), encoding="utf-8")
 
 

@@ -1,14 +1,12 @@
 """One self-contained HTML page that shows the study of selected features."""
 
 import base64
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 
 from lightning_accel.evidence.feature_selection import PLAIN, Selection, Summary, headline
-from lightning_accel.evidence.plots import MissingPackageError
+from lightning_accel.evidence.page import render_page
 from lightning_accel.evidence.projection_overhead import Overhead
 
 
@@ -59,19 +57,15 @@ def write_selection_page(report: SelectionReport, path: Path, *, pictures: Mappi
     Raises:
         MissingPackageError: Without jinja2.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingPackageError(
-            "the page needs jinja2: pip install 'lightning-accel[examples]' (or jinja2)."
-        ) from None
-    source = files("lightning_accel.evidence").joinpath("selection.html.j2").read_text(encoding="utf-8")
-    jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     shown = {title: base64.b64encode(picture.read_bytes()).decode("ascii") for title, picture in pictures.items()}
-    page = jinja.from_string(source).render(
-        report=report, pictures=shown, headline=headline(report.summaries), seeds=len({r.seed for r in report.runs})
+    render_page(
+        "selection.html.j2",
+        path,
+        report=report,
+        pictures=shown,
+        headline=headline(report.summaries),
+        seeds=len({r.seed for r in report.runs}),
     )
-    path.write_text(re.sub(r"\n\s*\n+", "\n", page), encoding="utf-8")
 
 
 def _cells(s: Summary, overhead: Overhead | None, *, known: bool, short: bool) -> list[str]:
