@@ -1,5 +1,6 @@
 """l1,inf projection as a Lightning callback."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from typing_extensions import override
 
 from lightning_accel.callbacks._order import correct_order
 from lightning_accel.callbacks._projected_training import Mode, ProjectedTraining, Timing, selection
+from lightning_accel.callbacks._projection_arguments import check_kinds, dimensions, rewind_source, words
 from lightning_accel.projection.multilevel import Method, Nonfinite
 from lightning_accel.projection.projector import Ball, Scope
 from lightning_accel.projection.ramp import Curve, Ramp
@@ -47,6 +49,7 @@ class L1InfProjection(pl.Callback):
             optimizers own some of the parameters and every step is projected.
 
     Raises:
+        TypeError: As `MultilevelProjection`.
         ValueError: As `MultilevelProjection`.
         MisconfigurationException: As `MultilevelProjection`.
 
@@ -62,7 +65,7 @@ class L1InfProjection(pl.Callback):
         radius_fraction: float | None = None,
         target_sparsity: float | None = None,
         parameters: str | Sequence[str] = "*weight",
-        module_types: Sequence[str] | None = ("Linear", "Conv1d", "Conv2d", "Conv3d"),
+        module_types: str | Sequence[str] | None = ("Linear", "Conv1d", "Conv2d", "Conv3d"),
         groups: str | Sequence[int] = "rows",
         num_heads: int | None = None,
         method: Method = "bilevel",
@@ -75,10 +78,27 @@ class L1InfProjection(pl.Callback):
         at_end: bool = False,
         mode: Mode = "project",
         retrain_epoch: int | None = None,
-        rewind: str = "none",
+        rewind: str | os.PathLike[str] = "none",
         freeze_zero_groups: bool = False,
         nonfinite: Nonfinite = "raise",
     ) -> None:
+        check_kinds(
+            numbers={"radius": radius, "radius_fraction": radius_fraction, "target_sparsity": target_sparsity},
+            counts={"start_step": start_step},
+            optional_counts={
+                "num_heads": num_heads,
+                "end_step": end_step,
+                "every_n_steps": every_n_steps,
+                "every_n_epochs": every_n_epochs,
+                "retrain_epoch": retrain_epoch,
+            },
+            switches={"at_end": at_end, "freeze_zero_groups": freeze_zero_groups},
+        )
+        parameters = words("parameters", parameters, "a shell pattern of parameter names, such as '*weight'")
+        if module_types is not None:
+            module_types = words("module_types", module_types, "a class name, such as 'Linear'; None stands for any")
+        groups = groups if isinstance(groups, str) else dimensions("groups", groups)
+        rewind = rewind_source(rewind)
         ramp = Ramp(schedule, start_step, end_step)
         ball = Ball(
             radius=radius,

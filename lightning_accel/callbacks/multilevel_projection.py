@@ -1,5 +1,6 @@
 """Multi-level projection as a Lightning callback."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from typing_extensions import override
 
 from lightning_accel.callbacks._order import correct_order
 from lightning_accel.callbacks._projected_training import Mode, ProjectedTraining, Timing, selection
+from lightning_accel.callbacks._projection_arguments import check_kinds, dimensions, rewind_source, words
 from lightning_accel.projection.multilevel import Nonfinite
 from lightning_accel.projection.projector import Ball, Scope
 from lightning_accel.projection.ramp import Curve, Ramp
@@ -57,6 +59,7 @@ class MultilevelProjection(pl.Callback):
             optimizers own some of the parameters and every step is projected.
 
     Raises:
+        TypeError: If a value is of another kind, such as text for a number.
         ValueError: If a value is out of range or values exclude each other; in ``fit``, for NaN and infinity.
         MisconfigurationException: When ``fit`` starts: no trained parameter fits, FSDP1 or DeepSpeed.
 
@@ -71,7 +74,7 @@ class MultilevelProjection(pl.Callback):
         radius_fraction: float | None = None,
         target_sparsity: float | None = None,
         parameters: str | Sequence[str] = "*weight",
-        module_types: Sequence[str] | None = ("Linear", "Conv1d", "Conv2d", "Conv3d"),
+        module_types: str | Sequence[str] | None = ("Linear", "Conv1d", "Conv2d", "Conv3d"),
         groups: str | Sequence[int] = "rows",
         num_heads: int | None = None,
         norms: Sequence[str] = ("l1", "linf"),
@@ -85,17 +88,34 @@ class MultilevelProjection(pl.Callback):
         at_end: bool = False,
         mode: Mode = "project",
         retrain_epoch: int | None = None,
-        rewind: str = "none",
+        rewind: str | os.PathLike[str] = "none",
         freeze_zero_groups: bool = False,
         nonfinite: Nonfinite = "raise",
     ) -> None:
+        check_kinds(
+            numbers={"radius": radius, "radius_fraction": radius_fraction, "target_sparsity": target_sparsity},
+            counts={"start_step": start_step},
+            optional_counts={
+                "num_heads": num_heads,
+                "end_step": end_step,
+                "every_n_steps": every_n_steps,
+                "every_n_epochs": every_n_epochs,
+                "retrain_epoch": retrain_epoch,
+            },
+            switches={"at_end": at_end, "freeze_zero_groups": freeze_zero_groups},
+        )
+        parameters = words("parameters", parameters, "a shell pattern of parameter names, such as '*weight'")
+        if module_types is not None:
+            module_types = words("module_types", module_types, "a class name, such as 'Linear'; None stands for any")
+        groups = groups if isinstance(groups, str) else dimensions("groups", groups)
+        rewind = rewind_source(rewind)
         ramp = Ramp(schedule, start_step, end_step)
         ball = Ball(
             radius=radius,
             radius_fraction=radius_fraction,
             target_sparsity=target_sparsity,
-            norms=tuple(norms),  # type: ignore[arg-type]  # checked in `Ball`
-            dims=None if dims is None else tuple(tuple(d) for d in dims),
+            norms=words("norms", norms, "a level, from the outermost in"),  # type: ignore[arg-type]  # checked in `Ball`
+            dims=None if dims is None else tuple(dimensions("dims", level) for level in dims),
             scope=scope,
             nonfinite=nonfinite,
         )

@@ -3,8 +3,10 @@
 import copy
 import math
 
+import numpy
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_accel.callbacks import GroupSparsity, L1InfProjection, MultilevelProjection
@@ -147,6 +149,72 @@ INVALID = [
 def test_invalid_settings_are_refused_when_the_callback_is_made(kind, arguments, match):
     with pytest.raises(ValueError, match=match):
         kind(**arguments)
+
+
+WRONG_KINDS = [
+    ({"radius": "1"}, r"`radius` must be a number or None, got '1'\. Write it without quotation marks"),
+    ({"radius": True}, "`radius` must be a number or None, got True"),
+    ({"radius": torch.ones(2)}, "`radius` must be a number"),
+    ({"radius_fraction": "0.5"}, "`radius_fraction` must be a number or None, got '0.5'"),
+    ({"target_sparsity": [0.5]}, r"`target_sparsity` must be a number or None, got \[0\.5\]"),
+    ({"radius": 1.0, "every_n_steps": 2.5}, r"`every_n_steps` must be an integer or None, got 2\.5"),
+    ({"radius": 1.0, "every_n_epochs": "3"}, "`every_n_epochs` must be an integer or None, got '3'. Write it without"),
+    ({"radius": 1.0, "start_step": None}, "`start_step` must be an integer, got None"),
+    ({"radius": 1.0, "schedule": "linear", "end_step": 9.5}, "`end_step` must be an integer"),
+    ({"radius": 1.0, "num_heads": 2.0}, "`num_heads` must be an integer"),
+    ({"radius": 1.0, "mode": "project_then_retrain", "retrain_epoch": True}, "`retrain_epoch` must be an integer"),
+    ({"radius": 1.0, "at_end": "no"}, "`at_end` must be True or False, got 'no'"),
+    ({"radius": 1.0, "freeze_zero_groups": 1}, "`freeze_zero_groups` must be True or False, got 1"),
+    ({"radius": 1.0, "parameters": None}, "`parameters` must be text or several texts, got None"),
+    ({"radius": 1.0, "parameters": ["*weight", 3]}, "`parameters` must be text .*, such as '.weight'"),
+    ({"radius": 1.0, "module_types": [nn.Linear]}, "`module_types` must be text or .* a class name, such as 'Linear'"),
+    ({"radius": 1.0, "groups": 0}, r"`groups` must name dimensions as integers, such as \(0,\), got 0"),
+    ({"radius": 1.0, "groups": ["rows"]}, "`groups` must name dimensions as integers"),
+    ({"radius": 1.0, "rewind": None}, "`rewind` must be 'none', 'init' or the path of a checkpoint, got None"),
+]
+NO_WORDS = [
+    ({"parameters": ()}, r"`parameters` must hold at least one word .*, got \(\)\. Each is a shell pattern"),
+    ({"parameters": ""}, "`parameters` must hold at least one word and no empty one, got ''"),
+    ({"parameters": ["*weight", ""]}, "`parameters` must hold at least one word and no empty one"),
+    ({"module_types": []}, r"`module_types` must hold at least one word .* None stands for any"),
+    ({"groups": (0, 0)}, r"`groups` must name each dimension once, got \(0, 0\)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "match"), WRONG_KINDS)
+@pytest.mark.parametrize("kind", [L1InfProjection, MultilevelProjection])
+def test_values_of_another_kind_are_refused_when_the_callback_is_made(kind, arguments, match):
+    with pytest.raises(TypeError, match=match):
+        kind(**arguments)
+
+
+@pytest.mark.parametrize(("arguments", "match"), NO_WORDS)
+@pytest.mark.parametrize("kind", [L1InfProjection, MultilevelProjection])
+def test_selections_of_nothing_are_refused_when_the_callback_is_made(kind, arguments, match):
+    with pytest.raises(ValueError, match=match):
+        kind(1.0, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"norms": None}, TypeError, "`norms` must be text or several texts, got None"),
+        ({"norms": ()}, ValueError, "`norms` must hold at least one word"),
+        ({"dims": (0, 1)}, TypeError, "`dims` must name dimensions as integers, such as .*, got 0"),
+        ({"dims": ((0,), (1, 1))}, ValueError, "`dims` must name each dimension once"),
+    ],
+)
+def test_levels_of_another_kind_are_refused_when_the_callback_is_made(arguments, error, match):
+    with pytest.raises(error, match=match):
+        MultilevelProjection(1.0, **arguments)
+
+
+@pytest.mark.parametrize("kind", [L1InfProjection, MultilevelProjection])
+def test_numbers_and_words_are_taken_as_libraries_make_them(kind, tmp_path):
+    kind(numpy.float32(1.0), start_step=numpy.int64(3), module_types="Linear", groups=[numpy.int64(1)])
+    kind(1, mode="project_then_retrain", retrain_epoch=1, rewind=tmp_path / "last.ckpt")
+    settings = OmegaConf.create({"parameters": ["*weight"], "module_types": ["Linear"], "groups": [0]})
+    kind(1.0, **settings)
 
 
 @pytest.mark.parametrize(

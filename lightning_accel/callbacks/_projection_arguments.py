@@ -1,0 +1,91 @@
+"""What kinds of values the projection callbacks take; ranges are checked where the values are used."""
+
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+
+
+def check_kinds(
+    *,
+    numbers: Mapping[str, object],
+    counts: Mapping[str, object],
+    optional_counts: Mapping[str, object],
+    switches: Mapping[str, object],
+) -> None:
+    """Refuse arguments of another kind, such as text from a configuration.
+
+    Args:
+        numbers: Name to what must be a real number or ``None``.
+        counts: Name to what must be an integer.
+        optional_counts: Name to what must be an integer or ``None``.
+        switches: Name to what must be true or false.
+
+    Raises:
+        TypeError: If one is not.
+    """
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise TypeError(f"`{name}` must be a number or None, got {value!r}.{_unquote(value)}")
+    for name, value in optional_counts.items():
+        if value is not None and not _is_integer(value):
+            raise TypeError(f"`{name}` must be an integer or None, got {value!r}.{_unquote(value)}")
+    for name, value in counts.items():
+        if not _is_integer(value):
+            raise TypeError(f"`{name}` must be an integer, got {value!r}.{_unquote(value)}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def words(name: str, given: str | Sequence[str], what: str) -> tuple[str, ...]:
+    """Return one word or several as a tuple.
+
+    Args:
+        name: Of the argument.
+        given: Its value.
+        what: A word stands for, to be said where there is none.
+
+    Raises:
+        TypeError: If something is no text.
+        ValueError: If there is no word, or an empty one.
+    """
+    found = (given,) if isinstance(given, str) else given
+    if not isinstance(found, Sequence) or not all(isinstance(word, str) for word in found):
+        raise TypeError(f"`{name}` must be text or several texts, got {given!r}. Each is {what}.")
+    if not found or not all(found):
+        raise ValueError(f"`{name}` must hold at least one word and no empty one, got {given!r}. Each is {what}.")
+    return tuple(found)
+
+
+def dimensions(name: str, given: Sequence[int]) -> tuple[int, ...]:
+    """Return dimensions as a tuple.
+
+    Raises:
+        TypeError: If they are no integers.
+        ValueError: If one is named twice.
+    """
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    if not several or not all(map(_is_integer, given)):
+        raise TypeError(f"`{name}` must name dimensions as integers, such as (0,), got {given!r}.")
+    if len(set(given)) < len(given):
+        raise ValueError(f"`{name}` must name each dimension once, got {tuple(given)}.")
+    return tuple(int(d) for d in given)
+
+
+def rewind_source(given: str | os.PathLike[str]) -> str:
+    """Return what to rewind to as text.
+
+    Raises:
+        TypeError: If it is neither text nor a path.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(f"`rewind` must be 'none', 'init' or the path of a checkpoint, got {given!r}.")
+    return os.fspath(given)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _unquote(value: object) -> str:
+    return " Write it without quotation marks." if isinstance(value, str) else ""
