@@ -6,13 +6,14 @@ import logging
 import math
 import pickle
 
+import lightning.pytorch
 import pytest
+import pytorch_lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -121,19 +122,43 @@ def test_every_weight_is_feasible_after_training(make):
 BOTH = pytest.mark.parametrize("kind", [L1InfProjection, MultilevelProjection])
 
 
+class AfterSteps(Callback):
+    """Look, after every optimizer step, at whether all that it has moved is in the ball."""
+
+    def __init__(self, radius):
+        self.radius, self.feasible = radius, []
+
+    def on_train_start(self, trainer, pl_module):
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(self.look)  # runs after the hooks of ``on_fit_start``
+
+    def look(self, optimizer, *_):
+        moved = [p.detach() for group in optimizer.param_groups for p in group["params"] if p.ndim > 1]
+        assert moved
+        self.feasible.append(all(l1inf(weight) <= self.radius for weight in moved))
+
+
+def test_without_a_projection_every_step_leaves_the_ball():
+    after = AfterSteps(2.0)
+    fit(Net(), after)
+    assert after.feasible == [False] * 12
+
+
 @BOTH
 def test_projections_equal_global_step_under_accumulation(kind):
-    callback = kind(2.0)
-    trainer = fit(Net(), callback, accumulate_grad_batches=3)
+    callback, after = kind(2.0), AfterSteps(2.0)
+    trainer = fit(Net(), callback, after, accumulate_grad_batches=3)
     assert callback.projections == trainer.global_step == 4
+    assert after.feasible == [True] * 4
 
 
 @BOTH
 def test_projections_equal_global_step_with_two_optimizers_by_hand(kind):
-    callback = kind(2.0)
+    callback, after = kind(2.0), AfterSteps(2.0)
     net = Net("manual")
-    trainer = fit(net, callback)
+    trainer = fit(net, callback, after)
     assert callback.projections == trainer.global_step == 18
+    assert after.feasible == [True] * 18
     assert all(l1inf(w) <= 2.0 for w in weights(net).values())
 
 
@@ -229,12 +254,46 @@ def test_ramp_rises_to_the_full_projection():
     assert norms[-1] <= 1.0
 
 
-@pytest.mark.parametrize("when", [{"every_n_steps": 4}, {"every_n_epochs": 1}, {"at_end": True}])
-def test_other_times_leave_feasible_weights_at_the_end(when):
+@pytest.mark.parametrize("method", ["bilevel", "exact"])
+@pytest.mark.parametrize("scope", ["parameter", "global"])
+def test_target_sparsity_rises_with_the_ramp(method, scope):
+    cleared = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            cleared.append([zero_rows(w) for w in weights(pl_module).values()])
+
+    settings = {"schedule": "cubic", "start_step": 2, "end_step": 10, "method": method, "scope": scope}
+    fit(Net(hidden=40), L1InfProjection(target_sparsity=0.5, **settings), Watch())
+    parts = [1.0 - (1.0 - min(max(step - 2, 0), 8) / 8) ** 3 for step in range(1, 13)]
+    if scope == "global":
+        assert [sum(found) for found in cleared] == [round(0.5 * part * 83) for part in parts]
+    else:
+        assert cleared == [[round(0.5 * part * rows) for rows in (40, 40, 3)] for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("when", "projected"),
+    [
+        ({"every_n_steps": 4}, [4, 8, 12, 16, 20, 24]),
+        ({"every_n_epochs": 1}, [6, 12, 18, 24]),
+        ({"every_n_epochs": 2}, [12, 24]),
+        ({"at_end": True}, []),
+    ],
+)
+def test_other_times_project_then_and_leave_feasible_weights_at_the_end(when, projected):
+    feasible = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if all(l1inf(w) <= 1.0 for w in weights(pl_module).values()):
+                feasible.append(trainer.global_step)
+
     net, callback = Net(), L1InfProjection(1.0, **when)
-    fit(net, callback)
+    fit(net, callback, Watch(), epochs=4)
+    assert feasible == projected
     assert all(l1inf(w) <= 1.0 for w in weights(net).values())
-    assert callback.projections == (3 if "every_n_steps" in when else 0)
+    assert callback.projections == (6 if "every_n_steps" in when else 0)
 
 
 def test_frozen_zero_groups_stay_zero_between_projections():
@@ -342,6 +401,18 @@ def test_averaged_weights_are_feasible(kind, average, tmp_path):
             assert l1inf(weight) <= 1.0 + 1e-6, name  # averaging in float32 rounds
 
 
+def test_averages_of_weights_that_are_retrained_keep_the_zeros(tmp_path):
+    net, average = Net(), EMAWeightAveraging(decay=0.9)
+    mine = L1InfProjection(target_sparsity=0.5, mode="project_then_retrain", retrain_epoch=2, rewind="init")
+    fit(net, average, mine, ModelCheckpoint(tmp_path, save_last=True), epochs=4, validate=True)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    raw = saved["lightning_accel_average_before_projection"]
+    for found in (net.seen_in_validation, saved["state_dict"]):
+        for name in weights(net):
+            assert zero_rows(found[name]) == round(0.5 * len(found[name])), name
+            assert zero_rows(raw[name]) == 0, name  # weights from before the projection are still in the average
+
+
 def test_averages_resume_as_they_were_before_projection(tmp_path):
     def callbacks():
         return L1InfProjection(target_sparsity=0.5), EMAWeightAveraging(decay=0.9)
@@ -408,14 +479,23 @@ def test_nothing_to_project_names_what_comes_close(settings, match):
         fit(net, L1InfProjection(1.0, **settings))
 
 
-def test_strategies_that_take_parameters_apart_are_refused():
-    callback = L1InfProjection(1.0)
+@BOTH
+@pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning])
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_take_parameters_apart_are_refused(kind, package, name):
+    chosen = getattr(package.strategies, name)
+
+    class OfAUser(chosen):
+        def __init__(self):  # the real ones want a GPU, or a package that is not here
+            pass
 
     class Stub:
-        strategy = FSDPStrategy()
+        strategy = OfAUser()
 
-    with pytest.raises(MisconfigurationException, match="which FSDPStrategy takes apart"):
-        callback.setup(Stub(), Net(), "fit")
+    with pytest.raises(
+        MisconfigurationException, match=rf"{kind.__name__} needs .* which {name} takes apart\. Use 'ddp'"
+    ):
+        kind(1.0).setup(Stub(), Net(), "fit")
 
 
 def test_values_are_logged_for_each_parameter():
