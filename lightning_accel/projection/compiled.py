@@ -1,26 +1,47 @@
-"""Passes over rows that a compiler merges into one loop, where there is a compiler: an option, never a need.
+"""Passes over memory that `torch.compile` makes one loop each, where there is a compiler: an option, never a need.
 
-Maxima and clamps are those of the eager passes bit for bit. Sums are added in another order, so they agree to about
-1e-6 of their size in float32 and 1e-14 in float64.
+Magnitudes are compared as integers, whose order is theirs once the sign bit is gone: that is one instruction where the
+rules for NaN take several. 16-bit floats go in pairs, an integer each. Columns are reduced in blocks of a few rows, as
+the loop that a compiler makes of a whole column runs down a column before it turns to the next.
+
+Maxima and clamps are those of the eager passes bit for bit, so they may be compiled at any time. Sums are added in
+another order (they agree to about 1e-6 of their size in float32 and 1e-14 in float64), so they are compiled only where
+somebody asks. Every function returns ``None`` (or ``False``) where the eager pass is to do the work.
 """
 
 import contextlib
 import functools
+import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-_wanted: ContextVar[bool] = ContextVar("compiled passes wanted", default=False)
+Compile = bool | Literal["auto"]
+
+_log = logging.getLogger(__name__)
+_LARGE = 1 << 22  # bytes; passes over less stay in the caches, where calls cost as much as compiling spares
+_WORTH = (
+    1 << 36
+)  # bytes; eager passes over as many take as much longer than compiled ones as compiling takes, about 6 s
+_BLOCK = 20  # rows of a block that columns are reduced in
+_LEAST = 8  # rows; fewer are left to eager passes
+_NARROW = 32  # entries a row; as above
+_HALVES = (torch.float16, torch.bfloat16)
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+_wanted: ContextVar[Compile] = ContextVar("compiled passes wanted", default="auto")
+_seen = [0]  # bytes of large tensors that passed eagerly
 _broken: list[str] = []  # why compiling failed on this machine; it is tried once
 
 
 @contextlib.contextmanager
-def compiling(wanted: bool) -> Iterator[None]:
-    """Ask for compiled passes within the block."""
+def compiling(wanted: Compile) -> Iterator[None]:
+    """Within the block: compile every pass (``True``), none, or (``"auto"``) what changes no bit, once it has paid."""
     token = _wanted.set(wanted)
     try:
         yield
@@ -28,49 +49,227 @@ def compiling(wanted: bool) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def wanted(x: Tensor) -> bool:
-    """Say whether passes over ``x`` should be compiled; 16-bit floats have quick eager ones."""
-    return _wanted.get() and not _broken and x.dtype in (torch.float32, torch.float64)
+def check_compile(wanted: object) -> None:
+    """Refuse an unknown wish.
+
+    Raises:
+        ValueError: If it is none of ``True``, ``False`` and ``"auto"``.
+    """
+    if wanted not in (True, False, "auto"):
+        raise ValueError(f"`compile` must be True, False or 'auto', got {wanted!r}.")
 
 
-def largest_of_rows(rows: Tensor) -> Tensor:
-    """Return the largest magnitude of each row."""
-    return rows.abs().amax(1)
+def largest(x: Tensor) -> Tensor | None:
+    """Return the largest magnitude of each row (``before`` is 1) or column, as `kernels.group_max`.
+
+    Args:
+        x: ``(before, groups, after)``.
+
+    Returns:
+        ``(groups,)``, or ``(groups * after,)`` where ``before`` is not 1.
+    """
+    before, groups, after = x.shape
+    rows = x[0] if before == 1 else x.view(before, groups * after)
+    bits = _bits(rows) if _possible(rows, by_row=before == 1) and _pays(x) else None
+    if bits is None:
+        return None
+    if before == 1:
+        found = _run(_largest_of_row_pairs if x.dtype in _HALVES else _largest_of_rows, bits)
+        return found if found is None else (found.to(torch.int16) if x.dtype in _HALVES else found).view(x.dtype)
+    blocks, rest = _blocks(bits)
+    found = _run(_largest_of_column_pairs if x.dtype in _HALVES else _largest_of_columns, blocks)
+    if found is None or rest == 0:
+        return found if found is None else found.view(x.dtype)
+    return torch.maximum(found.view(x.dtype), rows[-rest:].abs().amax(0))
 
 
-def norms_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest magnitude and the l1 norm of each row."""
-    magnitude = rows.abs()
-    return magnitude.amax(1), magnitude.sum(1)
+def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> bool:
+    """Do what `kernels.clamp` does; say whether it was done."""
+    before, groups, after = source.shape
+    rows, out = (t[0] if before == 1 else t.view(before, groups * after) for t in (source, target))
+    in_place = source.data_ptr() == target.data_ptr()
+    if not (_possible(rows, by_row=before == 1) and _pays(source)):
+        return False
+    bits, out_bits = _bits(rows), _bits(out)
+    if bits is None or out_bits is None:
+        return False
+    pairs = source.dtype in _HALVES
+    kind = torch.int16 if pairs else _INTEGERS[source.dtype]
+    most = torch.iinfo(kind).max
+    # NaN is above infinity here; the largest integer leaves both alone
+    level = bounds.view(kind).masked_fill(torch.isinf(bounds), most)
+    sign = (level > 0).to(kind) * torch.iinfo(kind).min
+    repeats = 2 if pairs and before == 1 else (after if before > 1 else 1)
+    if repeats > 1:
+        level, sign = level.repeat_interleave(repeats), sign.repeat_interleave(repeats)
+    level, sign = (t.view(bits.dtype).unsqueeze(1 if before == 1 else 0) for t in (level, sign))
+    if in_place:
+        done = _run(_clamp_pairs if pairs else _clamp, bits, level, sign)
+    else:
+        done = _run(_clamp_pairs_to if pairs else _clamp_to, bits, level, sign, out_bits)
+    return done is not None
 
 
-def excess_of_rows(rows: Tensor, chosen: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of what is above its level in each chosen row, and how many entries are."""
-    above = (rows.index_select(0, chosen).abs() - level.unsqueeze(1)).clamp_min(0.0)
-    return above.sum(1), (above > 0.0).to(rows.dtype).sum(1)
+def norms(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the largest magnitude and the l1 norm of each row or column; float32 and float64 only.
+
+    Returns:
+        Both as `largest` returns its one; the l1 norms in float64 or in the type of ``x``.
+    """
+    before, groups, after = x.shape
+    rows = x[0] if before == 1 else x.view(before, groups * after)
+    if not (_possible(rows, by_row=before == 1) and _sums_pay(x)):
+        return None
+    if before == 1:
+        return _run(_norms_of_rows, rows)
+    blocks, rest = _blocks(rows)
+    found = _run(_norms_of_columns, blocks)
+    if found is None or rest == 0:
+        return found
+    last = rows[-rest:].abs()
+    return torch.maximum(found[0], last.amax(0)), found[1] + last.sum(0)
 
 
-def clamp_rows(rows: Tensor, bound: Tensor, target: Tensor) -> None:
-    """Write rows clamped to bounds ``(rows, 1)`` to ``target``."""
-    target.copy_(torch.minimum(torch.maximum(rows, -bound), bound))
+def excess(x: Tensor, groups: Tensor | None, level: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return sums of what is above its level, and counts, of chosen rows or of all columns; as `norms`.
+
+    Args:
+        x: ``(before, groups, after)``.
+        groups: Indices of the rows; ``None`` for columns.
+        level: In the type of ``x``: one a chosen row, or one a column, ``(groups * after,)``.
+    """
+    rows = x[0] if groups is not None else x.view(len(x), -1)
+    if level.dtype != x.dtype or not (_possible(rows, by_row=groups is not None) and _sums_pay(x)):
+        return None
+    if groups is not None:
+        return _run(_excess_of_rows, rows, groups, level) if len(groups) > 1 else None
+    blocks, rest = _blocks(rows)
+    found = _run(_excess_of_columns, blocks, level)
+    if found is None or rest == 0:
+        return found
+    above = (rows[-rest:].abs() - level).clamp_min_(0.0)
+    return found[0] + above.sum(0), found[1] + (above > 0.0).sum(0)
 
 
-def run(function: Callable[..., Any], *tensors: Tensor) -> Any:
-    """Call a function of this module compiled; as it is, with one warning, where that fails."""
-    if not _broken:
-        try:
-            return _compiled(function)(*tensors)
-        except Exception as error:  # whatever a compiler may raise
-            _broken.append(str(error))
-            warnings.warn(
-                f"Compiling projections failed, so they go on without: {str(error).strip().splitlines()[0]}. Install a "
-                "C++ compiler (on GPU: Triton), or do not ask for `compile`.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return function(*tensors)
+def _possible(rows: Tensor, *, by_row: bool) -> bool:
+    if _broken or _wanted.get() is False or rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return rows.shape[1] >= _NARROW and rows.shape[0] >= (2 if by_row else _LEAST)
+
+
+def _pays(x: Tensor) -> bool:
+    if _wanted.get() is True:
+        return True
+    size = x.numel() * x.element_size()
+    if size < _LARGE:
+        return False
+    _seen[0] += size
+    return _seen[0] > _WORTH
+
+
+def _sums_pay(x: Tensor) -> bool:
+    return _wanted.get() is True and x.dtype not in _HALVES
+
+
+def _bits(rows: Tensor) -> Tensor | None:
+    """View floats as integers, 16-bit ones in pairs; ``None`` where that does not come out even."""
+    if rows.dtype not in _HALVES:
+        return rows.view(_INTEGERS[rows.dtype])
+    return rows.view(torch.int32) if rows.shape[1] % 2 == 0 == rows.storage_offset() % 2 else None
+
+
+def _blocks(rows: Tensor) -> tuple[Tensor, int]:
+    """Return rows as ``(blocks, height, width)``, and how many rows are left over at the end."""
+    height = min(_BLOCK, len(rows) // 2)
+    blocks = len(rows) // height
+    return rows[: blocks * height].view(blocks, height, -1), len(rows) - blocks * height
+
+
+def _run(function: Callable[..., Any], *tensors: Tensor) -> Any:
+    """Call a function compiled; return ``None``, after one warning, where that fails."""
+    key = function.__name__, tensors[0].dtype, torch.get_num_threads()
+    begin = time.perf_counter()
+    try:
+        with torch.no_grad():
+            result = _compiled(function)(*tensors)
+    except Exception as error:  # whatever a compiler may raise
+        _broken.append(str(error))
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(
+            f"Compiling projections failed, so they go on without: {first}. Install a C++ compiler, or pass "
+            "`compile=False`.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    if key not in _known:
+        _known.add(key)
+        _log.info("Compiled a pass of projections (%s, %s) in %.1f s.", *key[:2], time.perf_counter() - begin)
+    return result
+
+
+_known: set[tuple[str, torch.dtype, int]] = set()  # what was logged
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _largest_of_rows(bits: Tensor) -> Tensor:
+    return (bits & torch.iinfo(bits.dtype).max).amax(1)
+
+
+def _largest_of_row_pairs(bits: Tensor) -> Tensor:
+    return torch.maximum((bits & 0x7FFF0000).amax(1) >> 16, (bits & 0x7FFF).amax(1))
+
+
+def _largest_of_columns(blocks: Tensor) -> Tensor:
+    return (blocks & torch.iinfo(blocks.dtype).max).amax(1).amax(0)
+
+
+def _largest_of_column_pairs(blocks: Tensor) -> Tensor:
+    return (blocks & 0x7FFF0000).amax(1).amax(0) | (blocks & 0x7FFF).amax(1).amax(0)
+
+
+def _clamp(bits: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    return bits.copy_(torch.minimum(bits & torch.iinfo(bits.dtype).max, level) | (bits & sign))
+
+
+def _clamp_to(bits: Tensor, level: Tensor, sign: Tensor, target: Tensor) -> Tensor:
+    return target.copy_(torch.minimum(bits & torch.iinfo(bits.dtype).max, level) | (bits & sign))
+
+
+def _clamped_pairs(bits: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    high = torch.minimum(bits & 0x7FFF0000, level & 0x7FFF0000)
+    low = torch.minimum(bits & 0x7FFF, level & 0x7FFF)
+    return high | low | (bits & sign)
+
+
+def _clamp_pairs(bits: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    return bits.copy_(_clamped_pairs(bits, level, sign))
+
+
+def _clamp_pairs_to(bits: Tensor, level: Tensor, sign: Tensor, target: Tensor) -> Tensor:
+    return target.copy_(_clamped_pairs(bits, level, sign))
+
+
+def _norms_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    magnitude = rows.abs()
+    return magnitude.amax(1), magnitude.sum(1)
+
+
+def _norms_of_columns(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    magnitude = blocks.abs()
+    return magnitude.amax(1).amax(0), magnitude.sum(1).sum(0, dtype=torch.float64)
+
+
+def _excess_of_rows(rows: Tensor, chosen: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    above = (rows.index_select(0, chosen).abs() - level.unsqueeze(1)).clamp_min(0.0)
+    return above.sum(1), (above > 0.0).to(rows.dtype).sum(1)
+
+
+def _excess_of_columns(blocks: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    above = (blocks.abs() - level).clamp_min(0.0)
+    count = (above > 0.0).to(blocks.dtype)
+    return above.sum(1).sum(0, dtype=torch.float64), count.sum(1).sum(0, dtype=torch.float64)

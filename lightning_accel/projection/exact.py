@@ -15,6 +15,7 @@ _MAX_ITERATIONS = 100
 _COARSE = 1e-6  # relative change of the bounds at which float32 sums have nothing more to say
 _PRECISE = 1e-14  # and float64 sums
 _FLOAT32_SUMS = 1e37  # l1 norms up to here surely do not overflow float32
+_FEW = 4  # one column of so many is worth moving
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -111,6 +112,7 @@ class _Solver:
     entries: Tensor
     target: Tensor
     iterations: int = 0
+    _packed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def solve(self, start: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return bounds (feasible without slack) and theta."""
@@ -142,15 +144,29 @@ class _Solver:
     def _excess(self, alive: Tensor, mu: Tensor, *, precise: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Evaluate at ``mu``, which float32 sums round first; return that point, the sums and the counts."""
         at, above, count, start = [], [], [], 0
-        for source, size in zip(self.sources, self.sizes, strict=True):
+        for index, size in enumerate(self.sizes):
             first, last = torch.searchsorted(alive, torch.tensor([start, start + size], device=alive.device)).tolist()
             rounded = mu[first:last] if precise else mu[first:last].float().double()
-            sums, counts = excess(source, alive[first:last] - start, rounded, precise=precise)
+            source, chosen = self._pack(index, alive[first:last] - start)
+            sums, counts = excess(source, chosen, rounded, precise=precise)
             at.append(rounded)
             above.append(sums)
             count.append(counts)
             start += size
         return torch.cat(at), torch.cat(above), torch.cat(count)
+
+    def _pack(self, index: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a tensor that holds the chosen groups, and where they are in it.
+
+        Few columns of many are moved together: later iterations, with fewer still, then read nothing else. (Rows need
+        not be: reading some of them reads no others.)
+        """
+        source, kept = self._packed.get(index, (self.sources[index], None))
+        place = chosen if kept is None else torch.searchsorted(kept, chosen)
+        if len(source) > 1 and source.device.type == "cpu" and 0 < _FEW * len(chosen) <= source.shape[1]:
+            self._packed[index] = source.index_select(1, place), chosen
+            return self._packed[index][0], torch.arange(len(chosen))
+        return source, place
 
 
 def solve_tangents(

@@ -2,8 +2,8 @@
 
 On CPU each pass walks over chunks of rows that fit into the second-level cache, so that several elementwise operations
 cost one trip to memory; 16-bit floats are handled as integers there, whose order is that of the magnitudes once the
-sign bit is gone. On other devices an expression over the whole tensor does the same. Within `compiled.compiling`,
-passes over rows run compiled.
+sign bit is gone. On other devices an expression over the whole tensor does the same. `compiled` does a pass instead
+where it may.
 """
 
 import math
@@ -30,8 +30,11 @@ def group_max(x: Tensor) -> Tensor:
     before, groups, after = x.shape
     if x.device.type != "cpu":
         return x.abs().amax((0, 2))
+    found = compiled.largest(x)
+    if found is not None:
+        return found if before == 1 or after == 1 else _max_of_rows(found.view(groups, after))
     if before == 1:
-        return compiled.run(compiled.largest_of_rows, x[0]) if compiled.wanted(x) else _max_of_rows(x[0])
+        return _max_of_rows(x[0])
     if x.numel() <= _CHUNK and after == 1 and x.dtype not in _HALVES:  # few operations count more than few passes
         return x.abs().amax(0).view(groups)
     return _max_of_rows(_max_of_columns(x.view(before, groups * after)).view(groups, after))
@@ -55,9 +58,10 @@ def _group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.device.type != "cpu":
         magnitude = x.abs()
         return magnitude.amax((0, 2)).double(), magnitude.sum((0, 2), dtype=torch.float64)
-    if before == 1 and compiled.wanted(x):
-        largest, total = compiled.run(compiled.norms_of_rows, x[0])
-        return largest.double(), total.double()
+    found = compiled.norms(x)
+    if found is not None:
+        most, total = found
+        return most.view(groups, -1).amax(1).double(), total.view(groups, -1).sum(1, dtype=torch.float64)
     if before == 1:
         magnitudes = (_wide(x[0, rows]).abs() for rows in _slices(groups, after, _SUMMED))
         pairs = [(m.amax(1), m.sum(1)) for m in magnitudes]
@@ -95,10 +99,10 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
     if x.device.type != "cpu":
         above = (x.index_select(1, groups).to(wide).abs_() - level.view(1, -1, 1)).clamp_min_(0.0)
         return above.sum((0, 2), dtype=torch.float64), (above > 0).sum((0, 2)).double()
-    if before == 1 and level.dtype == x.dtype and compiled.wanted(x):
-        total, count = compiled.run(compiled.excess_of_rows, x[0], groups, level)
-        return total.double(), count.double()
     if before == 1:
+        found = compiled.excess(x, groups, level)
+        if found is not None:
+            return found[0].double(), found[1].double()
         sums, counts = [], []
         for rows in _slices(len(groups), after, _SUMMED):
             above = x[0].index_select(0, groups[rows]).to(wide).abs_().sub_(level[rows].unsqueeze(1)).clamp_min_(0.0)
@@ -110,6 +114,10 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
         level = torch.full((total_groups,), torch.inf, dtype=wide).index_copy_(0, groups, level)
     width = len(level) * after
     level = level.repeat_interleave(after)
+    found = compiled.excess(x, None, level) if every else None
+    if found is not None:
+        total, count = (t.view(-1, after).sum(1, dtype=torch.float64)[groups] for t in found)
+        return total, count
     total, count = torch.zeros(2, width, dtype=torch.float64).unbind()
     slices = list(_slices(before, width, _BARE))
     scratch = torch.empty_like(x[slices[0]]) if every and wide == x.dtype else None
@@ -134,12 +142,12 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> None:
         target: As ``source``, or ``source`` itself.
     """
     before, groups, after = source.shape
+    if compiled.clamp(source, bounds, target):
+        return
     few = after == 1 and before > 1 and source.numel() <= _FLAT and source.dtype not in _HALVES
     if few or source.device.type != "cpu":
         high = bounds.view(groups, 1)
-        torch.clamp(source, -high, high, out=target)
-    elif before == 1 and compiled.wanted(source):
-        compiled.run(compiled.clamp_rows, source[0], bounds.unsqueeze(1), target[0])
+        torch.clamp(source, 0.0 - high, high, out=target)
     elif before == 1:
         _clamp_rows(source[0], bounds.unsqueeze(1), target[0])
     else:
@@ -153,15 +161,16 @@ def _clamp_rows(source: Tensor, bound: Tensor, target: Tensor) -> None:
     if source.dtype in _HALVES:
         # NaN is above infinity here; the largest integer leaves both alone
         level = bound.view(torch.int16).masked_fill(torch.isinf(bound), _MAGNITUDE)
+        signs = (level > 0).to(torch.int16) * _SIGN
         source, target = source.view(torch.int16), target.view(torch.int16)
         for rows in _row_slices(source):
             piece, out = source[rows], target[rows]
-            sign = torch.bitwise_and(piece, _SIGN)
+            sign = torch.bitwise_and(piece, signs[rows] if by_row else signs)
             torch.bitwise_and(piece, _MAGNITUDE, out=out)
             torch.minimum(out, level[rows] if by_row else level, out=out)
             torch.bitwise_or(out, sign, out=out)
         return
-    floor = -bound
+    floor = 0.0 - bound  # and not -bound, whose -0.0 would give cleared entries signs
     if not by_row:
         for rows in _row_slices(source, _FLAT):
             torch.clamp(source[rows], floor, bound, out=target[rows])

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.compiled import compiling
+from lightning_accel.projection.compiled import Compile, check_compile, compiling
 from lightning_accel.projection.exact import ExactState, project_exact
 from lightning_accel.projection.joint import Team, cut
 from lightning_accel.projection.layout import empty_like_dense, normalize_dims
@@ -83,7 +83,7 @@ def project_l1inf(
     out: Tensor | None = None,
     nonfinite: Nonfinite = "raise",
     state: ExactState | None = None,
-    compile: bool = False,
+    compile: Compile = "auto",
 ) -> Tensor:
     r"""Project onto the l1,inf ball: the sum over groups of the largest magnitude in each is at most the radius.
 
@@ -104,9 +104,11 @@ def project_l1inf(
         out: As in `project_multilevel`.
         nonfinite: As in `project_multilevel`.
         state: Of the exact method: where the last call for this tensor ended, to start from; it is updated.
-        compile: Let `torch.compile` make the passes over groups that are contiguous in memory; worth its seconds for
-            the exact method on large tensors, many times. Bi-level results are the same bit for bit, exact ones to a
-            unit in the last place of the largest entry. Where there is no compiler, warn once and go on without.
+        compile: Let `torch.compile` make the passes over memory, which costs about 6 s once: ``True`` from now on,
+            ``"auto"`` once large tensors have been projected so often that it pays, and only passes whose results
+            stay the same bit for bit (bi-level: all of them; exact: the last), ``False`` never. Exact results of
+            ``True`` are the same to a unit in the last place of the largest entry. Where there is no compiler, warn
+            once and go on without.
 
     Returns:
         As `project_multilevel`.
@@ -122,6 +124,7 @@ def project_l1inf(
     Complexity: Bi-level as `project_multilevel`. Exact: three passes, and two to eight more over the groups that
         survive; one host synchronization an iteration.
     """
+    check_compile(compile)
     group = normalize_dims(group_dims, x.ndim) if isinstance(x, Tensor) else ()
     if method == "bilevel":
         rest = [d for d in range(x.ndim) if d not in group] if isinstance(x, Tensor) else []

@@ -121,37 +121,85 @@ def test_large_new_tensors_are_tensors_like_any_other(dtype):
     assert torch.equal(y, x)
 
 
+def bits(x):
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
 @pytest.fixture
 def forget_compiling():
-    """Forget what was compiled, and that it failed."""
-    compiled._broken.clear()
-    compiled._compiled.cache_clear()
+    """Forget what was compiled, how much has passed, and that compiling failed."""
+
+    def forget():
+        compiled._broken.clear()
+        compiled._known.clear()
+        compiled._compiled.cache_clear()
+        compiled._seen[0] = 0
+
+    forget()
     yield
-    compiled._broken.clear()
-    compiled._compiled.cache_clear()
+    forget()
     torch._dynamo.reset()
+
+
+COMPILED = {
+    "rows": (1, 40, 900),
+    "odd rows": (1, 41, 901),
+    "columns": (70, 50, 1),
+    "odd columns": (71, 51, 1),
+    "in-channels": (60, 11, 6),
+    "few": (3, 4, 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_maxima_and_clamps_equal_eager_ones_bit_for_bit(dtype, forget_compiling):
+    done = 0
+    for shape in COMPILED.values():
+        x = tensor(shape, dtype)
+        groups = shape[1]
+        x.view(-1)[:3] = torch.tensor([-0.0, 0.0, 1e-7])
+        bounds = torch.rand(groups, generator=torch.Generator().manual_seed(1)).to(dtype)
+        bounds[1::3], bounds[0] = 0.0, float("inf")
+        with compiling(False):
+            expected = torch.empty_like(x)
+            clamp(x, bounds, expected)
+        with compiling(True):
+            done += compiled.largest(x) is not None
+            assert torch.equal(group_max(x), x.abs().amax((0, 2)))
+            for target in (torch.empty_like(x), x):
+                clamp(x, bounds, target)
+                assert torch.equal(bits(target), bits(expected))
+            x[-1, 2, -1] = float("nan")
+            assert torch.isnan(group_max(x)).nonzero().flatten().tolist() == [2]
+    assert done == (3 if dtype in (torch.float16, torch.bfloat16) else 5)  # odd pairs and few rows are left to eager
+    assert not compiled._broken
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_compiled_passes_equal_eager_ones(dtype, forget_compiling):
-    x = torch.randn(60, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
+def test_compiled_projections_equal_eager_ones(dtype, forget_compiling):
+    x = torch.randn(67, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0, :3] = torch.tensor([-0.0, 0.0, 1e-30])
     for dims in ((0,), (1,)):
         radius = radius_for_sparsity(x, 0.5, dims)
         same = project_l1inf(x, radius, dims, compile=True)
-        assert torch.equal(same, project_l1inf(x, radius, dims))
-        assert torch.equal(project_l1inf(same, radius, dims, compile=True), same)
-        radius = radius_for_sparsity(x, 0.5, dims, "exact")
-        close, eager = (project_l1inf(x, radius, dims, "exact", compile=c) for c in (True, False))
-        assert torch.equal(close == 0, eager == 0)
-        bound = 4.0 * torch.finfo(dtype).eps * float(x.abs().max())
-        assert float((close - eager).abs().max()) <= bound
-        assert float(close.double().abs().amax([1 - d for d in dims]).sum()) <= radius
+        assert torch.equal(bits(same), bits(project_l1inf(x, radius, dims, compile=False)))
+        assert torch.equal(bits(project_l1inf(same, radius, dims, compile=True)), bits(same))
+        for sparsity in (0.5, 0.9):
+            radius = radius_for_sparsity(x, sparsity, dims, "exact")
+            close, eager = (project_l1inf(x, radius, dims, "exact", compile=c) for c in (True, False))
+            assert torch.equal(close == 0, eager == 0)
+            bound = 4.0 * torch.finfo(dtype).eps * float(x.abs().max())
+            assert float((close - eager).abs().max()) <= bound
+            assert float(close.double().abs().amax([1 - d for d in dims]).sum()) <= radius
+            assert torch.equal(bits(project_l1inf(close, radius, dims, "exact", compile=True)), bits(close))
     x[3, 5] = float("nan")
-    with pytest.raises(ValueError, match="holds NaN"):
-        project_l1inf(x, 1.0, compile=True)
+    for dims in ((0,), (1,)):
+        with pytest.raises(ValueError, match="holds NaN"):
+            project_l1inf(x, 1.0, dims, compile=True)
     assert not compiled._broken
 
 
@@ -159,18 +207,71 @@ def test_compiled_passes_equal_eager_ones(dtype, forget_compiling):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_without_a_compiler_there_is_one_warning_and_the_same_result(forget_compiling):
     x = tensor((60, 700), torch.float32)
-    expected = [project_l1inf(x, 9.0, method=m) for m in ("bilevel", "exact")]
+    expected = [project_l1inf(x, 9.0, method=m, compile=False) for m in ("bilevel", "exact")]
     none = {"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}
     with inductor.patch(none), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         for method, result in zip(("bilevel", "exact", "bilevel"), (*expected, expected[0]), strict=True):
-            assert torch.equal(project_l1inf(x, 9.0, method=method, compile=True), result)
+            assert torch.equal(bits(project_l1inf(x, 9.0, method=method, compile=True)), bits(result))
     assert [str(w.message)[:29] for w in caught if w.category is RuntimeWarning] == ["Compiling projections failed,"]
 
 
-def test_compiling_is_asked_for_within_its_block_only():
-    x = tensor((2, 3), torch.float32)
+@pytest.fixture
+def compiled_calls(monkeypatch):
+    """Names of the functions that would be compiled, which are called as they are."""
+    calls = []
+
+    def note(function):
+        return lambda *tensors: (calls.append(function.__name__), function(*tensors))[1]
+
+    monkeypatch.setattr(compiled, "_compiled", note)
+    monkeypatch.setattr(compiled, "_seen", [0])
+    return calls
+
+
+def test_compiling_starts_by_itself_once_enough_large_tensors_have_passed(compiled_calls, monkeypatch, caplog):
+    x = tensor((1_200, 1_000), torch.float32)
+    size = x.numel() * x.element_size()
+    monkeypatch.setattr(compiled, "_WORTH", 5 * size)
+    for _ in range(2):  # two passes each
+        project_l1inf(x, 9.0)
+        project_l1inf(x[:500], 9.0)  # too small to count
+    assert compiled_calls == []
+    project_l1inf(x, 9.0, compile=False)
+    project_l1inf(x, 9.0)
+    with caplog.at_level("INFO", logger="lightning_accel"):
+        project_l1inf(x, 9.0, (1,), out=x)
+    assert compiled_calls == ["_clamp_to", "_largest_of_columns", "_clamp"]
+    assert any("Compiled a pass of projections" in message for message in caplog.messages)
+
+
+def test_sums_are_compiled_only_where_somebody_asks(compiled_calls, monkeypatch):
+    monkeypatch.setattr(compiled, "_WORTH", 0)
+    x = tensor((1_200, 1_000), torch.float32)
+    project_l1inf(x, 9.0, (1,), "exact")
+    assert compiled_calls == ["_clamp_to"]
     with compiling(True):
-        assert compiled.wanted(x)
-        assert not compiled.wanted(x.bfloat16())
-    assert not compiled.wanted(x)
+        project_l1inf(x, 9.0, (1,), "exact", compile="auto")
+        assert compiled_calls == ["_clamp_to"] * 2
+        group_norms(x.view(1_200, 1_000, 1))
+    assert compiled_calls[2:] == ["_norms_of_columns"]
+
+
+def test_an_unknown_wish_for_compiling_is_refused():
+    with pytest.raises(ValueError, match="`compile` must be True, False or 'auto', got 'always'"):
+        project_l1inf(tensor((2, 3), torch.float32), 1.0, compile="always")
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_projections_that_move_living_columns_together_find_the_same(share, dtype):
+    x = tensor((300, 400), dtype)
+    radius = radius_for_sparsity(x, share, (1,), "exact")
+    columns = project_l1inf(x, radius, (1,), "exact")
+    rows = project_l1inf(x.t().contiguous(), radius, (0,), "exact").t()
+    assert torch.equal(columns == 0, rows == 0)
+    assert int((columns == 0).all(0).sum()) == round(share * 400)
+    bound = 4.0 * float(torch.finfo(torch.promote_types(dtype, torch.float32)).eps * x.abs().max())
+    if dtype in (torch.float16, torch.bfloat16):
+        bound = 2.0 * float(torch.finfo(dtype).eps * columns.abs().max())  # a bound may round to its neighbour
+    assert float((columns.double() - rows.double()).abs().max()) <= bound
