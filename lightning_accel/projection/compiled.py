@@ -12,6 +12,7 @@ somebody asks. Every function returns ``None`` (or ``False``) where the eager pa
 import contextlib
 import functools
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -94,20 +95,16 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> bool:
     if bits is None or out_bits is None:
         return False
     pairs = source.dtype in _HALVES
-    kind = torch.int16 if pairs else _INTEGERS[source.dtype]
-    most = torch.iinfo(kind).max
-    # NaN is above infinity here; the largest integer leaves both alone
-    level = bounds.view(kind).masked_fill(torch.isinf(bounds), most)
-    sign = (level > 0).to(kind) * torch.iinfo(kind).min
-    repeats = 2 if pairs and before == 1 else (after if before > 1 else 1)
+    if float(bounds.max()) == math.inf:  # infinite bounds leave NaN alone, which is above infinity here
+        return False
+    level = bounds.view(torch.int16 if pairs else bits.dtype)
+    repeats = (2 if pairs else 1) if before == 1 else after
     if repeats > 1:
-        level, sign = level.repeat_interleave(repeats), sign.repeat_interleave(repeats)
-    level, sign = (t.view(bits.dtype).unsqueeze(1 if before == 1 else 0) for t in (level, sign))
+        level = level.repeat_interleave(repeats)
+    level = level.view(bits.dtype).unsqueeze(1 if before == 1 else 0)
     if in_place:
-        done = _run(_clamp_pairs if pairs else _clamp, bits, level, sign)
-    else:
-        done = _run(_clamp_pairs_to if pairs else _clamp_to, bits, level, sign, out_bits)
-    return done is not None
+        return _run(_clamp_pairs if pairs else _clamp, bits, level) is not None
+    return _run(_clamp_pairs_to if pairs else _clamp_to, bits, level, out_bits) is not None
 
 
 def norms(x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -232,26 +229,32 @@ def _largest_of_column_pairs(blocks: Tensor) -> Tensor:
     return (blocks & 0x7FFF0000).amax(1).amax(0) | (blocks & 0x7FFF).amax(1).amax(0)
 
 
-def _clamp(bits: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return bits.copy_(torch.minimum(bits & torch.iinfo(bits.dtype).max, level) | (bits & sign))
+def _clamped(bits: Tensor, level: Tensor) -> Tensor:
+    info = torch.iinfo(bits.dtype)
+    sign = bits & info.min & (-level >> (info.bits - 1))  # none where the level is 0
+    return torch.minimum(bits & info.max, level) | sign
 
 
-def _clamp_to(bits: Tensor, level: Tensor, sign: Tensor, target: Tensor) -> Tensor:
-    return target.copy_(torch.minimum(bits & torch.iinfo(bits.dtype).max, level) | (bits & sign))
+def _clamp(bits: Tensor, level: Tensor) -> Tensor:
+    return bits.copy_(_clamped(bits, level))
 
 
-def _clamped_pairs(bits: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    high = torch.minimum(bits & 0x7FFF0000, level & 0x7FFF0000)
-    low = torch.minimum(bits & 0x7FFF, level & 0x7FFF)
-    return high | low | (bits & sign)
+def _clamp_to(bits: Tensor, level: Tensor, target: Tensor) -> Tensor:
+    return target.copy_(_clamped(bits, level))
 
 
-def _clamp_pairs(bits: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return bits.copy_(_clamped_pairs(bits, level, sign))
+def _clamped_pairs(bits: Tensor, level: Tensor) -> Tensor:
+    high, low = level & 0x7FFF0000, level & 0x7FFF
+    sign = bits & ((-high >> 31 & torch.iinfo(bits.dtype).min) | (-low >> 31 & 0x8000))
+    return torch.minimum(bits & 0x7FFF0000, high) | torch.minimum(bits & 0x7FFF, low) | sign
 
 
-def _clamp_pairs_to(bits: Tensor, level: Tensor, sign: Tensor, target: Tensor) -> Tensor:
-    return target.copy_(_clamped_pairs(bits, level, sign))
+def _clamp_pairs(bits: Tensor, level: Tensor) -> Tensor:
+    return bits.copy_(_clamped_pairs(bits, level))
+
+
+def _clamp_pairs_to(bits: Tensor, level: Tensor, target: Tensor) -> Tensor:
+    return target.copy_(_clamped_pairs(bits, level))
 
 
 def _norms_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

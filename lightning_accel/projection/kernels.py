@@ -25,6 +25,20 @@ _LONG = 4096  # entries; from here on an operation a row costs less than the mem
 _SHORT = 32  # entries; reducing shorter rows one by one is slow
 
 
+def small_matrices(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor, int] | None:
+    """View blocks as matrices where few operations count more than few passes over memory, else return ``None``.
+
+    Returns:
+        Source, target and the dimension to reduce.
+    """
+    before, groups, after = source.shape
+    if source.device.type != "cpu" or source.numel() > _CHUNK or source.dtype in _HALVES:
+        return None
+    if before == 1 and after >= _SHORT:
+        return source[0], target[0], 1
+    return (source.view(before, groups), target.view(before, groups), 0) if after == 1 else None
+
+
 def group_max(x: Tensor) -> Tensor:
     """Return the largest magnitude of each group, ``(groups,)``, in the type of ``x``; NaN where a group has one."""
     before, groups, after = x.shape
@@ -35,8 +49,6 @@ def group_max(x: Tensor) -> Tensor:
         return found if before == 1 or after == 1 else _max_of_rows(found.view(groups, after))
     if before == 1:
         return _max_of_rows(x[0])
-    if x.numel() <= _CHUNK and after == 1 and x.dtype not in _HALVES:  # few operations count more than few passes
-        return x.abs().amax(0).view(groups)
     return _max_of_rows(_max_of_columns(x.view(before, groups * after)).view(groups, after))
 
 

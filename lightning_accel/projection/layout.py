@@ -35,6 +35,9 @@ def dense_blocks(x: Tensor, group_dims: tuple[int, ...]) -> Tensor | None:
     Dimensions are taken in the order of their strides, so a transposed or channels-last tensor is as good as a
     contiguous one. Groups must follow each other in memory in the order of ``group_dims``.
     """
+    if len(group_dims) == 1 and x.is_contiguous():  # most tensors; the same without looking at strides
+        dim = group_dims[0]
+        return x.view(math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :]))
     order = sorted(range(x.ndim), key=lambda d: (-x.stride()[d], d))
     y = x.permute(order)
     if not y.is_contiguous():
@@ -79,7 +82,7 @@ class Blocks:
     def of(cls, x: Tensor, group_dims: tuple[int, ...], out: Tensor) -> "Blocks":
         """Lay out ``x`` for a projection that writes to ``out`` (possibly ``x`` itself)."""
         source = dense_blocks(x, group_dims) if x.stride() == out.stride() else None
-        target = dense_blocks(out, group_dims) if source is not None else None
+        target = source if out is x or source is None else dense_blocks(out, group_dims)
         if source is None or target is None:
             source = copied_blocks(x, group_dims)
             return cls(source, source, out, group_dims)

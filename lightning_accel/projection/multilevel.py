@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_accel.projection.compiled import Compile, check_compile, compiling
 from lightning_accel.projection.exact import ExactState, project_exact
-from lightning_accel.projection.joint import Team, cut
+from lightning_accel.projection.joint import Team, cut, cut_alone
 from lightning_accel.projection.layout import empty_like_dense, normalize_dims
 from lightning_accel.projection.pyramid import check_levels, pyramid
 from lightning_accel.projection.rounding import check_input, check_nonfinite, check_out, check_radius
@@ -68,8 +68,11 @@ def project_multilevel(
     result = empty_like_dense(x) if out is None else out
     if x.numel() == 0:
         return result
-    team = Team([pyramid(x, levels, result)], lambda _: _scalar(limit, x))
-    cut([team], outer=levels[0][0], nonfinite=nonfinite)
+    whole, outer = pyramid(x, levels, result), levels[0][0]
+    if x.device.type == "cpu" and outer == "l1":
+        cut_alone(whole, limit, nonfinite=nonfinite)
+    else:
+        cut([Team([whole], lambda _: _scalar(limit, x))], outer=outer, nonfinite=nonfinite)
     return result
 
 

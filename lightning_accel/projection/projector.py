@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_accel.projection.exact import ExactState, project_exact
@@ -123,7 +123,7 @@ class Projector:
     freeze_zero_groups: bool = False
     memories: dict[str, Memory] = field(default_factory=dict)
     unchecked: list[Tensor] = field(default_factory=list)
-    _layouts: dict[str, tuple[Any, MaxPyramid]] = field(default_factory=dict, repr=False)
+    _layouts: dict[str, tuple[nn.Parameter, Any, MaxPyramid]] = field(default_factory=dict, repr=False)
     _last: dict[str, Cut | LoneCut] = field(default_factory=dict, repr=False)
 
     @property
@@ -189,12 +189,17 @@ class Projector:
         It works on the data of the parameter, so it needs not tell autograd.
         """
         ball = self.ball
-        if ball.method == "exact" or ball.norms[0] != "l1":
+        if self.freeze_zero_groups or ball.method == "exact" or ball.norms[0] != "l1":
             return False
-        x = target.view()
-        if self.freeze_zero_groups or x.device.type != "cpu" or isinstance(x, DTensor):
+        whole: Pyramid | None = self._known_layout(target)
+        if whole is None:
+            x = target.view()
+            if isinstance(x, DTensor) or not x.is_cpu:
+                return False
+            whole = self._pyramid(x, target)
+        elif isinstance(whole, MaxPyramid) and not whole.blocks.source.is_cpu:
             return False
-        whole, memory = self._pyramid(x, target), self.memory(target)
+        memory = self.memory(target)
         size: float | Callable[[Tensor], float]
         if ball.target_sparsity is None:
             size = self._size([target], part)
@@ -273,14 +278,24 @@ class Projector:
 
     def _pyramid(self, x: Tensor, target: Target) -> Pyramid:
         """Lay out a parameter; most layouts are good for as long as its memory is (norms are taken anew each time)."""
-        place = (x.data_ptr(), x.shape, x.stride(), x.dtype) if not isinstance(x, DTensor) else None
-        known = self._layouts.get(target.name)
-        if known is not None and place is not None and known[0] == place:
-            return known[1]
+        known = self._known_layout(target)
+        if known is not None:
+            return known
         built = self._build(x, target)
-        if isinstance(built, MaxPyramid) and built.blocks.copied_dims is None:
-            self._layouts[target.name] = place, built
+        parameter = target.parameter
+        if parameter is not None and isinstance(built, MaxPyramid) and built.blocks.copied_dims is None:
+            self._layouts[target.name] = parameter, _place(parameter), built
         return built
+
+    def _known_layout(self, target: Target) -> MaxPyramid | None:
+        """Return the layout of a plain parameter that still is where it was."""
+        known = self._layouts.get(target.name)
+        if known is None:
+            return None
+        parameter, place, layout = known
+        if target.module._parameters.get(target.leaf) is not parameter or _place(parameter) != place:
+            return None
+        return layout
 
     def _build(self, x: Tensor, target: Target) -> Pyramid:
         dims = self.ball.dims or (target.group_dims, target.rest_dims)
@@ -325,6 +340,10 @@ class Projector:
             scatter(x, target.view())
             self.memory(target).mu = None if state.mu is None else bounds
         return found
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x.shape, x.stride()
 
 
 def _sparse_radius(norms: Tensor, sparsity: float) -> float:

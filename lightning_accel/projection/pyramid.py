@@ -6,7 +6,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.kernels import clamp, group_max
+from lightning_accel.projection.kernels import clamp, group_max, small_matrices
 from lightning_accel.projection.layout import Blocks, normalize_dims
 from lightning_accel.projection.rounding import round_bound, round_toward_zero
 from lightning_accel.projection.thresholds import l1_thresholds
@@ -77,14 +77,27 @@ class MaxPyramid:
 
     def __init__(self, x: Tensor, group_dims: tuple[int, ...], out: Tensor) -> None:
         self.blocks = Blocks.of(x, group_dims, out)
+        self.small = small_matrices(self.blocks.source, self.blocks.target)
 
     def tops(self) -> Tensor:
         """Return the largest magnitudes."""
+        if self.small is not None:
+            source, _, dim = self.small
+            return source.abs().amax(dim).double()
         return group_max(self.blocks.source).double()
 
     def cut(self, bounds: Tensor) -> None:
         """Clamp every group to its bound, rounded toward zero."""
-        clamp(self.blocks.source, round_bound(bounds, self.blocks.source.dtype), self.blocks.target)
+        high = round_bound(bounds, self.blocks.source.dtype)
+        if self.small is not None:
+            source, target, dim = self.small
+            if dim == 0:
+                torch.clamp(source, 0.0 - high, high, out=target)
+            else:  # `clamp` with a broadcast column is three times slower than its two halves
+                high = high.unsqueeze(1)
+                torch.maximum(torch.minimum(source, high, out=target), 0.0 - high, out=target)
+        else:
+            clamp(self.blocks.source, high, self.blocks.target)
         self.blocks.finish()
 
     def leave(self) -> None:

@@ -57,7 +57,7 @@ class ShardedMaxPyramid:
         whole = DTensor.from_local(bound, mesh, [Replicate()] * mesh.ndim)
         mine = whole.redistribute(mesh, placements).to_local()
         local = self.x.to_local()
-        torch.clamp(local, -mine, mine, out=local)
+        torch.clamp(local, 0.0 - mine, mine, out=local)
 
     def leave(self) -> None:
         """Do nothing: the projection is in place."""
