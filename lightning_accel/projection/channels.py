@@ -5,10 +5,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import _pytree as pytree
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PRUNABLE = (nn.Linear, *CONVOLUTIONS)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# layers that treat every channel by itself
+_CHANNELWISE = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    nn.PReLU,
+)
 
 
 class SelectedFeatures(nn.Module):
@@ -93,8 +100,14 @@ def removable_channels(
     stays = silent & ~gone
     if bool(gone.all()):
         gone[0] = False  # a layer cannot be empty
-    why = "its constant is not the same everywhere, or meets the border of a convolution" if bool(stays.any()) else ""
-    return gone, constants, why
+    return gone, constants, _why_constants_stay(uses, observed) if bool(stays.any()) else ""
+
+
+def _why_constants_stay(uses: Sequence[Use], observed: Sequence[dict[nn.Module, Tensor]]) -> str:
+    unseen = [u.name for u in uses if u.reads and isinstance(u.module, PRUNABLE) and u.module not in observed[0]]
+    if unseen:
+        return f"`{unseen[0]}`, which reads it, is called more than once, or not as a module"
+    return "its constant is not the same everywhere, or meets the border of a convolution"
 
 
 def fold_constants(uses: Sequence[Use], gone: Tensor, constants: dict[int, Tensor]) -> None:
@@ -107,7 +120,8 @@ def fold_constants(uses: Sequence[Use], gone: Tensor, constants: dict[int, Tenso
             continue
         columns = weight.transpose(0, 1)[use.own[going]].flatten(2) if weight.ndim > 2 else None
         per_channel = columns.sum(2) if columns is not None else weight.t()[use.own[going]]
-        share = (per_channel.double() * values[going].double().unsqueeze(1)).sum(0).to(weight.dtype)
+        held = values[going].to(per_channel.device, torch.float64)
+        share = (per_channel.double() * held.unsqueeze(1)).sum(0).to(weight.dtype)
         bias = getattr(use.module, "bias", None)
         if bias is None:
             use.module.bias = nn.Parameter(share)
@@ -120,20 +134,26 @@ def observe_inputs(model: nn.Module, inputs: tuple[object, ...]) -> dict[nn.Modu
     seen: dict[nn.Module, Tensor] = {}
     twice: set[nn.Module] = set()
 
-    def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def look(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         if module in seen:
             twice.add(module)
-        seen[module] = arguments[0].detach()
+        seen[module] = (arguments[0] if arguments else named["input"]).detach().clone()
 
     layers = [m for m in model.modules() if isinstance(m, PRUNABLE)]
-    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad():
-            model(*inputs)
+            model(*copied(inputs))
     finally:
         for handle in handles:
             handle.remove()
     return {module: x for module, x in seen.items() if module not in twice}
+
+
+def copied(inputs: tuple[object, ...]) -> tuple[object, ...]:
+    """Return copies of all tensors, for a model that writes into what it is given."""
+    copies: tuple[object, ...] = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+    return copies
 
 
 def dead_inputs(layer: nn.Linear) -> Tensor:
@@ -159,14 +179,21 @@ def without(indices: Tensor, gone: Tensor) -> Tensor:
 
 def _obstacle(use: Use) -> str:
     module = use.module
+    if is_parametrized(module):
+        return f"`{use.name}` computes its weight from other parameters"
     if isinstance(module, PRUNABLE):
         groups = getattr(module, "groups", 1)
         return "" if groups == 1 or _is_depthwise(module) else f"`{use.name}` is a grouped convolution"
-    if isinstance(module, _BATCH_NORMS) or type(module).__name__ in ("_ElementWiseOp", "_ReshapeOp", "_ConcatOp"):
+    kind = type(module).__name__
+    if isinstance(module, _CHANNELWISE) or kind in ("_ElementWiseOp", "_ReshapeOp", "_ConcatOp"):
         return ""
-    if type(module).__name__ in ("_UnbindOp", "_SplitOp"):
+    if kind in ("_UnbindOp", "_SplitOp"):
         return "its channels are split, as among attention heads"
-    return f"a {type(module).__name__} mixes its channels"
+    if kind == "Parameter":
+        return "a parameter outside of layers has its channels as well"
+    if kind.startswith("_"):  # an operation, not a layer
+        return "an operation that is not known to keep channels apart reads it"
+    return f"a {kind} mixes its channels"
 
 
 def _weight(module: nn.Module) -> Tensor | None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from lightning_accel.projection.channels import (
     PRUNABLE,
     SelectedFeatures,
     Use,
+    copied,
     dead_inputs,
     fold_constants,
     observe_inputs,
@@ -48,7 +50,12 @@ class Shrunk:
     largest_difference: float = 0.0
 
 
-def shrink(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-5) -> Shrunk:
+# largest difference of outputs, relative to the largest output; other sums round anew
+_TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_TOLERANCE = 1e-5
+
+
+def shrink(model: nn.Module, example_inputs: Any, *, tolerance: float | None = None) -> Shrunk:
     r"""Return a smaller model without the channels that are zero, and check that it computes the same.
 
     A channel goes, in all layers that share it (residual adds, flattening, norms), if every layer that writes it has
@@ -59,22 +66,27 @@ def shrink(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-5) ->
     altogether keeps one channel. Input features with zero columns are no longer read.
 
     Args:
-        model: Any module; copied, and evaluated in ``eval`` mode.
+        model: Any module; copied, taken as it was before ``torch.compile``, and evaluated in ``eval`` mode.
         example_inputs: One tensor, or the tuple of ``forward``'s arguments. Floating-point tensors are also perturbed,
             so that what is constant by chance is not taken for constant.
-        tolerance: Largest difference of outputs, relative to the largest output, > 0; groups beyond it stay.
+        tolerance: Largest difference of outputs, relative to the largest output, > 0; groups beyond it stay. By
+            default 1e-5; 5e-2 for models with bfloat16 parameters, 1e-2 with float16.
 
     Raises:
         ImportError: Without torch-pruning (the extra ``shrink``), which knows how layers depend on each other.
-        ValueError: If ``tolerance`` is not > 0.
+        ValueError: If ``tolerance`` is not > 0, or a tensor of ``example_inputs`` is empty.
 
     Complexity: A few forward passes and one copy of the model a group of dependent layers.
     """
+    if tolerance is None:
+        tolerance = max([_TOLERANCES.get(p.dtype, _TOLERANCE) for p in model.parameters()], default=_TOLERANCE)
     if not tolerance > 0.0:
         raise ValueError(f"`tolerance` must be > 0, got {tolerance}.")
     pruning = _torch_pruning()
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    work = copy.deepcopy(model).eval()
+    if any(isinstance(x, Tensor) and not x.numel() for x in pytree.tree_leaves(inputs)):
+        raise ValueError("`example_inputs` must hold at least one sample, got an empty tensor.")
+    work = _before_compiling(copy.deepcopy(model)).eval()
     for parameter in work.parameters():
         parameter.requires_grad_(True)  # the dependency graph follows autograd
     probes = (inputs, _perturbed(inputs))
@@ -93,6 +105,10 @@ def shrink(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-5) ->
         parameters_after=_entries(result),
         largest_difference=off,
     )
+
+
+# whatever a model's own ``forward`` raises where it counts on its sizes, or torch-pruning on a module it does not know
+_ANYTHING = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
 @dataclass
@@ -120,14 +136,17 @@ class _Shrinking:
         layer = self.model.get_submodule(root)
         assert isinstance(layer, PRUNABLE)
         channels = layer.weight.shape[0]
+        dead = bool((layer.weight == 0).flatten(1).all(1).any())
         uses = self._uses(layer, list(range(channels)))
-        if uses is None:
+        if isinstance(uses, str):
+            if dead:
+                self.left[root] = uses
             return
         shared = shared_modules(self.model) & {use.module for use in uses}
         gone, constants, why = removable_channels(uses, channels, self.observed)
         if shared and bool(gone.any()):
             gone, why = torch.zeros_like(gone), "its weights are tied to another layer's"
-        if why and bool((layer.weight == 0).flatten(1).all(1).any()):
+        if why and dead:
             self.left[root] = why
         if not bool(gone.any()):
             return
@@ -141,8 +160,9 @@ class _Shrinking:
                     self.kept[name] = without(self.kept[name], use.own[gone[use.root]])
             self._group(layer, gone.nonzero()[:, 0].tolist()).prune()
             off = self.difference()
-            problem = "" if off <= self.tolerance else f"removing them changes the outputs by {off:.1e}"
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # whatever the model's own forward raises
+            changes = f"the outputs by {off:.1e}" if off < float("inf") else "the shape of an output"
+            problem = "" if off <= self.tolerance else f"removing them changes {changes}"
+        except _ANYTHING as error:
             problem = f"the model does not run without them ({type(error).__name__})"
         if problem:
             self.model, self.kept = before
@@ -157,6 +177,8 @@ class _Shrinking:
         for name, layer in list(self.model.named_modules()):
             seen = self.observed[1].get(layer)
             if not isinstance(layer, nn.Linear) or seen is None or layer in shared_modules(self.model):
+                continue
+            if is_parametrized(layer):
                 continue
             first = any(x.numel() == seen.numel() and torch.equal(x.flatten(), seen.flatten()) for x in leaves)
             dead = dead_inputs(layer)
@@ -187,18 +209,21 @@ class _Shrinking:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # parameters outside modules; groups that hold one are left alone
                 graph = self.pruning.DependencyGraph()
-                self.graph = graph.build_dependency(self.model, self.probes[0])
+                self.graph = graph.build_dependency(self.model, copied(self.probes[0]))
             self.observed = [observe_inputs(self.model, p) for p in self.probes]
 
     def _group(self, layer: nn.Module, channels: list[int]) -> Any:
         functions = self.pruning.prune_linear_out_channels, self.pruning.prune_conv_out_channels
         return self.graph.get_pruning_group(layer, functions[not isinstance(layer, nn.Linear)], idxs=channels)
 
-    def _uses(self, layer: nn.Module, channels: list[int]) -> list[Use] | None:
+    def _uses(self, layer: nn.Module, channels: list[int]) -> list[Use] | str:
+        """Return who takes part in a group of channels, or why nobody knows."""
         try:
             group = self._group(layer, channels)
-        except ValueError:  # the layer is never called
-            return None
+        except ValueError:
+            return "it is not called as a module"
+        except _ANYTHING as error:
+            return f"its channels go where they can not be followed ({type(error).__name__})"
         return [
             Use(
                 name=item.dep.target.name.split(" (")[0],
@@ -233,7 +258,7 @@ def _perturbed(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     with torch.no_grad():
-        leaves = pytree.tree_leaves(model(*inputs))
+        leaves = pytree.tree_leaves(model(*copied(inputs)))
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
 
@@ -241,12 +266,21 @@ def _entries(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def _before_compiling(model: nn.Module) -> nn.Module:
+    """Take compiled modules out of their wrappers, which nobody can look into."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    for name, child in model.named_children():
+        setattr(model, name, _before_compiling(child))
+    return model
+
+
 def _restore_flags(model: nn.Module, smaller: nn.Module) -> None:
     """Give the copy the training modes and frozen parameters of the original."""
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    trainable = {name.replace("_orig_mod.", ""): p.requires_grad for name, p in model.named_parameters()}
     for name, parameter in smaller.named_parameters():
         parameter.requires_grad_(trainable.get(name.replace(".layer.", "."), True))
         parameter.grad = None
-    modes = {name: module.training for name, module in model.named_modules()}
+    modes = {name.replace("_orig_mod.", ""): module.training for name, module in model.named_modules()}
     for name, module in smaller.named_modules():
         module.training = modes.get(name, modes.get(name.removesuffix(".layer"), model.training))

@@ -5,6 +5,7 @@ import builtins
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_accel import zoo
 from lightning_accel.cli.bench._shrink_rows import describe, with_zero_rows
@@ -245,6 +246,153 @@ def test_input_features_without_weights_are_no_longer_read():
     assert_same(result, model, x)
 
 
+class Called(nn.Module):
+    """Two layers, called in the way of a function."""
+
+    def __init__(self, call, reader=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.reader = nn.Linear(4, 6), nn.Linear(6, 3) if reader is None else reader
+        self.call = call
+        clear(self.first, [0, 1])
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def into_the_input(model, x):
+    return model.reader(model.first(x.mul_(2.0)).relu())
+
+
+def twice(model, x):
+    return model.reader(model.first(x).relu()) + model.reader(model.first(x).relu() + 1.0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda m, x: m.reader(input=m.first(input=x).relu()), into_the_input],
+    ids=["named arguments", "writes into its input"],
+)
+def test_layers_may_be_called_in_any_way(call):
+    model, x = Called(call), torch.randn(5, 4)
+    before = x.clone()
+    result = shrink(model, x)
+    assert torch.equal(x, before)
+    assert result.model.first.out_features == result.model.reader.in_features == 4
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(x.clone()), model(x.clone()))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "why"),
+    [
+        (Called(twice), (5, 4), "`reader`, which reads it, is called more than once, or not as a module"),
+        (Called(lambda m, x: m.reader(m.first(x).relu())[0], nn.GRU(6, 3, batch_first=True)), (5, 7, 4), "followed"),
+        (Called(lambda m, x: m.reader(m.first(x).relu()), weight_norm(nn.Linear(6, 3))), (5, 4), "other parameters"),
+        (Called(lambda m, x: m.reader(m.first(x).relu().view(-1, 6))), (5, 4), "does not run without them"),
+        (Called(lambda m, x: (m.reader(h := m.first(x).relu()), h)), (5, 4), "changes the shape of an output"),
+        (Called(lambda m, x: m.reader(nn.functional.linear(x, m.first.weight))), (5, 4), "not called as a module"),
+        (Called(lambda m, x: m.reader(m.first(x).softmax(-1))), (5, 4), "its constant is not the same everywhere"),
+    ],
+    ids=["twice", "recurrent", "parametrized", "sizes in the code", "two outputs", "weight alone", "softmax"],
+)
+def test_what_can_not_go_stays_with_its_reason(model, shape, why):
+    x = torch.randn(shape)
+    result = shrink(model, x)
+    assert why in result.left["first"]
+    assert result.parameters_after == result.parameters_before
+    assert_same(result, model, x)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_modules_shrink_as_what_was_compiled(whole):
+    plain = Called(lambda m, x: m.reader(m.first(x).relu()))
+    if whole:
+        model = torch.compile(plain, backend="eager")
+    else:
+        model = nn.Sequential(torch.compile(plain, backend="eager"), nn.Identity())
+    model.eval()
+    plain.reader.requires_grad_(False)
+    x = torch.randn(5, 4)
+    result = shrink(model, x)
+    name = "first" if whole else "0.first"
+    assert result.kept[name].tolist() == [2, 3, 4, 5]
+    assert not any("_orig_mod" in n for n, _ in result.model.named_parameters())
+    trained = [n for n, p in result.model.named_parameters() if p.requires_grad]
+    assert trained == [f"{name}.weight", f"{name}.bias"]
+    assert not result.model.training
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(x), plain(x))
+
+
+@pytest.mark.parametrize(("dtype", "loose"), [(torch.float64, 1e-12), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
+def test_outputs_are_compared_as_closely_as_the_type_of_numbers_bears(dtype, loose):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Sigmoid(), nn.Linear(64, 3)).to(dtype)
+    clear(model[0], list(range(30)))
+    x = torch.randn(5, 8).to(dtype)
+    result = shrink(model, x)
+    assert result.model[0].out_features == 34
+    assert 0.0 < result.largest_difference <= loose
+    assert next(result.model.parameters()).dtype == dtype
+    strict = shrink(model, x, tolerance=1e-300)
+    assert "removing them changes the outputs by" in strict.left["0"]
+    assert strict.parameters_after == strict.parameters_before
+
+
+@pytest.mark.parametrize(
+    "between", [nn.PReLU(6), nn.InstanceNorm2d(6, affine=True), nn.BatchNorm2d(6)], ids=lambda m: type(m).__name__
+)
+def test_layers_that_treat_each_channel_by_itself_follow(between):
+    torch.manual_seed(0)
+    for parameter in between.parameters():
+        nn.init.normal_(parameter)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), between, nn.Conv2d(6, 3, 1))
+    clear(model[0], [0, 3])
+    x = torch.randn(2, 2, 8, 8)
+    result = shrink(model.eval(), x)
+    assert result.model[0].out_channels == result.model[2].in_channels == 4
+    assert all(len(p) == 4 for p in result.model[1].parameters())
+    assert_same(result, model, x)
+
+
+def test_attention_keeps_its_heads_and_its_block_loses_hidden_units():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    clear(model.linear1, [0, 3, 5])
+    clear(model.self_attn.out_proj, [1])
+    x = torch.randn(3, 6, 8)
+    result = shrink(model, x)
+    assert result.model.linear1.out_features == result.model.linear2.in_features == 13
+    assert "not called as a module" in result.left["self_attn.out_proj"]
+    assert_same(result, model, x)
+
+
+def test_shrunk_model_trains_on_with_an_optimizer_of_its_own():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(5, 4)
+    old = torch.optim.Adam(model.parameters())
+    model(x).square().sum().backward()
+    old.step()
+    clear(model[0], [0, 1])
+    before = [p.clone() for p in model.parameters()]
+    result = shrink(model, x)
+    assert all(p.grad is None for p in result.model.parameters())
+    assert not {id(p) for p in result.model.parameters()} & {id(p) for p in model.parameters()}
+    new = torch.optim.Adam(result.model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(3):
+        new.zero_grad()
+        loss = result.model(x).square().sum()
+        loss.backward()
+        new.step()
+        losses.append(float(loss.detach()))
+    assert losses[2] < losses[0]
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    moments = {p.shape: new.state[p]["exp_avg"].shape for p in result.model.parameters()}
+    assert all(shape == moment for shape, moment in moments.items())
+
+
 def test_original_is_untouched_and_flags_are_kept():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(), nn.Linear(6, 3))
@@ -274,6 +422,8 @@ def test_invalid_tolerance_and_a_missing_library_are_errors(monkeypatch):
     model, x = nn.Linear(2, 2), torch.randn(1, 2)
     with pytest.raises(ValueError, match="`tolerance` must be > 0"):
         shrink(model, x, tolerance=0.0)
+    with pytest.raises(ValueError, match="`example_inputs` must hold at least one sample"):
+        shrink(model, x[:0])
     real = builtins.__import__
 
     def without_pruning(name, *args, **kwargs):
