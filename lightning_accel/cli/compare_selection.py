@@ -106,11 +106,14 @@ def _draw(report: SelectionReport, trained: Sequence[Trained], folder: Path) -> 
     plot_accuracy_against_features(report.summaries, accuracy)
     sparsity, seed = sparsest_without_loss(report.summaries), trained[0].selection.seed
     shown = [t for t in trained if t.selection.seed == seed and t.selection.sparsity in (0.0, sparsity)]
+    when = {PLAIN: f"before ({PLAIN})"}
     titles = [
-        f"{s.method}: {s.features} features, test accuracy {s.accuracy:.3f}" for s in (t.selection for t in shown)
+        f"{when.get(s.method, f'after {s.method}')}: {s.features:,} features, test accuracy {s.accuracy:.3f}"
+        for s in (t.selection for t in shown)
     ]
     plot_weights(dict(zip(titles, (t.weight for t in shown), strict=True)), weights, informative=shown[0].informative)
-    pictures = {"Accuracy against kept features": accuracy, f"Weights of the first layer, seed {seed}": weights}
+    heading = f"Weights of the first layer before and after projection, {sparsity:.0%} cleared, seed {seed}"
+    pictures = {"Accuracy against kept features": accuracy, heading: weights}
     write_selection_page(report, page, pictures=pictures)
     return [accuracy, weights, page]
 

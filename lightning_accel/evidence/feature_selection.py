@@ -181,7 +181,7 @@ def headline(summaries: Sequence[Summary]) -> str:
     shown = [s for s in summaries if s.sparsity == sparsest_without_loss(summaries) and s.method != PLAIN]
     parts = ", ".join(f"{s.accuracy[0]:.3f} ({s.method}, {s.difference.verdict})" for s in shown)
     return (
-        f"Test accuracy with {shown[0].features:.0f} of {plain.features:.0f} features: {parts}; with all: "
+        f"Test accuracy with {shown[0].features:,.0f} of {plain.features:,.0f} features: {parts}; with all: "
         f"{plain.accuracy[0]:.3f}."
     )
 

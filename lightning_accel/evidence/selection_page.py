@@ -39,7 +39,7 @@ class SelectionReport:
     def header(self) -> list[str]:
         """The names of the columns."""
         found = ["informative (by chance)"] if self._known else []
-        return ["method", "cleared", "features", "accuracy", "change", *found, "step"]
+        return ["method", "cleared", "features", "accuracy", "change", *found, "step time (added)"]
 
     @property
     def _known(self) -> bool:
