@@ -66,7 +66,7 @@ def remove_zero_groups(
     gone = small.parameters_before - small.parameters_after
     console.print(f"{found}: {gone:,} parameters removed.", markup=False, soft_wrap=True)
     if small.features is not None:
-        console.print(f"It reads {len(small.features):,} input features.", markup=False)
+        console.print(f"It reads {len(small.features):,} of {small.features_before:,} input features.", markup=False)
     for layer, why in small.left.items():
         console.print(f"{layer} keeps its zeros: {why}.", markup=False, style="dim", soft_wrap=True)
     return small

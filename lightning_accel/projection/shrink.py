@@ -35,6 +35,7 @@ class Shrunk:
         kept: Output channels that stayed, as indices into the original layer, by module name.
         features: Input features that are read, as indices into the last dimension of the input; ``None`` if all are.
             The model selects them itself, so its signature stays.
+        features_before: How many features the layer of ``features`` read; ``None`` likewise.
         left: Why zero channels of a layer could not be removed, by module name.
         parameters_before: Entries of all parameters.
         parameters_after: As ``parameters_before``.
@@ -44,6 +45,7 @@ class Shrunk:
     model: nn.Module
     kept: dict[str, Tensor] = field(default_factory=dict)
     features: Tensor | None = None
+    features_before: int | None = None
     left: dict[str, str] = field(default_factory=dict)
     parameters_before: int = 0
     parameters_after: int = 0
@@ -93,13 +95,14 @@ def shrink(model: nn.Module, example_inputs: Any, *, tolerance: float | None = N
     shrinking = _Shrinking(pruning, work, probes, [_outputs(work, p) for p in probes], tolerance)
     for name in list(shrinking.kept):
         shrinking.remove_channels(name)
-    features = shrinking.select_features()
+    features, features_before = shrinking.select_features()
     result, off = shrinking.model, shrinking.difference()
     _restore_flags(model, result)
     return Shrunk(
         model=result,
         kept=shrinking.kept,
         features=features,
+        features_before=features_before,
         left=shrinking.left,
         parameters_before=_entries(model),
         parameters_after=_entries(result),
@@ -169,11 +172,15 @@ class _Shrinking:
             self.left[root] = problem
         self.graph = None
 
-    def select_features(self) -> Tensor | None:
-        """Let linear layers that read the network's input skip features without weights; return the first's."""
+    def select_features(self) -> tuple[Tensor | None, int | None]:
+        """Let linear layers that read the network's input skip features without weights.
+
+        Returns:
+            What the first of them reads, and of how many features; ``None`` if all read all.
+        """
         self._look()
         leaves = [x for x in pytree.tree_leaves(self.probes[1]) if isinstance(x, Tensor) and x.is_floating_point()]
-        features = None
+        features, before = None, None
         for name, layer in list(self.model.named_modules()):
             seen = self.observed[1].get(layer)
             if not isinstance(layer, nn.Linear) or seen is None or layer in shared_modules(self.model):
@@ -185,12 +192,13 @@ class _Shrinking:
             if not first or not bool(dead.any()) or not name or bool(dead.all()):
                 continue
             index = torch.nonzero(~dead)[:, 0]
+            if features is None:
+                features, before = index, layer.in_features
             layer.weight = nn.Parameter(layer.weight.detach()[:, index].contiguous())
             layer.in_features = len(index)
             path, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(path), leaf, SelectedFeatures(index, layer))
-            features = index if features is None else features
-        return features
+        return features, before
 
     def difference(self) -> float:
         """Return the largest difference of outputs to those of the model at the start, relative to the largest."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_program_is_smaller_computes_the_same_and_its_speed_is_told(projected_ch
     assert call("export", f"ckpt={path}", "out=model.pt2", "format=torch_export") == 0
     out = capsys.readouterr().out
     assert "10 zero rows and 15 zero columns of weights" in out
-    assert "It reads 15 input features." in out
+    assert "It reads 15 of 30 input features." in out
     assert re.search(
         r"A forward pass of \d+ samples took [\d.]+ ms and takes [\d.]+ ms here: [\d.]+ times as fast", out
     )
@@ -56,6 +57,37 @@ def test_program_is_smaller_computes_the_same_and_its_speed_is_told(projected_ch
     alive = (model.encoder[0].weight != 0).any(0)
     assert kept["input_features"] == torch.nonzero(alive)[:, 0].tolist()
     assert kept["output_channels"]["decoder.0"] == list(range(10, 20))
+
+
+STRANGER = """
+import sys
+for name in ("lightning_accel", "lightning", "pytorch_lightning"):
+    sys.modules[name] = None  # importing one is an error
+import torch
+from torch import nn
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(30, 20), nn.SiLU(), nn.Linear(20, 2))
+        self.decoder = nn.Sequential(nn.Linear(2, 20), nn.SiLU(), nn.Linear(20, 30))
+model = Plain()
+model.load_state_dict(torch.load("plain.ckpt", weights_only=True)["state_dict"], strict=True)
+x = torch.load("x.pt")
+with torch.no_grad():
+    codes = model.encoder(x)
+    torch.save({"program": torch.export.load("model.pt2").module()(x), "plain": (codes, model.decoder(codes))}, "y.pt")
+"""
+
+
+def test_exported_files_load_strictly_where_this_package_is_not(projected_checkpoint):
+    path, model = projected_checkpoint
+    assert call("export", f"ckpt={path}", "out=model.pt2", "format=torch_export") == 0
+    assert call("export", f"ckpt={path}", "out=plain.ckpt") == 0
+    torch.save(samples(), "x.pt")
+    subprocess.run([sys.executable, "-c", STRANGER], check=True, timeout=120)
+    for outputs in torch.load("y.pt").values():
+        for actual, expected in zip(outputs, model(samples()), strict=True):
+            torch.testing.assert_close(actual, expected.detach())
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning:torch.*")

@@ -241,6 +241,7 @@ def test_input_features_without_weights_are_no_longer_read():
     x = torch.randn(4, 30)
     result = shrink(model, x)
     assert result.features.tolist() == [*range(5), *range(25, 30)]
+    assert result.features_before == 30
     assert isinstance(result.model.encoder[0], SelectedFeatures)
     assert result.model.encoder[0].layer.in_features == 10
     assert_same(result, model, x)
