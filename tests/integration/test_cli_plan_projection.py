@@ -64,3 +64,11 @@ def test_plan_explains_that_no_parameter_fits(capsys):
     words = ["callbacks=[multilevel_projection]", "callbacks.multilevel_projection.parameters=nowhere"]
     assert call("plan", *SAE, *words) == 2
     assert "MultilevelProjection found no parameter to project" in capsys.readouterr().err
+
+
+def test_plan_shows_whole_names(capsys):
+    words = ["model=resnet18", "model.width=4", "data=digits", "callbacks=[l1inf_projection]"]
+    assert call("plan", *words) == 0
+    cells = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert "layer2.0.shortcut.0.weight" in "".join(cells)
+    assert not any("…" in cell for cell in cells)

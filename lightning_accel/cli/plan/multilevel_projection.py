@@ -71,7 +71,10 @@ def show(scene: Scene, name: str, callback: L1InfProjection | MultilevelProjecti
             rows, milliseconds = _project(projector)
     except (MisconfigurationException, ValueError) as error:
         raise UsageError(f"`callbacks.{name}`: {error}") from error
-    table = Table("parameter", "shape", "groups", "norm", "radius", "zero groups")
+    table = Table()
+    table.add_column("parameter", overflow="fold")  # a name that is cut short is of no use in `parameters`
+    for column in ("shape", "groups", "norm", "radius", "zero groups"):
+        table.add_column(column, justify="right", no_wrap=True)
     together = run.ball.scope == "global"
     for row in rows:
         radius = "shared" if together else f"{_radius(run.ball, row):.4g}"
