@@ -33,14 +33,20 @@ def matrices(draw, dtype=torch.float64, rows=7, columns=7):
 
 
 @st.composite
-def cases(draw, dtype=None):
+def cases(draw, dtype=None, largest=7):
     """A matrix and a radius between a thousandth of its norm and a bit more than the norm."""
-    x = draw(matrices(dtype=dtype or draw(st.sampled_from(DTYPES))))
+    x = draw(matrices(dtype=dtype or draw(st.sampled_from(DTYPES)), rows=largest, columns=largest))
     return x, l1inf(x) * 10.0 ** draw(st.floats(-3.0, 0.05))
 
 
 def l1inf(x):
     return math.fsum(x.double().abs().amax(1).tolist())
+
+
+def same_bits(x, y):
+    """Whether two tensors agree in every bit, signs of zeros included."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return torch.equal(x.contiguous().view(kind), y.contiguous().view(kind))
 
 
 def exact_by_bisection(x, radius):
@@ -62,10 +68,11 @@ def exact_by_bisection(x, radius):
     return torch.clamp(x, -level, level)
 
 
+@pytest.mark.parametrize("largest", [7, 80])
 @CHECKS
-@given(cases(torch.float64))
-def test_exact_agrees_with_an_independent_solver(case):
-    x, radius = case
+@given(data=st.data())
+def test_exact_agrees_with_an_independent_solver(largest, data):
+    x, radius = data.draw(cases(torch.float64, largest))
     difference = (project_l1inf(x, radius, method="exact") - exact_by_bisection(x, radius)).abs().max()
     assert difference <= 1e-9 * max(1.0, float(x.abs().max()))
 
@@ -81,27 +88,32 @@ def test_exact_satisfies_the_variational_inequality(case, seed):
     assert slack <= 1e-9 * (1.0 + float(x.norm()) * (float(other.norm()) + float(kept.norm())))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 @CHECKS
-@given(case=cases(), columns=st.booleans())
-def test_result_is_feasible_without_slack_and_projecting_it_again_changes_no_bit(method, case, columns):
-    x, radius = case
+@given(data=st.data(), columns=st.booleans())
+def test_result_is_feasible_without_slack_and_projecting_it_again_changes_no_bit(method, dtype, data, columns):
+    x, radius = data.draw(cases(dtype))
     given_x, dims = (x.t().contiguous(), (1,)) if columns else (x, (0,))
     kept = project_l1inf(given_x, radius, dims, method)
     assert l1inf(kept.t() if columns else kept) <= radius
-    assert torch.equal(project_l1inf(kept, radius, dims, method), kept)
+    assert same_bits(project_l1inf(kept, radius, dims, method), kept)
+    # float64 norms may sum to one rounding more or less in another order
+    if l1inf(x) * (1.0 + 1e-14 * (dtype == torch.float64)) <= radius:
+        assert same_bits(kept, given_x)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("function", [project_l1, project_l12, project_l11])
 @CHECKS
-@given(case=cases())
-def test_other_balls_are_feasible_and_idempotent(function, case):
-    x, radius = case
+@given(data=st.data())
+def test_other_balls_are_feasible_and_idempotent(function, dtype, data):
+    x, radius = data.draw(cases(dtype))
     kept = function(x, radius)
     wide = kept.double()
     norms = torch.linalg.vector_norm(wide, dim=1) if function is project_l12 else wide.abs().sum(1)
     assert math.fsum(norms.tolist()) <= radius
-    assert torch.equal(function(kept, radius), kept)
+    assert same_bits(function(kept, radius), kept)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -113,7 +125,9 @@ def test_signs_stay_and_no_entry_grows_and_unclipped_entries_keep_their_bits(met
     assert bool((kept.abs() <= x.abs()).all())
     assert bool((kept * x.sign() >= 0).all())
     level = kept.abs().amax(1, keepdim=True)
-    assert bool(((kept == x) | (kept.abs() == level)).all())
+    clipped = (kept != x) | (x.abs() >= level)
+    assert bool((kept.abs() == level)[clipped].all())
+    assert same_bits(kept[~clipped], x[~clipped])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -196,7 +210,7 @@ def test_every_nesting_is_feasible_idempotent_and_shrinking(norms, dims, seed, e
     radius = nested_norm(x, norms, dims) * 10.0**exponent
     kept = project_multilevel(x, radius, norms, dims)
     assert nested_norm(kept, norms, dims) <= radius
-    assert torch.equal(project_multilevel(kept, radius, norms, dims), kept)
+    assert same_bits(project_multilevel(kept, radius, norms, dims), kept)
     assert bool((kept.abs() <= x.abs()).all())
     assert bool((kept * x >= 0).all())
 
