@@ -94,7 +94,8 @@ class _Fence:
 fence = _Fence()
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """Return the room that a tensor of so many bytes takes."""
     return -(-nbytes // _ALIGN) * _ALIGN
 
 
@@ -107,9 +108,9 @@ class ParameterPage:
 
     def __init__(self, specs: Sequence[TensorSpec], counters: int, fd: int | None = None) -> None:
         self.specs = list(specs)
-        head = _aligned(8 * _HEADER)
-        meta = _aligned(8 * (1 + counters))
-        body = sum(_aligned(spec.nbytes) for spec in specs)
+        head = aligned(8 * _HEADER)
+        meta = aligned(8 * (1 + counters))
+        body = sum(aligned(spec.nbytes) for spec in specs)
         self.segment = Segment(head + 2 * (meta + body), fd)
         raw = self.segment.bytes
         self._header = self.segment.words(0, 8 * _HEADER)  # [announced, completed]
@@ -122,7 +123,7 @@ class ParameterPage:
             self._tensors.append([])
             for spec in specs:
                 self._tensors[-1].append(_view(raw, offset, spec))
-                offset += _aligned(spec.nbytes)
+                offset += aligned(spec.nbytes)
 
     @torch.no_grad()
     def publish(self, tensors: Sequence[Tensor], version: int, counters: Sequence[int]) -> None:
@@ -178,16 +179,16 @@ class Mailbox:
     """
 
     def __init__(self, areas: Sequence[int], meta_bytes: int, fd: int | None = None) -> None:
-        head = _aligned(8 * _HEADER)
-        slot = head + _aligned(meta_bytes) + sum(_aligned(n) for n in areas)
+        head = aligned(8 * _HEADER)
+        slot = head + aligned(meta_bytes) + sum(aligned(n) for n in areas)
         self.segment = Segment(2 * slot, fd)
         raw = self.segment.bytes
         self._headers = [self.segment.words(i * slot, i * slot + 8 * _HEADER) for i in range(2)]
         self._meta = [self.segment.raw(i * slot + head, i * slot + head + meta_bytes) for i in range(2)]
         self._areas: list[list[Tensor]] = []
-        starts = [head + _aligned(meta_bytes)]
+        starts = [head + aligned(meta_bytes)]
         for nbytes in areas:
-            starts.append(starts[-1] + _aligned(nbytes))
+            starts.append(starts[-1] + aligned(nbytes))
         for i in range(2):
             pairs = zip(starts, areas, strict=False)
             self._areas.append([raw[i * slot + start : i * slot + start + nbytes] for start, nbytes in pairs])

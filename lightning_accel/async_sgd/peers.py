@@ -43,6 +43,7 @@ class Peer:
     heartbeat: int = 0
     silent_seconds: float = 0.0
     slots: list[list[Tensor]] = field(default_factory=list)  # gradients in the mailbox, where nothing is compressed
+    spans: list[Tensor] = field(default_factory=list)  # the same, each slot as one tensor, where all have one dtype
 
     @property
     def active(self) -> bool:
@@ -87,6 +88,7 @@ class Peer:
             groups=meta["groups"],
             buffers=sent,
             base=base,
+            flat=self.spans[self.sequence % 2] if self.spans else None,
             pull_seconds=meta["pull_seconds"],
         )
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_accel.async_sgd.server import LogEntry, set_groups, step_optimizer
+from lightning_accel.async_sgd.server import LogEntry
+from lightning_accel.async_sgd.stepping import set_groups, step_optimizer
 
 GradientOf = Callable[[LogEntry, Sequence[Tensor]], Sequence[Tensor | None]]
 

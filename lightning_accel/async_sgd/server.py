@@ -1,28 +1,26 @@
 """The state that workers share and the one place that changes it; knows nothing of processes or memory."""
 
-import contextlib
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from lightning_accel.async_sgd.flat import Arena, FlatOptimizer
 from lightning_accel.async_sgd.leases import LeaseBook, LeaseId
 from lightning_accel.async_sgd.rules import compensate_delay, learning_rate_weight, staleness_of
 from lightning_accel.async_sgd.settings import Settings
+from lightning_accel.async_sgd.stepping import get_groups, set_groups
 from lightning_accel.async_sgd.store import Opening, Snapshot, Statistics
 
 OUTER = -1  # "optimizer" of a push that carries a way gone instead of a gradient
 NO_UPDATE = -2  # push that only commits leases
 ASSIGN = -3  # push of parameter values: counts only if nobody has stepped since they were read
 OVERWRITE = -4  # push of parameter values: counts in any case
-
-_SAME_BITS_FOREACH = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad)
 
 Outcome = Literal["applied", "dropped", "refused", "committed", "assigned"]
 
@@ -42,6 +40,7 @@ class Push:
     groups: list[dict[str, Any]] | None = None
     buffers: Sequence[Tensor] = ()
     base: Sequence[Tensor] = ()
+    flat: Tensor | None = None  # the memory of `gradients`, where it is laid out as an `Arena`
     pull_seconds: float | None = None
 
 
@@ -106,6 +105,8 @@ class ParameterServer:
         self.buffer_names = opening.buffer_names
         self.buffers = opening.buffers
         self.optimizers = opening.optimizers
+        arena = Arena(self.parameters)
+        self._flat = [FlatOptimizer(optimizer, self.parameters, arena) for optimizer in self.optimizers]
         nesterov = self.settings.outer == "delayed_nesterov"
         self._outer = OuterStep(self.settings.outer_momentum if nesterov else None)
 
@@ -118,6 +119,8 @@ class ParameterServer:
 
     def state(self) -> Opening:
         """Return parameters, buffers and optimizers themselves, no copies."""
+        for flat in self._flat:
+            flat.scatter()
         return Opening(
             names=self.names,
             parameters=self.parameters,
@@ -216,13 +219,15 @@ class ParameterServer:
             for i in range(len(self.steps)):
                 self.steps[i] += 1
             return
+        memory = push.flat
         if self.settings.staleness == "delay_compensation" and push.base:
+            memory = None
             strength = self.settings.compensation
             triples = zip(gradients, self.parameters, push.base, strict=True)
             gradients = [
                 None if g is None else compensate_delay(g, p.detach(), b, strength=strength) for g, p, b in triples
             ]
-        step_optimizer(self.optimizers[push.optimizer], self.parameters, gradients, weight=weight)
+        self._flat[push.optimizer].step(gradients, weight=weight, flat=memory)
         self.steps[push.optimizer] += 1
 
     @torch.no_grad()
@@ -268,8 +273,9 @@ class ParameterServer:
             parameter.copy_(value)
         for buffer, value in zip(self.buffers, snapshot.buffers, strict=True):
             buffer.copy_(value)
-        for optimizer, state in zip(self.optimizers, snapshot.optimizer_states, strict=True):
-            optimizer.load_state_dict(state)
+        for flat, state in zip(self._flat, snapshot.optimizer_states, strict=True):
+            flat.optimizer.load_state_dict(_copied(state))  # which keeps the tensors that it is given
+            flat.forget()
         self.version += 1
         self._oldest_base = self.version
 
@@ -329,68 +335,6 @@ class OuterStep:
                 total.zero_()
         if adds_momentum:
             self._count = 0
-
-
-def step_optimizer(
-    optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], *, weight: float
-) -> None:
-    """Let a real optimizer take one step with given gradients and a learning rate times ``weight``.
-
-    A parameter whose gradient is None is skipped by the optimizer, momentum and decay included.
-    """
-    with _foreach(optimizer), _weighted(optimizer, weight):
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-    for parameter in parameters:
-        parameter.grad = None
-
-
-@contextlib.contextmanager
-def _weighted(optimizer: Optimizer, weight: float) -> Iterator[None]:
-    rates = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group] if weight != 1.0 else []
-    for group, rate in rates:
-        group["lr"] = rate * weight
-    yield
-    for group, rate in rates:
-        group["lr"] = rate
-
-
-@contextlib.contextmanager
-def _foreach(optimizer: Optimizer) -> Iterator[None]:
-    """Step many tensors at once where that gives the same bits; torch's own choice on CPU is one after another."""
-    groups = optimizer.param_groups if type(optimizer) in _SAME_BITS_FOREACH else []
-    free = [
-        group
-        for group in groups
-        if group["foreach"] is None
-        and not (group.get("fused") or group["differentiable"] or isinstance(group["lr"], Tensor))
-    ]
-    for group in free:
-        group["foreach"] = True
-    yield
-    for group in free:
-        group["foreach"] = None
-
-
-def get_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the hyper-parameters of each parameter group, without the parameters."""
-    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-
-
-def set_groups(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Set the hyper-parameters of each parameter group.
-
-    Raises:
-        ValueError: If the number of groups differs.
-    """
-    if len(groups) != len(optimizer.param_groups):
-        raise ValueError(
-            f"the optimizer was opened with {len(optimizer.param_groups)} parameter groups, a push has {len(groups)}; "
-            "add every group in `configure_optimizers`."
-        )
-    for group, values in zip(optimizer.param_groups, groups, strict=True):
-        group.update(values)
 
 
 def _copied(value: Any) -> Any:

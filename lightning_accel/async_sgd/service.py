@@ -263,7 +263,10 @@ class Service:
         parameters = len(self.server.parameters)
         peer.mailbox = Mailbox(*mailbox_areas(self._page.specs, parameters, self.settings))
         if self.settings.compression.name == "none":
-            peer.slots = [typed(peer.mailbox.areas(slot), self._page.specs[:parameters]) for slot in range(2)]
+            specs, mailbox = self._page.specs[:parameters], peer.mailbox
+            peer.slots = [typed(mailbox.areas(slot), specs) for slot in range(2)]
+            dtypes = {spec.dtype for spec in specs}
+            peer.spans = [mailbox.span(slot, parameters).view(*dtypes) for slot in range(2)] if len(dtypes) == 1 else []
         peer.generation = self.control.generation
         values = {
             "generation": peer.generation,

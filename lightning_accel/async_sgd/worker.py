@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from lightning_accel.async_sgd.leases import LeaseId
 from lightning_accel.async_sgd.recompute import Recomputation
-from lightning_accel.async_sgd.server import ASSIGN, NO_UPDATE, OUTER, OVERWRITE, get_groups
+from lightning_accel.async_sgd.server import ASSIGN, NO_UPDATE, OUTER, OVERWRITE
 from lightning_accel.async_sgd.settings import Settings
+from lightning_accel.async_sgd.stepping import get_groups
 from lightning_accel.async_sgd.store import Membership, Opening, ParameterStore, Snapshot
 
 Closure = Callable[[], Any]

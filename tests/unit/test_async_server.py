@@ -12,10 +12,8 @@ from lightning_accel.async_sgd.server import (
     NO_UPDATE,
     OUTER,
     OuterStep,
-    get_groups,
-    set_groups,
-    step_optimizer,
 )
+from lightning_accel.async_sgd.stepping import get_groups, set_groups, step_optimizer
 
 
 def opened(settings=None, *, momentum=0.9, buffers=()):
