@@ -29,7 +29,7 @@ _LARGE = 1 << 22  # bytes; passes over less stay in the caches, where calls cost
 _WORTH = (
     1 << 36
 )  # bytes; eager passes over as many take as much longer than compiled ones as compiling takes, about 6 s
-_BLOCK = 20  # rows of a block that columns are reduced in
+_BLOCK = 25  # rows of a block that columns are reduced in
 _LEAST = 8  # rows; fewer are left to eager passes
 _NARROW = 32  # entries a row; as above
 _HALVES = (torch.float16, torch.bfloat16)
@@ -101,10 +101,12 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> bool:
     repeats = (2 if pairs else 1) if before == 1 else after
     if repeats > 1:
         level = level.repeat_interleave(repeats)
-    level = level.view(bits.dtype).unsqueeze(1 if before == 1 else 0)
+    info = torch.iinfo(level.dtype)
+    sign = -level >> (info.bits - 1) & info.min  # none where the level is 0
+    level, sign = (t.view(bits.dtype).unsqueeze(1 if before == 1 else 0) for t in (level, sign))
     if in_place:
-        return _run(_clamp_pairs if pairs else _clamp, bits, level) is not None
-    return _run(_clamp_pairs_to if pairs else _clamp_to, bits, level, out_bits) is not None
+        return _run(_clamp_pairs if pairs else _clamp, bits, level, sign) is not None
+    return _run(_clamp_pairs_to if pairs else _clamp_to, bits, level, sign, out_bits) is not None
 
 
 def norms(x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -229,32 +231,26 @@ def _largest_of_column_pairs(blocks: Tensor) -> Tensor:
     return (blocks & 0x7FFF0000).amax(1).amax(0) | (blocks & 0x7FFF).amax(1).amax(0)
 
 
-def _clamped(bits: Tensor, level: Tensor) -> Tensor:
-    info = torch.iinfo(bits.dtype)
-    sign = bits & info.min & (-level >> (info.bits - 1))  # none where the level is 0
-    return torch.minimum(bits & info.max, level) | sign
+def _clamp(bits: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    return bits.copy_(torch.minimum(bits & torch.iinfo(bits.dtype).max, level) | (bits & sign))
 
 
-def _clamp(bits: Tensor, level: Tensor) -> Tensor:
-    return bits.copy_(_clamped(bits, level))
+def _clamp_to(bits: Tensor, level: Tensor, sign: Tensor, target: Tensor) -> Tensor:
+    return target.copy_(torch.minimum(bits & torch.iinfo(bits.dtype).max, level) | (bits & sign))
 
 
-def _clamp_to(bits: Tensor, level: Tensor, target: Tensor) -> Tensor:
-    return target.copy_(_clamped(bits, level))
+def _clamped_pairs(bits: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    high = torch.minimum(bits & 0x7FFF0000, level & 0x7FFF0000)
+    low = torch.minimum(bits & 0x7FFF, level & 0x7FFF)
+    return high | low | (bits & sign)
 
 
-def _clamped_pairs(bits: Tensor, level: Tensor) -> Tensor:
-    high, low = level & 0x7FFF0000, level & 0x7FFF
-    sign = bits & ((-high >> 31 & torch.iinfo(bits.dtype).min) | (-low >> 31 & 0x8000))
-    return torch.minimum(bits & 0x7FFF0000, high) | torch.minimum(bits & 0x7FFF, low) | sign
+def _clamp_pairs(bits: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    return bits.copy_(_clamped_pairs(bits, level, sign))
 
 
-def _clamp_pairs(bits: Tensor, level: Tensor) -> Tensor:
-    return bits.copy_(_clamped_pairs(bits, level))
-
-
-def _clamp_pairs_to(bits: Tensor, level: Tensor, target: Tensor) -> Tensor:
-    return target.copy_(_clamped_pairs(bits, level))
+def _clamp_pairs_to(bits: Tensor, level: Tensor, sign: Tensor, target: Tensor) -> Tensor:
+    return target.copy_(_clamped_pairs(bits, level, sign))
 
 
 def _norms_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ from lightning_accel.projection.pyramid import Norm, Pyramid, fibre_norms, proje
 from lightning_accel.projection.rounding import inner_radius, require_finite
 from lightning_accel.projection.thresholds import Thresholds, l1_thresholds, single_threshold, threshold_near
 
+_LARGE = 1e-20
+
 
 class Cut(NamedTuple):
     """What a projection found.
@@ -120,7 +122,7 @@ def cut_alone(
     near = threshold_near(tops, radius, terms, start) if start > 0.0 else None
     if near is not None:
         bounds, tau = near
-        part.cut(bounds)
+        part.cut(bounds, normal=tau > _LARGE)  # differences of float64 numbers that large are 0 or normal anywhere
         return LoneCut(tops, tau, bounds)
     found = single_threshold(tops, radius, terms)
     size = float(found.norm)

@@ -32,16 +32,17 @@ def round_toward_zero(value: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(grew, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
 
 
-def round_bound(bound: Tensor, dtype: torch.dtype) -> Tensor:
+def round_bound(bound: Tensor, dtype: torch.dtype, *, normal: bool = False) -> Tensor:
     """Do what `round_toward_zero` does to bounds (>= 0), in fewer operations; bounds too small to be normal become 0.
 
     Rounding to nearest adds less than one unit roundoff to a normal number, so as much is taken off first. Bounds that
-    ``dtype`` holds may end one step lower for it.
+    ``dtype`` holds may end one step lower for it. ``normal`` says that none is that small but 0.
     """
     if dtype not in _ROUNDOFF:
         return round_toward_zero(bound, dtype)
     roundoff, tiny = _ROUNDOFF[dtype]
-    return torch.threshold_(bound * (1.0 - roundoff), tiny, 0.0).to(dtype)
+    lower = bound * (1.0 - roundoff)
+    return (lower if normal else torch.threshold_(lower, tiny, 0.0)).to(dtype)
 
 
 def inner_radius(radius: Radius, terms: int) -> Radius:

@@ -48,10 +48,10 @@ class ShardedMaxPyramid:
         norms = DTensor.from_local(local, self.x.device_mesh, placements, shape=whole, stride=stride)
         return norms.full_tensor().flatten().double()
 
-    def cut(self, bounds: Tensor) -> None:
+    def cut(self, bounds: Tensor, *, normal: bool = False) -> None:
         """Clamp the local shard."""
         shape = [1 if d in self.rest else n for d, n in enumerate(self.x.shape)]
-        bound = round_bound(bounds, self.x.dtype).view(shape)
+        bound = round_bound(bounds, self.x.dtype, normal=normal).view(shape)
         mesh = self.x.device_mesh
         placements = [Replicate() if isinstance(p, Shard) and p.dim in self.rest else p for p in self.x.placements]
         whole = DTensor.from_local(bound, mesh, [Replicate()] * mesh.ndim)
@@ -81,9 +81,9 @@ class GatheredPyramid:
         """Return the norms below the outermost level."""
         return self.pyramid.tops()
 
-    def cut(self, bounds: Tensor) -> None:
+    def cut(self, bounds: Tensor, *, normal: bool = False) -> None:
         """Cut the whole tensor and keep this process's part."""
-        self.pyramid.cut(bounds)
+        self.pyramid.cut(bounds, normal=normal)
         scatter(self.whole, self.x)
 
     def leave(self) -> None:
