@@ -23,15 +23,17 @@ class Digits(LightningDataModule):
     """1,797 handwritten digits, 8x8 grey values, in ten classes; no download.
 
     A batch is ``(x, target)``: x (batch, channels, image_size, image_size) float32 with mean 0 and standard deviation
-    1 before upsampling, target (batch,) int64. 70 % train, 10 % validate, 20 % test, every class in proportion.
+    1 before upsampling, target (batch,) int64. Every class is split in proportion.
 
     Args:
         image_size: Pixels a side; above 8 the images are upsampled bilinearly.
         channels: Copies of the grey value: 1 or 3.
         copies: Images of each digit, in all three parts: the original, and others that are turned, sheared, scaled and
-            shifted at random. More make the task harder and accuracies finer: there are 180 digits to validate.
+            shifted at random. More make the task harder and accuracies finer.
         distortion: How far the others may be moved, >= 0. At 1 they are turned by up to 15 degrees, sheared by a fifth,
             scaled by 15 % and shifted by a tenth of the image.
+        val_fraction: Part of the digits to validate with, in (0, 0.5).
+        test_fraction: Part of the digits to test with, in (0, 0.5); the rest is for training.
         batch_size: Samples a batch; the last, short batch of training is dropped.
         seed: Chooses the split, the distortions and the order of training.
 
@@ -52,6 +54,8 @@ class Digits(LightningDataModule):
         channels: int = 1,
         copies: int = 1,
         distortion: float = 1.0,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
         batch_size: int = 64,
         seed: int = 0,
     ) -> None:
@@ -60,12 +64,15 @@ class Digits(LightningDataModule):
         check_integers(1, copies=copies, batch_size=batch_size)
         check_integers(0, seed=seed)
         check_numbers(0.0, distortion=distortion)
+        check_numbers(0.0, 0.5, above=True, val_fraction=val_fraction, test_fraction=test_fraction)
         if channels not in (1, 3):
             raise ValueError(f"`channels` must be 1 or 3, got {channels!r}.")
         self.image_size = image_size
         self.channels = channels
         self.copies = copies
         self.distortion = distortion
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
         self.batch_size = batch_size
         self.seed = seed
         self.parts: list[TensorDataset] = []
@@ -85,7 +92,7 @@ class Digits(LightningDataModule):
             x = functional.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
         x = x.repeat(1, self.channels, 1, 1)
         target = torch.tensor(labels, dtype=torch.int64)
-        parts = split(target, val_fraction=0.1, test_fraction=0.2, seed=self.seed)
+        parts = split(target, val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed)
         # All images of a digit are in one part, or the others would be known from training.
         images = [x, *(distort(x, self.distortion, seed=self.seed * 1009 + copy) for copy in range(1, self.copies))]
         self.parts = [

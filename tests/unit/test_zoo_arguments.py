@@ -47,6 +47,8 @@ WRONG = [
     ("Digits", {"channels": 2}, r"`channels` must be 1 or 3, got 2"),
     ("Digits", {"image_size": 7}, r"`image_size` must be an integer >= 8, got 7"),
     ("Digits", {"batch_size": 0}, r"`batch_size` must be an integer >= 1, got 0"),
+    ("Digits", {"val_fraction": 0.0}, r"`val_fraction` must be a finite number > 0.0 and < 0.5, got 0.0"),
+    ("Digits", {"test_fraction": 0.5}, r"`test_fraction` must be a finite number > 0.0 and < 0.5, got 0.5"),
     ("Digits", {"seed": None}, r"`seed` must be an integer >= 0, got None"),
     ("BreastCancer", {"seed": -1}, r"`seed` must be an integer >= 0, got -1"),
     ("Classification", {"informative": 1001}, r"`informative` must be <= `features` = 1000, got 1001"),

@@ -116,6 +116,15 @@ def test_copies_of_a_digit_are_distorted_and_stay_in_its_part():
         assert (overlap.diagonal() > overlap.mean(dim=1)).float().mean() > 0.95
 
 
+def test_more_digits_can_validate_with_as_many_to_train():
+    usual, other = ready("Digits"), ready("Digits", val_fraction=0.25, test_fraction=0.05)
+    sizes = [[len(part) for part in data.parts] for data in (usual, other)]
+    assert sum(sizes[0]) == sum(sizes[1]) == 1797
+    assert sizes[0][0] == pytest.approx(sizes[1][0], abs=10)  # rounded class by class
+    assert sizes[0][1] == pytest.approx(180, abs=10)
+    assert sizes[1][1] == pytest.approx(449, abs=10)
+
+
 def test_distortions_depend_on_the_seed_alone():
     first, same, other = (ready("Digits", copies=2, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(first.parts[0].tensors[0], same.parts[0].tensors[0])
