@@ -28,7 +28,7 @@ from lightning_accel.evidence.feature_selection import (
     write_runs,
 )
 from lightning_accel.evidence.plots import MissingPackageError
-from lightning_accel.evidence.projection_overhead import measure_overhead
+from lightning_accel.evidence.projection_overhead import Overhead, measure_overhead
 from lightning_accel.evidence.selection_page import SelectionReport, write_selection_page
 from lightning_accel.evidence.selection_plots import plot_accuracy_against_features, plot_weights
 from lightning_accel.measure import environment
@@ -71,14 +71,18 @@ def compare_selection(cfg: DictConfig) -> float:
             trained += found
             accuracies = [f"{t.selection.accuracy:.3f}" for t in trained if t.selection.seed == seed]
             console.print(f"seed {seed}: test accuracies {', '.join(accuracies)}", markup=False, style="dim")
-        overheads = list(
-            measure_overhead(make, parameter=settings.parameter, sparsities=list(settings.sparsities), seed=cfg.seed)
-        )
+        runs = [t.selection for t in trained]
+        written = [folder / "feature_selection.json"]
+        write_runs(runs, written[0])
+        overheads = list[Overhead]()
+        try:
+            overheads += measure_overhead(
+                make, parameter=settings.parameter, sparsities=list(settings.sparsities), seed=cfg.seed
+            )
+        except ValueError as error:  # what the trainings found is worth showing all the same
+            console.print(f"Time of a step is not measured: {error}", markup=False, style="yellow", soft_wrap=True)
         where = environment()
-    runs = [t.selection for t in trained]
     report = SelectionReport(summarize(runs), overheads, runs, where, _settings(cfg))
-    written = [folder / "feature_selection.json"]
-    write_runs(runs, written[0])
     try:
         written += _draw(report, trained, folder)
     except MissingPackageError as error:
