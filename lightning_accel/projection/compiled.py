@@ -9,13 +9,13 @@ another order (they agree to about 1e-6 of their size in float32 and 1e-14 in fl
 somebody asks. Every function returns ``None`` (or ``False``) where the eager pass is to do the work.
 """
 
-import contextlib
 import functools
 import logging
 import math
 import time
+import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -40,14 +40,19 @@ _seen = [0]  # bytes of large tensors that passed eagerly
 _broken: list[str] = []  # why compiling failed on this machine; it is tried once
 
 
-@contextlib.contextmanager
-def compiling(wanted: Compile) -> Iterator[None]:
+class compiling:  # noqa: N801  # a context manager, which a generator would make twice as slow
     """Within the block: compile every pass (``True``), none, or (``"auto"``) what changes no bit, once it has paid."""
-    token = _wanted.set(wanted)
-    try:
-        yield
-    finally:
-        _wanted.reset(token)
+
+    def __init__(self, wanted: Compile) -> None:
+        self.wanted = wanted
+
+    def __enter__(self) -> None:
+        """Begin the block."""
+        self._token = _wanted.set(self.wanted)
+
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+        _wanted.reset(self._token)
 
 
 def check_compile(wanted: object) -> None:
@@ -186,11 +191,14 @@ def _blocks(rows: Tensor) -> tuple[Tensor, int]:
 
 def _run(function: Callable[..., Any], *tensors: Tensor) -> Any:
     """Call a function compiled; return ``None``, after one warning, where that fails."""
-    key = function.__name__, tensors[0].dtype, torch.get_num_threads()
-    begin = time.perf_counter()
+    key = function, tensors[0].dtype, torch.get_num_threads()
+    begin = 0.0 if key in _known else time.perf_counter()
     try:
-        with torch.no_grad():
-            result = _compiled(function)(*tensors)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                result = _compiled(*key)(*tensors)
+        else:
+            result = _compiled(*key)(*tensors)
     except Exception as error:  # whatever a compiler may raise
         _broken.append(str(error))
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -201,18 +209,20 @@ def _run(function: Callable[..., Any], *tensors: Tensor) -> Any:
             stacklevel=2,
         )
         return None
-    if key not in _known:
+    if begin:
         _known.add(key)
-        _log.info("Compiled a pass of projections (%s, %s) in %.1f s.", *key[:2], time.perf_counter() - begin)
+        _log.info("Compiled %s of projections (%s) in %.1f s.", function.__name__, key[1], time.perf_counter() - begin)
     return result
 
 
-_known: set[tuple[str, torch.dtype, int]] = set()  # what was logged
+_known: set[tuple[Callable[..., Any], torch.dtype, int]] = set()  # what was logged
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
+def _compiled(function: Callable[..., Any], dtype: torch.dtype, threads: int) -> Callable[..., Any]:  # noqa: ARG001
+    """Compile a function once a type and number of threads, as code of its own: others need not be looked through."""
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, dynamic=True, fullgraph=True)
 
 
 def _largest_of_rows(bits: Tensor) -> Tensor:

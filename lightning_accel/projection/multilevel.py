@@ -76,7 +76,6 @@ def project_multilevel(
     return result
 
 
-@torch.no_grad()
 def project_l1inf(
     x: Tensor,
     radius: float,
@@ -142,7 +141,7 @@ def project_l1inf(
     result = empty_like_dense(x) if out is None else out
     if x.numel() == 0:
         return result
-    with compiling(compile):
+    with compiling(compile), torch.no_grad():
         project_exact([(x, group, result)], _scalar(limit, x), nonfinite=nonfinite, state=state)
     return result
 

@@ -178,8 +178,8 @@ def _two_threads(shape: tuple[int, int], *, pairs: int) -> Iterator[BenchRow]:
             try:
                 for i in range(pairs + 1):
                     for key, threads in keys.items():
-                        x.copy_(fresh)
                         torch.set_num_threads(threads)
+                        x.copy_(fresh)  # wakes the threads, as the operations of a training step do
                         begin = time.perf_counter()
                         project_l1inf(x, radius, (dim,), out=x, compile=compile)
                         if i:  # the first starts the threads, and compiles for them
