@@ -13,7 +13,8 @@ from async_workers import PUSH_STAGES, SETTINGS, Killed, check_ending, run_threa
 
 from lightning_accel.async_sgd import Settings, WorkerFailedError, run_workers
 from lightning_accel.cli.bench import async_sgd as bench
-from lightning_accel.cli.bench._async_faults import chaos, kill_sweep
+from lightning_accel.cli.bench._async_chaos import chaos
+from lightning_accel.cli.bench._async_faults import kill_sweep
 
 BOTH = ("here 0 0", "here 1 0")
 

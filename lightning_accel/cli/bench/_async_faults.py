@@ -36,7 +36,7 @@ from lightning_accel.async_sgd.spawn import starter
 
 _BATCH = 4
 _SHARED_MEMORY = Path("/dev/shm")
-_SLOWDOWN = 3.0
+SLOWDOWN = 3.0
 HANG_SECONDS = 5.0
 
 Plan = Callable[[SharedMemoryStore, int, str], None]  # told of each stage of each push
@@ -72,7 +72,7 @@ def work(store: SharedMemoryStore, job: Job, plan: Plan) -> None:
     """Train in a worker process."""
     torch.set_num_threads(1)
     pace = {"seconds": job.seconds}
-    signal.signal(signal.SIGUSR1, lambda *_: pace.update(seconds=_SLOWDOWN * job.seconds))
+    signal.signal(signal.SIGUSR1, lambda *_: pace.update(seconds=SLOWDOWN * job.seconds))
     signal.signal(signal.SIGUSR2, lambda *_: pace.update(seconds=job.seconds))
     x, y, model, optimizer = problem()
     worker = Worker(store, store.settings, dict(model.named_parameters()), {}, [optimizer])
@@ -206,7 +206,7 @@ class SelfDestruction:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _unharmed(store: SharedMemoryStore, pushes: int, stage: str) -> None:
+def unharmed(store: SharedMemoryStore, pushes: int, stage: str) -> None:
     """Do nothing at any stage."""
 
 
@@ -216,7 +216,7 @@ def kill_sweep(kills: int, *, seed: int = 0) -> Damage:
     One in 25 is a parent; of the others half choose a stage of a push and half are hit from outside.
     """
     damage = Damage()
-    before = _shared_memory()
+    before = shared_memory()
     parents = kills // 25
     left = kills - parents
     while left > 0:
@@ -227,7 +227,7 @@ def kill_sweep(kills: int, *, seed: int = 0) -> Damage:
         seed += inside
     for number in range(parents):
         _kill_parent(damage, seed + number)
-    damage.left += len(_shared_memory() - before)
+    damage.left += len(shared_memory() - before)
     return damage
 
 
@@ -246,21 +246,29 @@ def _kill_workers(damage: Damage, inside: int, outside: int, seed: int) -> None:
         joined = [peer for peer in peers if peer.state == "joined" and peer.process.exitcode is None]
         if shots and joined and time.monotonic() >= next_shot:
             victim = generator.choice(joined)
-            assert victim.process.pid is not None
-            os.kill(victim.process.pid, signal.SIGKILL)
-            shots -= 1
+            shots -= send(victim, signal.SIGKILL)
             next_shot = time.monotonic() + generator.uniform(0.0, 0.2)
 
     ending = run(2, settings, job, plan, on_tick=tick)
     damage.faults["kill"] += ending.statistics.restarts
     damage.judge(ending, job)
-    damage.left += sum(_alive(pid) for pid in watch.pids)
+    damage.left += sum(is_alive(pid) for pid in watch.pids)
+
+
+def send(peer: Peer, number: signal.Signals) -> bool:
+    """Send a signal; returns False if the process has ended meanwhile."""
+    assert peer.process.pid is not None
+    try:
+        os.kill(peer.process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 _PARENT = """
 import sys
 from lightning_accel.async_sgd import Settings
-from lightning_accel.cli.bench._async_faults import Job, _unharmed, run
+from lightning_accel.cli.bench._async_faults import Job, unharmed, run
 told = set()
 def tell(peers, statistics):
     for peer in peers:
@@ -268,7 +276,7 @@ def tell(peers, statistics):
             told.add(peer.worker)
             print(peer.process.pid, flush=True)
 if __name__ == "__main__":
-    run(2, Settings(), Job(epochs=10**6, batches=60), _unharmed, on_tick=tell)
+    run(2, Settings(), Job(epochs=10**6, batches=60), unharmed, on_tick=tell)
 """
 
 
@@ -281,13 +289,13 @@ def _kill_parent(damage: Damage, seed: int) -> None:
     parent.wait()
     damage.faults["kill of the parent"] += 1
     began = time.monotonic()
-    while any(_alive(pid) for pid in pids) and time.monotonic() - began < HANG_SECONDS:
+    while any(is_alive(pid) for pid in pids) and time.monotonic() - began < HANG_SECONDS:
         time.sleep(0.02)
-    damage.left += sum(_alive(pid) for pid in pids)
+    damage.left += sum(is_alive(pid) for pid in pids)
     parent.stdout.close()
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process runs, or is a zombie that nobody has waited for."""
     try:
         os.kill(pid, 0)
@@ -296,98 +304,5 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _shared_memory() -> set[str]:
+def shared_memory() -> set[str]:
     return set(os.listdir(_SHARED_MEMORY)) if _SHARED_MEMORY.is_dir() else set()
-
-
-@dataclass
-class Chaos:
-    """What a run under faults came to.
-
-    Attributes:
-        damage: See there.
-        steps: Steps in each stretch of the run.
-        worker_seconds: Time of workers in each stretch; one that is dead or stopped has none, a slow one a third.
-    """
-
-    damage: Damage
-    steps: list[int]
-    worker_seconds: list[float]
-
-
-def chaos(seconds: float, *, every: float, workers: int = 4, stretch: float = 5.0, seed: int = 0) -> Chaos:
-    """Train for ``seconds`` while each ``every`` seconds a random worker is killed, stopped for a while or slowed down.
-
-    A batch takes 20 ms that are waited for, as for a device of the worker's own: throughput then follows the number
-    of workers at work, not the cores of this machine. ``every=inf`` is the run without faults.
-    """
-    damage = Damage()
-    before = _shared_memory()
-    generator = random.Random(seed)
-    watch = Watch(damage)
-    begins = time.monotonic() + 1.0
-    job = Job(epochs=10**6, batches=2000, seconds=0.02, deadline=begins + seconds + 2.0)
-    settings = Settings(record_log=True, staleness="none", max_restarts=10**6, heartbeat_seconds=60.0)
-    found = Chaos(damage, [], [])
-    afflicted: dict[int, tuple[str, float, int]] = {}  # worker: what, until when, process
-    clock = {"last": 0.0, "fault": 0.0, "stretch": 0.0}
-    version = 0
-
-    def relieve(peers: Sequence[Peer], now: float, *, all_of_them: bool = False) -> None:
-        for worker, (kind, until, pid) in list(afflicted.items()):
-            if now < until and not all_of_them:
-                continue
-            del afflicted[worker]
-            if any(peer.process.pid == pid and peer.process.exitcode is None for peer in peers):
-                os.kill(pid, signal.SIGCONT if kind == "stop" else signal.SIGUSR2)
-
-    def strike(peers: Sequence[Peer], now: float) -> None:
-        healthy = [p for p in peers if p.state == "joined" and p.worker not in afflicted and p.process.exitcode is None]
-        if len(healthy) < 2:
-            return
-        victim, kind = generator.choice(healthy), generator.choice(("kill", "stop", "slow-down"))
-        pid = victim.process.pid
-        assert pid is not None
-        damage.faults[kind] += 1
-        if kind == "kill":
-            os.kill(pid, signal.SIGKILL)
-            return
-        os.kill(pid, signal.SIGSTOP if kind == "stop" else signal.SIGUSR1)
-        afflicted[victim.worker] = (kind, now + generator.uniform(0.5, 2.0), pid)
-
-    def tick(peers: Sequence[Peer], statistics: Statistics) -> None:
-        nonlocal version
-        watch.look(peers, statistics)
-        now = time.monotonic()
-        if not clock["last"]:
-            if statistics.live_workers == workers:
-                clock.update(last=now, fault=now, stretch=now)
-                version = statistics.version
-                found.worker_seconds.append(0.0)
-            return
-        if now >= job.deadline - 0.5:  # let go of everybody before the end
-            relieve(peers, now, all_of_them=True)
-            return
-        share = {"stop": 0.0, "slow-down": 1.0 / _SLOWDOWN}
-        at_work = sum(
-            share[afflicted[p.worker][0]] if p.worker in afflicted else 1.0
-            for p in peers
-            if p.state == "joined" and p.process.exitcode is None
-        )
-        found.worker_seconds[-1] += at_work * (now - clock["last"])
-        clock["last"] = now
-        if now - clock["stretch"] >= stretch:
-            found.steps.append(statistics.version - version)
-            version = statistics.version
-            found.worker_seconds.append(0.0)
-            clock["stretch"] = now
-        relieve(peers, now)
-        if now - clock["fault"] >= every:
-            clock["fault"] = now
-            strike(peers, now)
-
-    ending = run(workers, settings, job, _unharmed, on_tick=tick)
-    del found.worker_seconds[len(found.steps) :]  # the last stretch is not whole
-    damage.judge(ending, job)
-    damage.left += sum(_alive(pid) for pid in watch.pids) + len(_shared_memory() - before)
-    return found

@@ -22,7 +22,8 @@ from torch import distributed, nn
 
 from lightning_accel.async_sgd import ParameterStore, Settings, Worker, run_workers
 from lightning_accel.async_sgd.memory import Mailbox, ParameterPage, TensorSpec
-from lightning_accel.cli.bench._async_faults import HANG_SECONDS, chaos, kill_sweep
+from lightning_accel.cli.bench._async_chaos import chaos
+from lightning_accel.cli.bench._async_faults import HANG_SECONDS, kill_sweep
 from lightning_accel.cli.bench._async_task import ACCURACY, BATCH, Outcome, Task
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import PairedRatio, compare_paired, time_interleaved
