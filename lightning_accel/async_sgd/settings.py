@@ -30,7 +30,9 @@ class Settings:
         compensation: Strength of ``delay_compensation``, >= 0.
         max_staleness: Pushes that the fastest worker may be ahead of the slowest; None for no bound.
         warm_start_steps: Server steps that the coordinator makes alone at the start, >= 0.
-        cooldown_steps: Batches that the coordinator trains alone at the end, so without any staleness, >= 0.
+        cooldown_steps: Batches at the end of the last epoch that only the coordinator is given, >= 0: once the others
+            have pushed what they still held when it began them, its gradients have no staleness. A run that ends by
+            ``max_steps``, by time or early has no such end.
         lease_batches: Most batches a worker takes at once, >= 1.
         buffers: ``mean``: float buffers (batch norm) move by 1 / live workers towards each pusher's, and all pull
             them; ``coordinator``: the coordinator's count, the others keep their own; ``recompute``: the same, and

@@ -32,6 +32,7 @@ from async_other_distribution import Other, fit_other
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import AsyncSGDStrategy
 from lightning_accel.async_sgd import WorkerFailedError
@@ -193,6 +194,32 @@ def test_the_coordinator_warms_up_and_cools_down_alone(tmp_path):
     assert {entry.worker for entry in log[:5]} == {0}
     assert {entry.worker for entry in log if entry.leases[0] in [(2, i) for i in range(12, 16)]} == {0}
     assert all(entry.base_version == entry.version - 1 for entry in log[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_recomputed_statistics_are_those_of_the_parameters_that_are_validated_and_returned(tmp_path, devices):
+    x, y = loader(8).dataset.x, loader(8).dataset.y
+    # one and the same batch, whoever trains it
+    alike = TensorDataset(x.repeat(12, 1), y.repeat(12), torch.arange(8).repeat(12))
+    module = seeded(Classifier, "momentum")
+    trainer = fit(
+        tmp_path,
+        AsyncSGDStrategy(buffers="recompute", **QUICK),
+        module,
+        devices=devices,
+        data=DataLoader(alike, batch_size=8),
+        callbacks=[WaitForAll(devices)],
+    )
+    assert trainer.global_step == 24
+    with torch.no_grad():
+        hidden = module.net[0](x)
+    assert torch.allclose(module.net[1].running_mean, hidden.mean(0), atol=1e-6)
+    assert torch.allclose(module.net[1].running_var, hidden.var(0), rtol=1e-5)
+    assert not torch.allclose(seeded(Classifier).net[0](x).mean(0), hidden.mean(0), atol=1e-3), "it has learnt"
+    validated = float(trainer.callback_metrics["val/loss"])
+    (again,) = trainer.validate(module, loader_of_validation(), verbose=False)
+    assert again["val/loss"] == pytest.approx(validated, rel=1e-5)
 
 
 @pytest.mark.slow
