@@ -315,12 +315,13 @@ def test_frozen_zero_groups_stay_zero_between_projections():
 def test_project_then_retrain_keeps_zeros_and_rewinds_survivors(rewind, tmp_path):
     net = Net()
     initial = weights(net)
-    at_start = {}
+    at_start, moments = {}, []
 
     class Watch(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.current_epoch == 1 and batch_idx == 0:
                 at_start.update(weights(pl_module))
+                moments.append(len(trainer.optimizers[0].state))
 
     source = rewind
     if rewind == "checkpoint":
@@ -337,6 +338,7 @@ def test_project_then_retrain_keeps_zeros_and_rewinds_survivors(rewind, tmp_path
     assert zero_rows(masked) == HIDDEN // 2
     assert torch.equal((net.first.weight == 0).all(1), (masked == 0).all(1))
     assert not torch.equal(net.first.weight, masked)
+    assert moments == [6 if rewind == "none" else 0], "moments of other weights would push rewound ones about"
     if rewind != "none":
         assert torch.equal(masked, initial["first.weight"] * (masked != 0))
         assert torch.equal(at_start["body.1.weight"], initial["body.1.weight"])
