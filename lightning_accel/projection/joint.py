@@ -124,15 +124,14 @@ def cut_alone(
         bounds, tau = near
         part.cut(bounds, normal=tau > _LARGE)  # differences of float64 numbers that large are 0 or normal anywhere
         return LoneCut(tops, tau, bounds)
-    found = single_threshold(tops, radius, terms)
-    size = float(found.norm)
+    bounds, tau, size = single_threshold(tops, radius, terms)
     if nonfinite == "raise" and not math.isfinite(size):
-        require_finite(found.norm, name)
+        require_finite(tops.new_full((), size), name)
     if radius < size < math.inf:
-        part.cut(found.bounds)
+        part.cut(bounds)
     else:
         part.leave()
-    return LoneCut(tops, float(found.tau), found.bounds)
+    return LoneCut(tops, tau, bounds)
 
 
 def outer_bounds(norms: Tensor, radius: Tensor, outer: Norm, terms: int) -> Thresholds:

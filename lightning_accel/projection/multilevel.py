@@ -10,7 +10,7 @@ from lightning_accel.projection.compiled import Compile, check_compile, compilin
 from lightning_accel.projection.exact import ExactState, project_exact
 from lightning_accel.projection.joint import Team, cut, cut_alone
 from lightning_accel.projection.layout import empty_like_dense, normalize_dims
-from lightning_accel.projection.pyramid import check_levels, pyramid
+from lightning_accel.projection.pyramid import Level, check_levels, pyramid
 from lightning_accel.projection.rounding import check_input, check_nonfinite, check_out, check_radius
 
 Nonfinite = Literal["raise", "skip"]
@@ -61,19 +61,7 @@ def project_multilevel(
         ``nonfinite="skip"``, one otherwise.
     """
     check_input(x)
-    check_out(x, out)
-    check_nonfinite(nonfinite)
-    limit = check_radius(radius)
-    levels = check_levels(norms, dims, x.ndim)
-    result = empty_like_dense(x) if out is None else out
-    if x.numel() == 0:
-        return result
-    whole, outer = pyramid(x, levels, result), levels[0][0]
-    if x.device.type == "cpu" and outer == "l1":
-        cut_alone(whole, limit, nonfinite=nonfinite)
-    else:
-        cut([Team([whole], lambda _: _scalar(limit, x))], outer=outer, nonfinite=nonfinite)
-    return result
+    return _project(x, radius, check_levels(norms, dims, x.ndim), out, nonfinite)
 
 
 def project_l1inf(
@@ -127,14 +115,14 @@ def project_l1inf(
         survive; one host synchronization an iteration.
     """
     check_compile(compile)
-    group = normalize_dims(group_dims, x.ndim) if isinstance(x, Tensor) else ()
+    check_input(x)
+    group = normalize_dims(group_dims, x.ndim)
     if method == "bilevel":
-        rest = [d for d in range(x.ndim) if d not in group] if isinstance(x, Tensor) else []
-        with compiling(compile):
-            return project_multilevel(x, radius, ("l1", "linf"), (group, rest), out=out, nonfinite=nonfinite)
+        rest = tuple(d for d in range(x.ndim) if d not in group)
+        with compiling(compile), torch.no_grad():
+            return _project(x, radius, (("l1", group), ("linf", rest)), out, nonfinite)
     if method != "exact":
         raise ValueError(f"`method` must be 'bilevel' or 'exact', got {method!r}.")
-    check_input(x)
     check_out(x, out)
     check_nonfinite(nonfinite)
     limit = check_radius(radius)
@@ -183,6 +171,21 @@ def project_l11(
     are those of `project_l1inf`.
     """
     return _two_levels(x, radius, "l1", group_dims, out=out, nonfinite=nonfinite)
+
+
+def _project(x: Tensor, radius: float, levels: tuple[Level, ...], out: Tensor | None, nonfinite: Nonfinite) -> Tensor:
+    check_out(x, out)
+    check_nonfinite(nonfinite)
+    limit = check_radius(radius)
+    result = empty_like_dense(x) if out is None else out
+    if x.numel() == 0:
+        return result
+    whole, outer = pyramid(x, levels, result), levels[0][0]
+    if x.device.type == "cpu" and outer == "l1":
+        cut_alone(whole, limit, nonfinite=nonfinite)
+    else:
+        cut([Team([whole], lambda _: _scalar(limit, x))], outer=outer, nonfinite=nonfinite)
+    return result
 
 
 def _two_levels(

@@ -115,7 +115,7 @@ def check_out(x: Tensor, out: Tensor | None) -> None:
             f"`out` must be like `x` ({tuple(x.shape)}, {x.dtype}, {x.device}), got {tuple(out.shape)}, {out.dtype}, "
             f"{out.device}."
         )
-    if _entries_share_memory(out):
+    if not out.is_contiguous() and _entries_share_memory(out):
         raise ValueError("`out` is an expanded view: several entries share memory. Pass `out=None`, or clone it first.")
 
 

@@ -47,8 +47,8 @@ def l1_thresholds(norms: Tensor, radius: Tensor, *, terms: int | None = None) ->
         Condat, "Fast projection onto the simplex and the l1 ball", Math. Program. 158 (2016); Michelot (1986).
     """
     if norms.shape[0] == 1 and norms.shape[1] > 0 and norms.device.type == "cpu":
-        alone = single_threshold(norms[0], float(radius), terms or norms.shape[-1])
-        return Thresholds(*(part.unsqueeze(0) for part in alone))
+        left, shift, size = single_threshold(norms[0], float(radius), terms or norms.shape[-1])
+        return Thresholds(left.unsqueeze(0), norms.new_full((1,), shift), norms.new_full((1,), size))
     norm = norms.sum(-1)
     if norms.shape[-1] == 0:
         return Thresholds(norms, torch.zeros_like(norm), norm)
@@ -63,7 +63,7 @@ def l1_thresholds(norms: Tensor, radius: Tensor, *, terms: int | None = None) ->
     return Thresholds(bounds, (tau + top.squeeze(-1)).masked_fill_(unchanged, 0.0), norm)
 
 
-def single_threshold(norms: Tensor, radius: float, terms: int) -> Thresholds:
+def single_threshold(norms: Tensor, radius: float, terms: int) -> tuple[Tensor, float, float]:
     """Do what `l1_thresholds` does for one vector on CPU, where small operations cost and looking at numbers is free.
 
     Newton's method from below drops norms that cannot survive until what is left sums to the radius, or until it drops
@@ -75,12 +75,11 @@ def single_threshold(norms: Tensor, radius: float, terms: int) -> Thresholds:
         terms: As in `l1_thresholds`.
 
     Returns:
-        `Thresholds` without the dimension of the batch.
+        What `Thresholds` holds, without the dimension of the batch.
     """
-    norm = norms.sum()
-    size = float(norm)
+    size = float(norms.sum())
     if not size > radius or not math.isfinite(size):
-        return Thresholds(torch.full_like(norms, torch.inf), torch.zeros_like(norm), norm)
+        return torch.full_like(norms, torch.inf), 0.0, size
     target = inner_radius(radius, terms)
     top = float(norms.max())
     below = norms - top
@@ -104,7 +103,7 @@ def single_threshold(norms: Tensor, radius: float, terms: int) -> Thresholds:
         rest = float(kept.sum())
     if rest > target:
         kept *= target / rest
-    return Thresholds(kept, norm.new_full((), top + tau), norm)
+    return kept, top + tau, size
 
 
 def threshold_near(norms: Tensor, radius: float, terms: int, start: float) -> tuple[Tensor, float] | None:
