@@ -12,6 +12,7 @@ from lightning_accel.projection import compiled, project_l1inf, radius_for_spars
 from lightning_accel.projection.compiled import compiling
 from lightning_accel.projection.kernels import clamp, excess, group_max, group_norms
 from lightning_accel.projection.layout import empty_like_dense
+from lightning_accel.projection.rounding import round_bound
 
 SHAPES = {
     "rows": (1, 40, 9_000),
@@ -60,6 +61,17 @@ def test_clamping_equals_the_plain_clamp_bit_for_bit(name, dtype, cleared, in_pl
     target = x if in_place else torch.empty_like(x)
     clamp(x, bounds, target)
     assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bounds_known_to_be_normal_round_to_the_same(dtype):
+    bounds = torch.tensor([0.0, 1e-3, 1.0 / 3.0, 1.0, 1e4, float("inf")], dtype=torch.float64)
+    rounded = round_bound(bounds, dtype, normal=True)
+    assert torch.equal(rounded, round_bound(bounds, dtype))
+    assert bool((rounded.double() <= bounds).all())
+    if dtype in (torch.float32, torch.bfloat16):
+        small = torch.tensor([1e-39], dtype=torch.float64)
+        assert [float(round_bound(small, dtype, normal=n) > 0) for n in (False, True)] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
