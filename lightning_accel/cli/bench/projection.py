@@ -158,9 +158,10 @@ def _bilevel(x: Tensor, dim: int, name: str, target: float, compiling: str, *, n
 
 def _exact(x: Tensor, dim: int, name: str, compiling: str) -> Candidates:
     candidates: Candidates = {}
+    radii = {sparsity: radius_for_sparsity(x, sparsity, (dim,), "exact") for sparsity in _EXACT}
     for compile, how in ((True, ""), (False, ", eager")):
         for sparsity, target in _EXACT.items():
-            radius = radius_for_sparsity(x, sparsity, (dim,), "exact")
+            radius = radii[sparsity]
             run = partial(project_l1inf, x, radius, (dim,), "exact", out=x, state=ExactState(), compile=compile)
             note = f"{_MOVED}; {compiling if compile else 'nothing is compiled'}"
             candidates[f"exact, {sparsity:.0%} zero, {name}{how}"] = run, target if compile else None, note
