@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from async_workers import PUSH_STAGES, SETTINGS, Killed, check_ending, run_threads, train, train_and_die
@@ -14,7 +15,7 @@ from async_workers import PUSH_STAGES, SETTINGS, Killed, check_ending, run_threa
 from lightning_accel.async_sgd import Settings, WorkerFailedError, run_workers
 from lightning_accel.cli.bench import async_sgd as bench
 from lightning_accel.cli.bench._async_chaos import chaos
-from lightning_accel.cli.bench._async_faults import kill_sweep
+from lightning_accel.cli.bench._async_faults import kill_sweep, send
 
 BOTH = ("here 0 0", "here 1 0")
 
@@ -219,3 +220,9 @@ def test_workers_end_when_the_parent_is_killed(tmp_path):
 def _runs(pid):
     state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
     return state != "Z"
+
+
+def test_a_signal_to_a_process_that_has_just_ended_is_no_error():
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert not send(SimpleNamespace(process=ended), signal.SIGKILL)

@@ -15,6 +15,7 @@ from lightning_accel.zoo.digits import Digits
 BATCH = 64
 ACCURACY = 0.97
 _PASSES = 50
+_LAST = 5  # snapshots, ten a second
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Outcome:
     Attributes:
         seconds_per_sample: Wall time by samples of all workers.
         seconds_to_accuracy: Until the parameters classified 97 % of the held-out digits; infinite if never.
-        accuracy: Of the last parameters.
+        accuracy: Mean over the parameters of the last half second.
     """
 
     seconds_per_sample: float
@@ -43,7 +44,8 @@ class Task:
         data.prepare_data()
         data.setup("fit")
         self.x, self.y = (torch.cat(t).to(device) for t in zip(*data.train_dataloader(), strict=True))
-        self.held_x, self.held_y = (torch.cat(t).to(device) for t in zip(*data.val_dataloader(), strict=True))
+        held_out = [*data.val_dataloader(), *data.test_dataloader()]  # nothing is chosen by either
+        self.held_x, self.held_y = (torch.cat(t).to(device) for t in zip(*held_out, strict=True))
         self.net = CNN().to(device)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.02, momentum=0.9)
         self.snapshots: list[tuple[float, list[Tensor]]] = []
@@ -90,4 +92,5 @@ class Task:
                 right = self.net(self.held_x).argmax(1) == self.held_y
             judged.append((when, right.double().mean().item()))
         reached = next((when for when, accuracy in judged if accuracy >= ACCURACY), math.inf)
-        return Outcome(1.0 / samples_per_second, reached, judged[-1][1])
+        last = [accuracy for _, accuracy in judged[-_LAST:]]
+        return Outcome(1.0 / samples_per_second, reached, statistics.fmean(last))

@@ -103,7 +103,7 @@ def _time_to_accuracy(found: dict[str, list[Outcome]], ours: str, theirs: str, *
         ratio=compare_paired(times[theirs], times[ours]),
         seconds={name: statistics.median(values) for name, values in times.items()},
         target=target,
-        note="start-up not counted; parameters are judged every 0.1 s; all learn at one rate, whatever n_push is",
+        note="start-up not counted; parameters are judged every 0.1 s",
     )
 
 
@@ -111,7 +111,7 @@ def _final_accuracy(found: dict[str, list[Outcome]], ours: str, theirs: str) -> 
     values = {name: [outcome.accuracy for outcome in found[name]] for name in (ours, theirs)}
     return BenchRow(
         suite="async_sgd",
-        case="digits CNN, accuracy at the end of the window",
+        case="digits CNN, accuracy in the last half second",
         variant=ours,
         baseline=theirs,
         ratio=compare_paired(values[ours], values[theirs]),  # a ratio of accuracies, not of times
