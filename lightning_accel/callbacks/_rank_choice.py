@@ -30,7 +30,7 @@ from lightning_accel.low_rank import (
     theoretical_ranks,
     verify_plan,
 )
-from lightning_accel.low_rank.plan import Method, Weighting, factor_parameters
+from lightning_accel.low_rank.plan import UNMEASURED, Method, Weighting, factor_parameters
 from lightning_accel.measure import PairedRatio, compare_paired, time_interleaved
 
 _log = logging.getLogger(__name__)
@@ -69,11 +69,11 @@ class RankSearch:
         return make_plan(module, run_batch, **settings)
 
     def unmeasured_plan(self, module: nn.Module, run_batch: Callable[[Any], object] | None) -> RankPlan:
-        """Make a plan of theoretical ranks, for want of time to measure.
+        """Make a plan of theoretical ranks on plateaus, for want of time to measure.
 
         Layers that would keep less than `min_energy` stay dense.
         """
-        plan = dataclasses.replace(self, method="fixed").plan(module, run_batch)
+        plan = dataclasses.replace(self, method="snapped").plan(module, run_batch)
         poor = {layer.name for layer in plan.layers if layer.ranks is not None and layer.energy < self.min_energy}
         return plan.dense(poor, f"{_UNDER_FLOOR[0]} {self.min_energy:.0%} of its energy")
 
@@ -100,7 +100,7 @@ class RankSearch:
 
     def planning_seconds(self, module: nn.Module, step_seconds: float) -> float:
         """Estimate, from above, what `plan` will take with nothing cached."""
-        if self.method == "fixed":
+        if self.method in UNMEASURED:
             return 0.0
         layers, _ = eligible_layers(module, include=self.include, exclude=self.exclude)
         kinds = {(type(layer), tuple(layer.weight.shape)) for layer in layers.values()}

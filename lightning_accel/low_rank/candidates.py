@@ -67,6 +67,16 @@ def plateau_candidates(shape: tuple[int, ...], ratio: float | None = None) -> li
     return _smaller_than_dense(shape, candidates)
 
 
+def plateau_below(ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """Return ``ranks``, each rounded down to a multiple of the largest power of two that is at most its half and 32.
+
+    Kernels work in blocks: a convolution of rank 77 takes longer than its share over one of rank 64. For ranks that are
+    not measured; what the plateaus of a machine really are, only its times tell.
+    """
+    steps = [next((step for step in (32, 16, 8, 4, 2) if 2 * step <= rank), 1) for rank in ranks]
+    return tuple(rank // step * step for rank, step in zip(ranks, steps, strict=True))
+
+
 def snapped_ranks(
     shape: tuple[int, ...], ratio: float, candidates: Iterable[tuple[int, ...]]
 ) -> tuple[int, ...] | None:

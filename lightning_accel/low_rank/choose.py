@@ -18,7 +18,7 @@ _BISECTIONS = 12
 
 
 def choose_fixed(drafts: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """Take the only candidate of each layer, the theoretical rank; nobody has seen that small layers gain by it."""
+    """Take the only candidate of each layer, by theory alone; nobody has seen that small layers gain by it."""
     entries = sum(draft.dense_parameters for draft in drafts)
     small = f"has less than {SMALL_SHARE:.0%} of the entries, and was not measured"
     return [
@@ -26,7 +26,7 @@ def choose_fixed(drafts: Sequence[LayerPlan]) -> list[LayerPlan]:
         if not draft.candidates
         else dataclasses.replace(draft, reason=small)
         if draft.dense_parameters < SMALL_SHARE * entries
-        else _decide(draft, draft.candidates[0], "theoretical rank, not measured")
+        else _decide(draft, draft.candidates[0], "chosen by theory, not measured")
         for draft in drafts
     ]
 

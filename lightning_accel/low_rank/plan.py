@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Method = Literal["knapsack", "paper", "fixed"]
+Method = Literal["knapsack", "paper", "fixed", "snapped"]
+UNMEASURED = ("fixed", "snapped")
 Weighting = Literal["none", "activation"]
 
 _FORMAT = 1
@@ -80,7 +81,7 @@ class RankPlan:
 
     Attributes:
         layers: One entry a linear or convolutional layer, skipped ones included, in the model's order.
-        method: Rule that chose: ``"knapsack"``, ``"paper"`` or ``"fixed"``.
+        method: Rule that chose: ``"knapsack"``, ``"paper"``, ``"fixed"`` or ``"snapped"``.
         target: Name of the target: ``"ratio"``, ``"energy"`` or ``"speedup"``.
         value: Its value.
         weighting: ``"activation"`` if the energies are weighted by the inputs' second moments.

@@ -6,18 +6,27 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_accel import measure
 from lightning_accel.low_rank.calls import RunBatch, input_second_moments, record_calls
-from lightning_accel.low_rank.candidates import every_rank, plateau_candidates, theoretical_ranks
+from lightning_accel.low_rank.candidates import every_rank, plateau_below, plateau_candidates, theoretical_ranks
 from lightning_accel.low_rank.choose import choose_by_paper, choose_fixed, choose_in_knapsack
 from lightning_accel.low_rank.eligibility import eligible_layers
 from lightning_accel.low_rank.factorize import DenseLayer, EnergyProfile
 from lightning_accel.low_rank.freezing import NUM_GROUPS
-from lightning_accel.low_rank.plan import Candidate, LayerPlan, Method, RankPlan, Weighting, factor_parameters
+from lightning_accel.low_rank.plan import (
+    UNMEASURED,
+    Candidate,
+    LayerPlan,
+    Method,
+    RankPlan,
+    Weighting,
+    factor_parameters,
+)
 from lightning_accel.low_rank.timing import DiskCache, MakeOptimizer, Phase, Timer, candidate_name, time_layer
 
 
@@ -54,15 +63,15 @@ def make_plan(
 
     Args:
         model: Whose weights are worth keeping: the energies are theirs.
-        run_batch: Runs one real batch; None is enough for ``method="fixed"`` without weighting.
+        run_batch: Runs one real batch; None is enough for ``method="fixed"`` and ``"snapped"`` without weighting.
         ratio: Target: dense weight entries over factor entries of the layers considered, > 1. The knapsack then keeps
             the most energy in the time and the entries of the theoretical ranks snapped down to plateaus.
         energy: Target: mean retained energy of the layers considered, in (0, 1]; the knapsack takes the least time.
         speedup: Target: dense over planned time of the layers considered, > 1; the knapsack keeps the most energy.
         method: ``"knapsack"``: measured plateaus, one choice for all layers together. ``"paper"``: layer by layer the
             largest drop in time between the ranks of ``ratio`` and ``ratio + 1``. ``"fixed"``: the theoretical rank
-            of ``ratio``, unmeasured; layers with less than 1 % of the entries (heads, stems) stay dense. The last two
-            need ``ratio``.
+            of ``ratio``, unmeasured; layers with less than 1 % of the entries (heads, stems) stay dense.
+            ``"snapped"``: the same, down to the next plateau (multiples of 32 or less). The last three need ``ratio``.
         min_energy: Floor of the retained energy of each layer, in [0, 1]; knapsack only.
         weighting: ``"activation"`` weighs energies (and the SVD) by the second moment of each layer's inputs.
         include: Shell patterns of module names to consider.
@@ -82,8 +91,8 @@ def make_plan(
         Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824 (``method="paper"``). *Deviations*: see README.md.
     """
     target = _target(ratio=ratio, energy=energy, speedup=speedup)
-    if method not in ("knapsack", "paper", "fixed"):
-        raise ValueError(f"`method` must be knapsack, paper or fixed, got {method!r}.")
+    if method not in get_args(Method):
+        raise ValueError(f"`method` must be knapsack, paper, fixed or snapped, got {method!r}.")
     if method != "knapsack" and target.name != "ratio":
         raise ValueError(f"method {method!r} needs `ratio`, got `{target.name}`; use method='knapsack' for it.")
     if not 0.0 <= min_energy <= 1.0:
@@ -101,9 +110,11 @@ def make_plan(
             raise ValueError(
                 f"`include` and `exclude` must be lists of patterns, got {patterns!r}; use [{patterns!r}]."
             )
-    measured = method != "fixed"
+    measured = method not in UNMEASURED
     if run_batch is None and (measured or weighting == "activation"):
-        raise ValueError("`run_batch` must run one real batch, got None; only method='fixed' does without.")
+        raise ValueError(
+            "`run_batch` must run one real batch, got None; only methods 'fixed' and 'snapped' do without."
+        )
     layers, skipped = eligible_layers(model, include=include, exclude=exclude)
     if not layers:
         raise ValueError(f"no nn.Linear, nn.Conv1d or nn.Conv2d can be factored; found: {skipped or 'none at all'}.")
@@ -180,6 +191,8 @@ def _with_candidates(
     """Add the ranks to consider and their energies."""
     if method == "fixed":
         ranks = [theoretical_ranks(draft.shape, target.value)]
+    elif method == "snapped":
+        ranks = [plateau_below(theoretical_ranks(draft.shape, target.value))]
     elif method == "paper":
         ranks = every_rank(draft.shape, target.value)
     else:

@@ -114,7 +114,7 @@ def test_theoretical_ranks_are_taken_where_measuring_takes_too_long(
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
         train(module, [callback], tmp_path)
     assert set(low_rank_layers(module)) == expected
-    assert callback.plan.method == "fixed"
+    assert callback.plan.method == "snapped"
     assert "so theoretical ranks are taken" in caplog.text
     if not expected:
         assert "because they would retain less than min_energy=1 of their energy: lower it" in caplog.text

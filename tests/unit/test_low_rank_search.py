@@ -23,7 +23,7 @@ from lightning_accel.low_rank import (
     theoretical_ranks,
     time_layer,
 )
-from lightning_accel.low_rank.candidates import every_rank
+from lightning_accel.low_rank.candidates import every_rank, plateau_below
 
 
 def mlp(width=64, depth=3):
@@ -300,6 +300,24 @@ def test_fixed_takes_the_theoretical_rank_unmeasured():
     assert plan.layers[0].dense_ms is None
 
 
+@pytest.mark.parametrize(
+    ("ranks", "below"),
+    [((77,), (64,)), ((64,), (64,)), ((63,), (48,)), ((32, 17), (32, 16)), ((15, 8), (12, 8)), ((3, 1), (3, 1))],
+)
+def test_plateaus_below(ranks, below):
+    assert plateau_below(ranks) == below
+
+
+def test_snapped_takes_the_plateau_below_the_theoretical_rank_unmeasured():
+    model = nn.Sequential(nn.Conv2d(128, 128, 3), nn.Flatten(), nn.Linear(1000, 400))
+    snapped, fixed = (make_plan(model, None, ratio=2.0, method=method) for method in ("snapped", "fixed"))
+    assert [layer.ranks for layer in fixed.layers] == [(77, 77), (142,)]
+    assert [layer.ranks for layer in snapped.layers] == [(64, 64), (128,)]
+    assert snapped.predicted_speedup is None
+    assert all(low.energy < high.energy for low, high in zip(snapped.layers, fixed.layers, strict=True))
+    assert RankPlan.from_json(snapped.to_json()) == snapped
+
+
 def test_layers_too_small_for_any_rank_stay_dense():
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
     plan = make_plan(model, None, ratio=2.0, method="fixed")
@@ -464,7 +482,7 @@ def test_plan_entries_are_frozen():
         ({"speedup": math.inf}, "`speedup` must be > 1, got inf"),
         ({"ratio": math.nan}, "`ratio` must be > 1, got nan"),
         ({"energy": 0.0}, "`energy` must be in \\(0, 1\\], got 0.0"),
-        ({"ratio": 2.0, "method": "best"}, "`method` must be knapsack, paper or fixed, got 'best'"),
+        ({"ratio": 2.0, "method": "best"}, "`method` must be knapsack, paper, fixed or snapped, got 'best'"),
         ({"energy": 0.9, "method": "paper"}, "method 'paper' needs `ratio`, got `energy`"),
         ({"ratio": 2.0, "min_energy": 1.5}, "`min_energy` must be in \\[0, 1\\], got 1.5"),
         ({"ratio": 2.0, "weighting": "all"}, "`weighting` must be none or activation, got 'all'"),
