@@ -17,6 +17,7 @@ from lightning_accel.callbacks._structure import RestsFactors
 from lightning_accel.callbacks._trial import StepTrial
 from lightning_accel.lightning_private import callbacks_of
 from lightning_accel.low_rank import RankPlan
+from lightning_accel.low_rank.plan import UNMEASURED
 from lightning_accel.low_rank.spectrum import looks_untrained
 
 _log = logging.getLogger(__name__)
@@ -69,18 +70,26 @@ class Decision:
             _log.info("the weights look untrained: dense warm-up until epoch %s.", first)
         return first
 
+    def too_short(self, trainer: "pl.Trainer", index: int) -> Choice | None:
+        """Return the choice to stay dense where too few steps remain already, so that no weight need be looked at."""
+        if self.when != "auto" or self.given is not None:
+            return None
+        chooser = self._chooser(trainer, index)
+        why = chooser.too_short_to_try()
+        return None if why is None else chooser.dense(why)
+
     def unmeasured_plan(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> RankPlan:
         """Return a plan that needs no running step, for strategies that can not switch layers later.
 
         Raises:
             MisconfigurationException: If there is none.
         """
-        unmeasured = self.search.method == "fixed" and self.on_loss == "keep"
+        unmeasured = self.search.method in UNMEASURED and self.on_loss == "keep"
         if isinstance(self.when, int) or (self.given is None and not unmeasured):
             raise MisconfigurationException(
                 f"RankQuantization can not switch layers while {type(trainer.strategy).__name__} trains, and measures "
-                "nothing before. Pass `plan=` (see `lightning-accel plan`), or method='fixed' with on_loss='keep', and "
-                "leave `when` at 'setup'."
+                "nothing before. Pass `plan=` (see `lightning-accel plan`), or method='snapped' with on_loss='keep', "
+                "and leave `when` at 'setup'."
             )
         return self.given or self.search.plan(pl_module, None)
 
@@ -91,10 +100,7 @@ class Decision:
                 self._watch(pl_module, "")
                 return None
             return Choice(self.given, "as the given plan says")
-        search = dataclasses.replace(self.search, phase_weights=phase_weights(trainer))
-        chooser = RankChooser(
-            trainer, search, remaining_batches(trainer, index), self.on_loss == "keep", self.max_overhead
-        )
+        chooser = self._chooser(trainer, index)
         if self.inputs is not None:
             return chooser.choose_by_layers(pl_module, self.inputs, self._seconds, self._untriable)
         if (why := chooser.too_short_to_try()) is not None:
@@ -124,6 +130,11 @@ class Decision:
             self.inputs.__exit__()
             self._watching = False
             self._seconds = time.perf_counter() - self._seconds
+
+    def _chooser(self, trainer: "pl.Trainer", index: int) -> RankChooser:
+        search = dataclasses.replace(self.search, phase_weights=phase_weights(trainer))
+        remaining = remaining_batches(trainer, index)
+        return RankChooser(trainer, search, remaining, self.on_loss == "keep", self.max_overhead)
 
     def _watch(self, pl_module: "pl.LightningModule", why: str) -> None:
         self._untriable = why

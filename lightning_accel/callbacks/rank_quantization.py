@@ -168,6 +168,9 @@ class RankQuantization(pl.Callback):
         if batch_idx % trainer.accumulate_grad_batches:  # gradients of the dense weights are under way
             return
         if self._switch_epoch is None:
+            if (short := self.decision.too_short(trainer, batch_idx)) is not None:
+                self._switch(trainer, pl_module, short)
+                return
             self._switch_epoch = self.decision.first_epoch(trainer, pl_module)
         if trainer.current_epoch < self._switch_epoch:
             return
