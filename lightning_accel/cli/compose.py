@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,11 +27,20 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
 def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Compose ``conf/<config_name>.yaml`` with overrides inside a running program, as the tests and notebooks do.
 
+    The program may be a Hydra application itself, such as a started command.
+
     Values that only a started command has, such as ``paths.output_dir``, must be overridden to be read.
     """
     version = {"version_base": "1.3"} if _HYDRA_1_3 else {}
-    with hydra.initialize_config_module("lightning_accel.conf", **version):
-        return hydra.compose(config_name, overrides=list(overrides))
+    application = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_module("lightning_accel.conf", **version):
+            return hydra.compose(config_name, overrides=list(overrides))
+    finally:
+        if application is not None:
+            GlobalHydra.instance().clear()
+            GlobalHydra.instance().initialize(application)
 
 
 def instantiate(node: DictConfig, *, name: str, **given: object) -> Any:

@@ -5,6 +5,9 @@ import json
 import os
 
 import pytest
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from lightning_accel.cli import COMMANDS, OWN_COMMAND_VARIABLE, hydra_overrides, main
@@ -146,3 +149,14 @@ def test_compose_works_inside_a_program():
     cfg = compose("train", ["seed=7", "callbacks=[rank_quantization]"])
     assert cfg.seed == 7
     assert list(cfg.callbacks) == ["rank_quantization"]
+
+
+def test_compose_works_inside_a_hydra_application():
+    with initialize_config_module("lightning_accel.conf", version_base="1.3"):
+        application = GlobalHydra.instance().hydra
+        assert compose("compare", ["experiment=mlp_digits", "seed=7"]).seed == 7
+        assert GlobalHydra.instance().hydra is application
+        with pytest.raises(ConfigCompositionException):
+            compose("compare", ["no_such_key=1"])
+        assert GlobalHydra.instance().hydra is application
+    assert not GlobalHydra.instance().is_initialized()
