@@ -175,21 +175,31 @@ class EnergyProfile:
     """
 
     def __init__(self, dense: DenseLayer, second_moment: Tensor | None = None) -> None:
-        self._kept: dict[int, Tensor] = {}
         with torch.no_grad():
-            weight, _, _ = _whitened(dense, second_moment)
-            energies = torch.linalg.svdvals(weight.flatten(1)).double().square()
-            self._kept[1] = _share(energies.cumsum(0))
-            if len(full_ranks(dense)) == 2:
-                left, right = _leading(weight, 0, weight.shape[0]), _leading(weight, 1, weight.shape[1])
-                core = torch.einsum("ob,oi...,ia->ba...", left, weight, right)
-                self._kept[2] = _share(core.double().square().flatten(2).sum(2).T.cumsum(1).cumsum(0))
+            self._weight, _, _ = _whitened(dense, second_moment)
+        self._kept: dict[int, Tensor] = {}  # number of ranks to the energy kept at any; made when asked for
 
     def __call__(self, ranks: Sequence[int]) -> float:
         """Return the energy kept at ``ranks``, in [0, 1]; a layer of zeros keeps everything."""
+        if len(ranks) not in self._kept:
+            with torch.no_grad():
+                self._kept[len(ranks)] = self._two_factor() if len(ranks) == 1 else self._tucker()
         kept = self._kept[len(ranks)]
         index = tuple(min(rank, size) - 1 for rank, size in zip(ranks, kept.shape, strict=True))
         return min(1.0, float(kept[index]))
+
+    def _two_factor(self) -> Tensor:
+        """Return the energy kept at rank 1, 2, ...: squared singular values, by the smaller Gram matrix in float64."""
+        unfolded = self._weight.flatten(1).double()
+        gram = unfolded @ unfolded.T if unfolded.shape[0] <= unfolded.shape[1] else unfolded.T @ unfolded
+        return _share(torch.linalg.eigvalsh(gram).clamp_min(0.0).flip(0).cumsum(0))
+
+    def _tucker(self) -> Tensor:
+        """Return the energy kept at (r1, r2), from the whole core."""
+        weight = self._weight
+        left, right = _leading(weight, 0, weight.shape[0]), _leading(weight, 1, weight.shape[1])
+        core = torch.einsum("ob,oi...,ia->ba...", left, weight, right)
+        return _share(core.double().square().flatten(2).sum(2).T.cumsum(1).cumsum(0))
 
 
 def _share(cumulated: Tensor) -> Tensor:
