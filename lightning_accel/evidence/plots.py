@@ -84,6 +84,15 @@ def plot_rank_plan(plan: Mapping[str, Any], path: Path) -> None:
         _draw_ranks(axes, layer)
     for axes in grid[len(layers) :]:
         axes.set_visible(False)
+    handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(  # one for all, where it hides nothing
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=min(columns, 5),
+        frameon=False,
+        fontsize=9,
+    )
     _save(figure, path)
 
 
@@ -161,8 +170,7 @@ def _draw_ranks(axes: Any, layer: Mapping[str, Any]) -> None:
             right.plot(ranks, [c["energy"] for _, c in points], line, color=COLOURS[2], linewidth=1.0)
         for rank, candidate in points:
             if _ranks(candidate["rank"]) == chosen:
-                label = f"chosen: {'x'.join(map(str, chosen))}"
-                axes.plot([rank], [candidate["ms"]], marker, color=COLOURS[1], markersize=8, label=label)
+                axes.plot([rank], [candidate["ms"]], marker, color=COLOURS[1], markersize=8, label="chosen rank")
                 axes.axvline(rank, color=COLOURS[1], linewidth=1.0, alpha=0.5)
     if layer.get("dense_ms") is not None:
         label = "dense" if chosen is not None else "dense (chosen)"
@@ -172,11 +180,12 @@ def _draw_ranks(axes: Any, layer: Mapping[str, Any]) -> None:
         right.set_ylim(0.0, 1.05)
         right.set_ylabel("energy kept", color=COLOURS[2])
         right.spines["top"].set_visible(False)
-    axes.set_title(layer["name"], fontsize=9)
+    axes.set_title(
+        f"{layer['name']}\n{'dense' if chosen is None else 'rank ' + 'x'.join(map(str, chosen))}", fontsize=9
+    )
     axes.set_xlabel("rank")
     axes.set_ylabel("ms")
     axes.set_ylim(bottom=0.0)
-    axes.legend(framealpha=0.7, edgecolor="none", fontsize=7, loc="lower right")
 
 
 def _ranks(rank: Any) -> list[int]:

@@ -23,10 +23,7 @@ def test_both_arms_train_alike_for_equally_many_epochs(config, tmp_path):
     without, with_callbacks = (
         build(config, accelerators=given, monitoring=False, loggers=False, root_dir=tmp_path) for given in (False, True)
     )
-    assert [type(callback).__name__ for callback in with_callbacks.accelerators] == [
-        "RankQuantization",
-        "SequentialFreezing",
-    ]
+    assert [type(callback).__name__ for callback in with_callbacks.accelerators] == ["RankQuantization"]
     assert without.accelerators == []
     assert without.trainer.max_epochs == with_callbacks.trainer.max_epochs
     assert without.model.hparams == with_callbacks.model.hparams
