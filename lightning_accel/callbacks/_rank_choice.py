@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import nn
 
 from lightning_accel.callbacks._inputs import RecordedInputs
@@ -61,7 +62,8 @@ class RankSearch:
         # The core judges its own arguments, now and not at the first batch; a layer that is never called costs nothing.
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         settings |= {"include": ("*",), "exclude": (), "cache_dir": None}
-        make_plan(nn.Sequential(nn.Linear(2, 2)), lambda _: None, **settings)
+        with torch.random.fork_rng(devices=()):  # a layer draws its weights
+            make_plan(nn.Sequential(nn.Linear(2, 2)), lambda _: None, **settings)
 
     def plan(self, module: nn.Module, run_batch: Callable[[Any], object] | None) -> RankPlan:
         """Make the plan."""

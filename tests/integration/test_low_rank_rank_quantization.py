@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from low_rank_models import Classifier, train
 from torch import nn
@@ -119,6 +119,24 @@ def test_theoretical_ranks_are_taken_where_measuring_takes_too_long(
     if not expected:
         assert "because they would retain less than min_energy=1 of their energy: lower it" in caplog.text
         assert {layer.reason for layer in callback.plan.layers} >= {"retains less than 100% of its energy"}
+
+
+def test_neither_making_the_callback_nor_leaving_a_short_run_alone_draws_random_numbers(tmp_path):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    callback = RankQuantization()
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def states(*callbacks):
+        seen = []
+        watch = LambdaCallback(on_train_batch_start=lambda *_: seen.append(torch.get_rng_state()))
+        module = Classifier()
+        torch.manual_seed(1)
+        train(module, [*callbacks, watch], tmp_path)
+        return seen
+
+    assert all(torch.equal(a, b) for a, b in zip(states(callback), states(), strict=True))
+    assert callback.structure_state() == "dense"
 
 
 def test_short_run_is_not_even_tried(tmp_path, monkeypatch, caplog):
