@@ -123,10 +123,7 @@ def project_l1inf(
             return _project(x, radius, (("l1", group), ("linf", rest)), out, nonfinite)
     if method != "exact":
         raise ValueError(f"`method` must be 'bilevel' or 'exact', got {method!r}.")
-    check_out(x, out)
-    check_nonfinite(nonfinite)
-    limit = check_radius(radius)
-    result = empty_like_dense(x) if out is None else out
+    limit, result = _checked(x, radius, out, nonfinite)
     if x.numel() == 0:
         return result
     with compiling(compile), torch.no_grad():
@@ -173,11 +170,15 @@ def project_l11(
     return _two_levels(x, radius, "l1", group_dims, out=out, nonfinite=nonfinite)
 
 
-def _project(x: Tensor, radius: float, levels: tuple[Level, ...], out: Tensor | None, nonfinite: Nonfinite) -> Tensor:
+def _checked(x: Tensor, radius: float, out: Tensor | None, nonfinite: Nonfinite) -> tuple[float, Tensor]:
+    """Return the radius as a number, and where the result goes."""
     check_out(x, out)
     check_nonfinite(nonfinite)
-    limit = check_radius(radius)
-    result = empty_like_dense(x) if out is None else out
+    return check_radius(radius), empty_like_dense(x) if out is None else out
+
+
+def _project(x: Tensor, radius: float, levels: tuple[Level, ...], out: Tensor | None, nonfinite: Nonfinite) -> Tensor:
+    limit, result = _checked(x, radius, out, nonfinite)
     if x.numel() == 0:
         return result
     whole, outer = pyramid(x, levels, result), levels[0][0]
