@@ -26,9 +26,7 @@ Compile = bool | Literal["auto"]
 
 _log = logging.getLogger(__name__)
 _LARGE = 1 << 22  # bytes; passes over less stay in the caches, where calls cost as much as compiling spares
-_WORTH = (
-    1 << 36
-)  # bytes; eager passes over as many take as much longer than compiled ones as compiling takes, about 6 s
+_WORTH = 1 << 36  # bytes; eager passes over so many lose as much time as compiling takes, about 6 s
 _BLOCK = 25  # rows of a block that columns are reduced in
 _LEAST = 8  # rows; fewer are left to eager passes
 _NARROW = 32  # entries a row; as above
