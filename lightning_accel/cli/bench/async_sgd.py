@@ -34,7 +34,7 @@ _STOP_EVERY = 5  # steps between two agreements of the lock-step ranks on whethe
 _TRANSFER_BYTES = 40_000_000
 _EACH = Settings(lease_batches=64)  # a push and a pull each step, waited for
 _OVERLAP = Settings(lease_batches=64, overlap=True)  # the next batch is not waited for
-_FOURTH = Settings(lease_batches=64, n_push=4, n_fetch=4, overlap=True)
+_LOCAL = Settings(lease_batches=64, local_steps=8)  # own steps; the way made goes to the server, averaged
 _CALM_SECONDS = 15.0
 
 
@@ -65,13 +65,13 @@ def rows(*, quick: bool, device: str, kills: int = 200, chaos_minutes: float = 1
 
 def _training(rounds: int, window: float, *, device: str) -> Iterator[BenchRow]:
     slow = (_SLOWDOWN - 1.0) * Task(device).seconds_a_step()  # one delay for all, or the variants would not compare
-    each, fourth = "async, 2 workers", "async, 2 workers, n_push=4 overlap"
+    each, local = "async, 2 workers", "async, 2 workers, local_steps=8"
     uneven, ranks = "async, overlap, one 3x slower", "DDP, one 3x slower"
     one, healthy_ranks = "one process", "DDP, 2 ranks"
     variants: dict[str, Callable[[], Outcome]] = {
         one: functools.partial(_one_process, window, device),
         each: functools.partial(_asynchronous, window, 0.0, device, _EACH),
-        fourth: functools.partial(_asynchronous, window, 0.0, device, _FOURTH),
+        local: functools.partial(_asynchronous, window, 0.0, device, _LOCAL),
         healthy_ranks: functools.partial(_lock_step, window, 0.0, device),
         uneven: functools.partial(_asynchronous, window, slow, device, _OVERLAP),
         ranks: functools.partial(_lock_step, window, slow, device),
@@ -82,14 +82,14 @@ def _training(rounds: int, window: float, *, device: str) -> Iterator[BenchRow]:
         generator.shuffle(order)
         for name in order:
             found[name].append(variants[name]())
-    yield _throughput(found, fourth, one, target=1.8)
+    yield _throughput(found, local, one, target=1.8)
     yield _throughput(found, each, one, target=None)
     yield _throughput(found, healthy_ranks, one, target=None)
     yield _throughput(found, uneven, ranks, target=2.0)
     yield _time_to_accuracy(found, uneven, ranks, target=1.8)
-    for name in (fourth, each):
+    for name in (local, each):
         yield _time_to_accuracy(found, name, one, target=None)
-    for name in (fourth, each, uneven):
+    for name in (local, each, uneven):
         yield _final_accuracy(found, name, one)
 
 
