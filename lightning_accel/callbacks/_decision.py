@@ -12,7 +12,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_accel.callbacks._inputs import RecordedInputs
-from lightning_accel.callbacks._rank_choice import Choice, RankChooser, RankSearch, remaining_batches
+from lightning_accel.callbacks._rank_choice import Choice, RankChooser, remaining_batches
+from lightning_accel.callbacks._rank_search import RankSearch
 from lightning_accel.callbacks._structure import RestsFactors
 from lightning_accel.callbacks._trial import StepTrial
 from lightning_accel.lightning_private import callbacks_of

@@ -8,15 +8,14 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import nn
 
 from lightning_accel.callbacks._inputs import RecordedInputs
 from lightning_accel.callbacks._layer_trial import Ranks, failure, other_loss, with_shapes_of
+from lightning_accel.callbacks._rank_search import RankSearch
 from lightning_accel.callbacks._trial import StepTrial
 from lightning_accel.low_rank import (
     NUM_GROUPS,
@@ -26,87 +25,21 @@ from lightning_accel.low_rank import (
     freeze,
     frozen_parameters,
     low_rank_layers,
-    make_plan,
     mean_of_phases,
     theoretical_ranks,
     verify_plan,
 )
-from lightning_accel.low_rank.plan import UNMEASURED, Method, Weighting, factor_parameters
 from lightning_accel.measure import PairedRatio, compare_paired, time_interleaved
 
 _log = logging.getLogger(__name__)
 
-_UNDER_FLOOR = ("retains less than", "no candidate keeps an energy of")  # reasons given here and by `make_plan`
+Problem = Callable[[StepTrial, Ranks], str | None]
+GoOn = Callable[[Mapping[str, Sequence[float]]], bool]
+
 _PAIRS = 8  # few, but enough for the exact test to say "faster" although one pair disagrees
+_PEEK = 3  # pairs after which a trial that promises nothing ends
+_GAIN_TO_GO_ON = 80.0  # dense steps to be saved: twice what the rest of both trials takes
 _STEPS_TO_TRY = 2 * (_PAIRS + 2) + 2  # dense ones; two phases of low-rank layers take about as long as one of those
-_STEPS_TO_PLAN = 250.0  # what `make_plan` takes where layers are quick
-_SECONDS_A_LAYER = 3.0  # what it takes at most for one kind of layer
-
-
-@dataclass(frozen=True)
-class RankSearch:
-    """What is asked of `make_plan`; the fields are explained there."""
-
-    ratio: float | None
-    energy: float | None
-    speedup: float | None
-    method: Method
-    min_energy: float
-    weighting: Weighting
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    cache_dir: Path | None
-    phase_weights: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        # The core judges its own arguments, now and not at the first batch; a layer that is never called costs nothing.
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        settings |= {"include": ("*",), "exclude": (), "cache_dir": None}
-        with torch.random.fork_rng(devices=()):  # a layer draws its weights
-            make_plan(nn.Sequential(nn.Linear(2, 2)), lambda _: None, **settings)
-
-    def plan(self, module: nn.Module, run_batch: Callable[[Any], object] | None) -> RankPlan:
-        """Make the plan."""
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return make_plan(module, run_batch, **settings)
-
-    def unmeasured_plan(self, module: nn.Module, run_batch: Callable[[Any], object] | None) -> RankPlan:
-        """Make a plan of theoretical ranks on plateaus, for want of time to measure.
-
-        Layers that would keep less than `min_energy` stay dense.
-        """
-        plan = dataclasses.replace(self, method="snapped").plan(module, run_batch)
-        poor = {layer.name for layer in plan.layers if layer.ranks is not None and layer.energy < self.min_energy}
-        return plan.dense(poor, f"{_UNDER_FLOOR[0]} {self.min_energy:.0%} of its energy")
-
-    def lost_to_the_floor(self, plan: RankPlan) -> str:
-        """Say how many layers `min_energy` kept dense, and what to do; nothing if it kept none."""
-        lost = [layer for layer in plan.layers if any(words in layer.reason for words in _UNDER_FLOOR)]
-        if not lost:
-            return ""
-        return (
-            f" ({len(lost)} of {len(plan.layers)} layers stay dense because they would retain less than "
-            f"min_energy={self.min_energy:g} of their energy: lower it, take a smaller ratio, or warm up for longer)"
-        )
-
-    def unmeasured_ranks(self, module: nn.Module) -> Ranks:
-        """Return theoretical ranks, for a first look at what could be gained."""
-        layers, _ = eligible_layers(module, include=self.include, exclude=self.exclude)
-        ranks: dict[str, tuple[int, ...]] = {}
-        for name, layer in layers.items():
-            shape = tuple(layer.weight.shape)
-            candidate = theoretical_ranks(shape, self.ratio or self.speedup or 2.0)
-            if factor_parameters(shape, candidate) < layer.weight.numel():
-                ranks[name] = candidate
-        return ranks
-
-    def planning_seconds(self, module: nn.Module, step_seconds: float) -> float:
-        """Estimate, from above, what `plan` will take with nothing cached."""
-        if self.method in UNMEASURED:
-            return 0.0
-        layers, _ = eligible_layers(module, include=self.include, exclude=self.exclude)
-        kinds = {(type(layer), tuple(layer.weight.shape)) for layer in layers.values()}
-        return min(_STEPS_TO_PLAN * step_seconds, _SECONDS_A_LAYER * len(kinds))
 
 
 @dataclass(frozen=True)
@@ -152,27 +85,41 @@ class RankChooser:
     def choose(self, trial: StepTrial, inputs: RecordedInputs) -> Choice:
         """Choose ranks by layer times, verify them by whole steps, and take back what does not pay."""
         started = time.perf_counter()
-        if unfit := self._unfit(trial):
+        if unfit := self._unfit(trial, failure):
+            return self._without(unfit, trial, inputs)
+        first = None if self.keep else self._first_look(trial, started)
+        if isinstance(first, Choice):
+            return first
+        if unfit := self._unfit(trial, other_loss):
             return self._without(unfit, trial, inputs)
         run_batch = self._in_context(inputs)
-        if not self.keep:
-            dense = self._dense_seconds(trial)
-            planning = self.search.planning_seconds(trial.module, dense)
-            unpaid = (
-                f"measuring ranks would take about {planning:.1f} s, "
-                f"more than {self.remaining:.0f} remaining steps can be expected to give back"
-            )
-            if self.search.ratio is not None and planning > self.remaining * max(self.max_overhead, 0.5) * dense:
-                # Not even steps that took no time at all could pay for it: the first trial is that of the final ranks.
-                return self._unmeasured(trial, run_batch, started, unpaid)
-            quick = self._compare(trial, self.search.unmeasured_ranks(trial.module))
-            allowed = self.remaining * max(self.max_overhead * quick.dense, 0.5 * quick.saved if quick.faster else 0.0)
-            if self._agree(time.perf_counter() - started) + planning > allowed:
-                why = f"with unmeasured ranks {quick}; {unpaid}"
-                if not quick.faster or self.search.ratio is None:
-                    return self.dense(why)
-                return self._unmeasured(trial, run_batch, started, why)
+        if first is not None:
+            return self._unmeasured(trial, run_batch, started, first)
         return self._verified(Choice(self._plan(trial.module, run_batch), ""), trial, started)
+
+    def _first_look(self, trial: StepTrial, started: float) -> Choice | str | None:
+        """Try theoretical ranks; return a choice if that decides, or why ranks are not worth measuring, or None."""
+        dense = self._dense_seconds(trial)
+        planning = self.search.planning_seconds(trial.module, dense)
+        unpaid = (
+            f"measuring ranks would take about {planning:.1f} s, "
+            f"more than {self.remaining:.0f} remaining steps can be expected to give back"
+        )
+        if self.search.ratio is not None and planning > self.remaining * max(self.max_overhead, 0.5) * dense:
+            # Not even steps that took no time at all could pay for it: the first trial is that of the final ranks.
+            return unpaid
+        quick = self._compare(trial, self.search.unmeasured_ranks(trial.module), go_on=self._promising)
+        allowed = self.remaining * max(self.max_overhead * quick.dense, 0.5 * quick.saved if quick.faster else 0.0)
+        if self._agree(time.perf_counter() - started) + planning <= allowed:
+            return None
+        why = f"with unmeasured ranks {quick}; {unpaid}"
+        return why if quick.faster and self.search.ratio is not None else self.dense(why)
+
+    def _promising(self, seconds: Mapping[str, Sequence[float]]) -> bool:
+        """Say whether what a few pairs show is worth more pairs, and the second trial that a gain is followed by."""
+        dense = statistics.median(seconds["dense"])
+        share = 1.0 - statistics.median(seconds["low rank"]) / dense
+        return self.remaining * max(share, 0.0) >= _GAIN_TO_GO_ON
 
     def _unmeasured(self, trial: StepTrial, run_batch: Callable[[Any], object], started: float, unpaid: str) -> Choice:
         """Take theoretical ranks if whole steps are faster with them."""
@@ -232,7 +179,7 @@ class RankChooser:
         """Leave the model as it is, without a plan."""
         return Choice(no_plan(), why)
 
-    def _unfit(self, trial: StepTrial) -> dict[str, str]:
+    def _unfit(self, trial: StepTrial, problem: Problem) -> dict[str, str]:
         """Return the layers that the model does not let go, and how that shows.
 
         Some models ask for a layer's type or read its weight, and go another way if it is not the one they made: the
@@ -240,13 +187,12 @@ class RankChooser:
         """
         layers, _ = eligible_layers(trial.module, include=self.search.include, exclude=self.search.exclude)
         ranks = {name: theoretical_ranks(tuple(layer.weight.shape), 2.0) for name, layer in layers.items()}
-        for problem in (failure, other_loss):
-            together: str | None = self._agree(problem(trial, ranks) if ranks else None)
-            if together is not None:
-                alone = {name: problem(trial, {name: ranks[name]}) for name in ranks}
-                found = {name: why for name, why in alone.items() if why is not None}
-                return self._agree(found or dict.fromkeys(ranks, together))
-        return {}
+        together: str | None = self._agree(problem(trial, ranks) if ranks else None)
+        if together is None:
+            return {}
+        alone = {name: problem(trial, {name: ranks[name]}) for name in ranks}
+        found = {name: why for name, why in alone.items() if why is not None}
+        return self._agree(found or dict.fromkeys(ranks, together))
 
     def _without(self, unfit: Mapping[str, str], trial: StepTrial, inputs: RecordedInputs) -> Choice:
         """Choose among the other layers."""
@@ -277,13 +223,14 @@ class RankChooser:
             raise result
         return RankPlan.from_json(result)
 
-    def _compare(self, trial: StepTrial, ranks: Ranks) -> "Comparison":
-        seconds = self._time_variants(trial, ranks, {"dense": frozenset(), "low rank": frozenset(ranks)})
+    def _compare(self, trial: StepTrial, ranks: Ranks, go_on: GoOn | None = None) -> "Comparison":
+        variants = {"dense": frozenset[str](), "low rank": frozenset(ranks)}
+        seconds = self._time_variants(trial, ranks, variants, go_on)
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         return Comparison(medians["dense"], medians["low rank"], compare_paired(seconds["dense"], seconds["low rank"]))
 
     def _time_variants(
-        self, trial: StepTrial, ranks: Ranks, variants: Mapping[str, frozenset[str]]
+        self, trial: StepTrial, ranks: Ranks, variants: Mapping[str, frozenset[str]], go_on: GoOn | None = None
     ) -> Mapping[str, Sequence[float]]:
         steps: dict[str, Callable[[], object]] = {}
         for name, layers in variants.items():
@@ -296,10 +243,19 @@ class RankChooser:
             for group in range(NUM_GROUPS):
                 steps[f"{name}/{group}"] = functools.partial(_resting_step, changed, group, mine)
         device = self.trainer.strategy.root_device
-        seconds: Mapping[str, Sequence[float]] = self._agree(
-            time_interleaved(steps, rounds=_PAIRS, warmup=2, device=device)
-        )
-        return {name: self._over_phases(name, seconds) for name in variants}
+
+        def time_rounds(rounds: int, warmup: int) -> dict[str, list[float]]:
+            found = time_interleaved(steps, rounds=rounds, warmup=warmup, device=device)
+            seconds: Mapping[str, Sequence[float]] = self._agree(found)
+            return {name: [*self._over_phases(name, seconds)] for name in variants}
+
+        if go_on is None:
+            return time_rounds(_PAIRS, 2)
+        found = time_rounds(_PEEK, 2)
+        if go_on(found):
+            more = time_rounds(_PAIRS - _PEEK, 0)
+            found = {name: [*found[name], *more[name]] for name in variants}
+        return found
 
     def _over_phases(self, name: str, seconds: Mapping[str, Sequence[float]]) -> Sequence[float]:
         if name in seconds or self.search.phase_weights is None:

@@ -18,7 +18,8 @@ from lightning_accel.callbacks._factoring import (
     keep_orphans_dense,
 )
 from lightning_accel.callbacks._order import correct_order
-from lightning_accel.callbacks._rank_choice import Choice, RankSearch
+from lightning_accel.callbacks._rank_choice import Choice
+from lightning_accel.callbacks._rank_search import RankSearch
 from lightning_accel.callbacks._structure import (
     can_switch_in_fit,
     exchange_layers_in_fit,

@@ -11,7 +11,7 @@ from low_rank_models import Classifier, train
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from lightning_accel.callbacks import RankQuantization, SequentialFreezing, _rank_choice
+from lightning_accel.callbacks import RankQuantization, SequentialFreezing, _rank_choice, _rank_search
 from lightning_accel.callbacks._inputs import RunningOrder
 from lightning_accel.low_rank import decompose, low_rank_layers, make_plan
 
@@ -108,7 +108,7 @@ def test_optimizer_that_shards_its_states_is_refused_by_name(make, tmp_path):
 )
 def test_ranks_are_planned_and_tried_for_the_phases_of_freezing(freezing, weights, tmp_path, monkeypatch, caplog):
     planned, timed = [], set()
-    plan = _rank_choice.make_plan
+    plan = _rank_search.make_plan
 
     def remember(*args, phase_weights, **settings):
         planned.append(phase_weights)
@@ -121,7 +121,7 @@ def test_ranks_are_planned_and_tried_for_the_phases_of_freezing(freezing, weight
         seconds = {"dense": 8.0, "low rank": 3.0, "low rank/0": 2.0, "low rank/1": 4.0}
         return {name: [seconds[name]] * rounds for name in candidates}
 
-    monkeypatch.setattr(_rank_choice, "make_plan", remember)
+    monkeypatch.setattr(_rank_search, "make_plan", remember)
     monkeypatch.setattr(_rank_choice, "time_interleaved", fake)
     callback = RankQuantization(ratio=2.0, method="fixed", when="setup", max_overhead=100.0, exclude=["net.6"])
     with caplog.at_level(logging.INFO, logger="lightning_accel"):

@@ -14,7 +14,7 @@ from low_rank_models import Classifier, train
 from torch import nn
 
 from lightning_accel import enable_low_rank_loading
-from lightning_accel.callbacks import RankQuantization, _rank_choice, _structure
+from lightning_accel.callbacks import RankQuantization, _rank_choice, _rank_search, _structure
 from lightning_accel.callbacks._structure import refuse_sharded
 from lightning_accel.low_rank import LowRankLinear, RankPlan, eligible_layers, low_rank_layers, make_plan
 
@@ -107,8 +107,8 @@ def test_theoretical_ranks_are_taken_where_measuring_takes_too_long(
     min_energy, expected, tmp_path, monkeypatch, caplog
 ):
     fake_clock(monkeypatch, lambda name: 8.0 if name == "dense" else 4.0)
-    monkeypatch.setattr(_rank_choice, "_STEPS_TO_PLAN", 1e6)
-    monkeypatch.setattr(_rank_choice, "_SECONDS_A_LAYER", 1e6)
+    monkeypatch.setattr(_rank_search, "_STEPS_TO_PLAN", 1e6)
+    monkeypatch.setattr(_rank_search, "_SECONDS_A_LAYER", 1e6)
     module = Classifier()
     callback = RankQuantization(when="setup", min_energy=min_energy, max_overhead=2.0)
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
@@ -137,6 +137,25 @@ def test_neither_making_the_callback_nor_leaving_a_short_run_alone_draws_random_
 
     assert all(torch.equal(a, b) for a, b in zip(states(callback), states(), strict=True))
     assert callback.structure_state() == "dense"
+
+
+@pytest.mark.parametrize(("low_rank", "rounds"), [(7.9, [3, 3]), (4.0, [3, 3, 5, 8])])
+def test_a_trial_that_promises_nothing_ends_early(low_rank, rounds, tmp_path, monkeypatch, caplog):
+    asked = []
+
+    def fake(candidates, *, rounds, **_):
+        asked.append(rounds)
+        return {name: [8.0 if name == "dense" else low_rank] * rounds for name in candidates}
+
+    monkeypatch.setattr(_rank_choice, "time_interleaved", fake)
+    monkeypatch.setattr(_rank_choice, "_GAIN_TO_GO_ON", 5.0)  # of 12 steps
+    monkeypatch.setattr(_rank_search.RankSearch, "planning_seconds", lambda *_: 192.0)  # all that 12 steps may take
+    module = Classifier()
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, [RankQuantization(when="setup", min_energy=0.0, max_overhead=2.0)], tmp_path)
+    assert asked == rounds
+    assert bool(low_rank_layers(module)) == (low_rank == 4.0)
+    assert f"with unmeasured ranks a whole step takes {1000 * low_rank:.2f} ms instead of 8000.00 ms" in caplog.text
 
 
 def test_short_run_is_not_even_tried(tmp_path, monkeypatch, caplog):
