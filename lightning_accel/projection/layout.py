@@ -1,14 +1,10 @@
 """How the groups of a tensor lie in memory: everything fast works on one shape, ``(before, groups, after)``."""
 
 import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-_HUGE = 1 << 23  # bytes; from here on huge pages save more than rounding up to them wastes
 
 
 def normalize_dims(dims: Sequence[int], ndim: int, *, name: str = "group_dims") -> tuple[int, ...]:
@@ -104,19 +100,3 @@ class Blocks:
         if self.target.data_ptr() != self.source.data_ptr():
             self.target.copy_(self.source)
         return self.out
-
-
-def empty_like_dense(x: Tensor) -> Tensor:
-    """Return an uninitialized tensor with the strides of ``x`` where they are dense.
-
-    Writing to fresh memory takes three times as long as to used memory, for the kernel clears it page by page. So a
-    large tensor on CPU asks for huge pages, where the operating system gives them to those who ask.
-    """
-    size = x.numel() * x.element_size()
-    if x.device.type != "cpu" or size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(x, memory_format=torch.preserve_format)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    storage = torch.frombuffer(memory, dtype=x.dtype).untyped_storage()  # which keeps `memory`
-    strides = torch.empty_like(x, device="meta", memory_format=torch.preserve_format).stride()
-    return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, strides)

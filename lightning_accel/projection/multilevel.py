@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lightning_accel.projection.compiled import Compile, check_compile, compiling
 from lightning_accel.projection.exact import ExactState, project_exact
+from lightning_accel.projection.fresh_memory import empty_like_dense
 from lightning_accel.projection.joint import Team, cut, cut_alone
-from lightning_accel.projection.layout import empty_like_dense, normalize_dims
+from lightning_accel.projection.layout import normalize_dims
 from lightning_accel.projection.pyramid import Level, check_levels, pyramid
 from lightning_accel.projection.rounding import check_input, check_nonfinite, check_out, check_radius
 
