@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_accel.callbacks._projection_errors import nothing_found
 from lightning_accel.callbacks.group_sparsity import GroupSparsity
 from lightning_accel.lightning_private import averaged_modules, callbacks_of, load_checkpoint_file
+from lightning_accel.projection.compiled import Compile, check_compile
 from lightning_accel.projection.projector import Ball, Projector
 from lightning_accel.projection.ramp import Ramp
 from lightning_accel.projection.sharded import alike, gather
@@ -126,6 +127,7 @@ class ProjectedTraining:
     ball: Ball
     ramp: Ramp
     freeze_zero_groups: bool
+    compile: Compile = "auto"
     projections: int = 0
     steps: dict[int, int] = field(default_factory=dict)
     masked: bool = False
@@ -137,6 +139,9 @@ class ProjectedTraining:
     _averages: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _begun: set[int] = field(default_factory=set)
     _waits: bool = False
+
+    def __post_init__(self) -> None:
+        check_compile(self.compile)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a run: hooks, and the model that targets point to."""
@@ -165,7 +170,7 @@ class ProjectedTraining:
             raise ValueError(
                 f"`rewind` must be 'none', 'init' or the path of a checkpoint, got {source!r}, where there is no file."
             )
-        self.projector = Projector([], self.ball, self.ramp, self.freeze_zero_groups)
+        self.projector = Projector([], self.ball, self.ramp, self.freeze_zero_groups, self.compile)
         self.resolve(trainer, module)
         if not self.projector.targets:
             self._expect_layers(trainer, module)

@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_accel.callbacks._order import correct_order
 from lightning_accel.callbacks._projected_training import Mode, ProjectedTraining, Timing, selection
 from lightning_accel.callbacks._projection_arguments import check_kinds, dimensions, rewind_source, words
+from lightning_accel.projection.compiled import Compile
 from lightning_accel.projection.multilevel import Method, Nonfinite
 from lightning_accel.projection.projector import Ball, Scope
 from lightning_accel.projection.ramp import Curve, Ramp
@@ -43,6 +44,7 @@ class L1InfProjection(pl.Callback):
         rewind: See `MultilevelProjection`.
         freeze_zero_groups: See `MultilevelProjection`.
         nonfinite: See `MultilevelProjection`.
+        compile: See `MultilevelProjection`.
 
     Attributes:
         projections: Optimizer steps that were followed by a projection; equals ``trainer.global_step`` where all
@@ -81,6 +83,7 @@ class L1InfProjection(pl.Callback):
         rewind: str | os.PathLike[str] = "none",
         freeze_zero_groups: bool = False,
         nonfinite: Nonfinite = "raise",
+        compile: Compile = "auto",
     ) -> None:
         check_kinds(
             numbers={"radius": radius, "radius_fraction": radius_fraction, "target_sparsity": target_sparsity},
@@ -115,6 +118,7 @@ class L1InfProjection(pl.Callback):
             ball,
             ramp,
             freeze_zero_groups,
+            compile,
         )
 
     @property

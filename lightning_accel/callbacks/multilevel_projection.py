@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_accel.callbacks._order import correct_order
 from lightning_accel.callbacks._projected_training import Mode, ProjectedTraining, Timing, selection
 from lightning_accel.callbacks._projection_arguments import check_kinds, dimensions, rewind_source, words
+from lightning_accel.projection.compiled import Compile
 from lightning_accel.projection.multilevel import Nonfinite
 from lightning_accel.projection.projector import Ball, Scope
 from lightning_accel.projection.ramp import Curve, Ramp
@@ -53,6 +54,9 @@ class MultilevelProjection(pl.Callback):
         freeze_zero_groups: Never let a cleared group come back. What the first projection clears is then gone for good:
             give a ``schedule`` or a ``start_step`` with it, else the initial weights choose the groups.
         nonfinite: ``"raise"`` or ``"skip"`` where a parameter holds NaN or infinity.
+        compile: As in `lightning_accel.projection.project_l1inf`. ``True`` also makes the whole projection of a small
+            float32 or float64 matrix one call, for a ball of a given radius; its results are those of other values to
+            a unit in the last place.
 
     Attributes:
         projections: Optimizer steps that were followed by a projection; equals ``trainer.global_step`` where all
@@ -91,6 +95,7 @@ class MultilevelProjection(pl.Callback):
         rewind: str | os.PathLike[str] = "none",
         freeze_zero_groups: bool = False,
         nonfinite: Nonfinite = "raise",
+        compile: Compile = "auto",
     ) -> None:
         check_kinds(
             numbers={"radius": radius, "radius_fraction": radius_fraction, "target_sparsity": target_sparsity},
@@ -126,6 +131,7 @@ class MultilevelProjection(pl.Callback):
             ball,
             ramp,
             freeze_zero_groups,
+            compile,
         )
 
     @property

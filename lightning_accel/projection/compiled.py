@@ -63,6 +63,23 @@ def check_compile(wanted: object) -> None:
         raise ValueError(f"`compile` must be True, False or 'auto', got {wanted!r}.")
 
 
+def wanted() -> bool:
+    """Say whether everything is to be compiled, and can be."""
+    return _wanted.get() is True and not _broken and not torch.compiler.is_compiling()
+
+
+def give_up(error: Exception) -> None:
+    """Compile nothing from now on, and say why."""
+    _broken.append(str(error))
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    warnings.warn(
+        f"Compiling projections failed, so they go on without: {first}. Install a C++ compiler, or pass "
+        "`compile=False`.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 def largest(x: Tensor) -> Tensor | None:
     """Return the largest magnitude of each row (``before`` is 1) or column, as `kernels.group_max`.
 
@@ -107,9 +124,19 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> bool:
     info = torch.iinfo(level.dtype)
     sign = -level >> (info.bits - 1) & info.min  # none where the level is 0
     level, sign = (t.view(bits.dtype).unsqueeze(1 if before == 1 else 0) for t in (level, sign))
+    targets = () if in_place else (out_bits,)
+    return _run(clamp_passes(pairs=pairs, in_place=in_place), bits, level, sign, *targets) is not None
+
+
+def clamp_passes(*, pairs: bool, in_place: bool) -> Callable[..., Tensor]:
+    """Return what clamps integers of floats (or of pairs of 16-bit ones) to levels, keeping the bits of ``sign``.
+
+    Arguments: integers ``(rows, columns)``; level and sign, ``(rows, 1)`` or ``(1, columns)``; if not in place the
+    target. Inductor treats a target that is the source itself differently, so there are two of each.
+    """
     if in_place:
-        return _run(_clamp_pairs if pairs else _clamp, bits, level, sign) is not None
-    return _run(_clamp_pairs_to if pairs else _clamp_to, bits, level, sign, out_bits) is not None
+        return _clamp_pairs if pairs else _clamp
+    return _clamp_pairs_to if pairs else _clamp_to
 
 
 def norms(x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -198,14 +225,7 @@ def _run(function: Callable[..., Any], *tensors: Tensor) -> Any:
         else:
             result = _compiled(*key)(*tensors)
     except Exception as error:  # whatever a compiler may raise
-        _broken.append(str(error))
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(
-            f"Compiling projections failed, so they go on without: {first}. Install a C++ compiler, or pass "
-            "`compile=False`.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        give_up(error)
         return None
     if begin:
         _known.add(key)

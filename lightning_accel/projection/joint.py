@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.pyramid import Norm, Pyramid, fibre_norms, project_fibres
+from lightning_accel.projection.pyramid import MaxPyramid, Norm, Pyramid, fibre_norms, project_fibres
 from lightning_accel.projection.rounding import inner_radius, require_finite
 from lightning_accel.projection.thresholds import Thresholds, l1_thresholds, single_threshold, threshold_near
 
@@ -115,7 +115,14 @@ def cut_alone(
 
     ``radius`` may be what gives it for the norms of the groups. ``start`` is the tau of a similar tensor, or 0.
     """
-    tops = part.tops()
+    tops: Tensor | None = None
+    if isinstance(part, MaxPyramid) and not callable(radius):
+        found = part.at_once(radius, start)
+        if found is not None and found.tau > 0.0:
+            return LoneCut(found.tops, found.tau, found.bounds)
+        tops = None if found is None else found.tops
+    if tops is None:
+        tops = part.tops()
     if callable(radius):
         radius = radius(tops)
     terms = len(tops) + part.roundings

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_accel.projection.compiled import Compile, compiling
 from lightning_accel.projection.exact import ExactState, project_exact
 from lightning_accel.projection.joint import Cut, LoneCut, Team, cut, cut_alone
 from lightning_accel.projection.multilevel import Method, Nonfinite
@@ -113,6 +114,7 @@ class Projector:
         ramp: How much of it after how many steps.
         freeze_zero_groups: Keep groups cleared that a projection has cleared: neither momentum nor gradients bring
             them back.
+        compile: As in `project_l1inf`.
         memories: By the targets' names.
         unchecked: Norms on a GPU that `check_finite` has not looked at yet.
     """
@@ -121,6 +123,7 @@ class Projector:
     ball: Ball
     ramp: Ramp = field(default_factory=Ramp)
     freeze_zero_groups: bool = False
+    compile: Compile = "auto"
     memories: dict[str, Memory] = field(default_factory=dict)
     unchecked: list[Tensor] = field(default_factory=list)
     _layouts: dict[str, tuple[nn.Parameter, Any, MaxPyramid]] = field(default_factory=dict, repr=False)
@@ -154,8 +157,9 @@ class Projector:
         chosen = self.targets if targets is None or self.ball.scope == "global" else list(targets)
         if part == 0.0 or not chosen:
             return
-        if len(chosen) != 1 or not self._project_alone(chosen[0], part):
-            self._project_together(chosen, part)
+        with compiling(self.compile):
+            if len(chosen) != 1 or not self._project_alone(chosen[0], part):
+                self._project_together(chosen, part)
 
     @torch.no_grad()
     def _project_together(self, chosen: Sequence[Target], part: float) -> None:
@@ -248,7 +252,7 @@ class Projector:
                 bounds = found.bounds[[t.name for t in self.targets].index(target.name)]
             sparsity = float((bounds == 0.0).double().mean())
             ball = replace(self.ball, radius=None, radius_fraction=None, target_sparsity=sparsity, scope="parameter")
-            Projector([target], ball).project(1)
+            Projector([target], ball, compile=self.compile).project(1)
 
     def check_finite(self) -> None:
         """Look at the norms that were found on a GPU since the last call.

@@ -1,13 +1,16 @@
 """Pyramids of norms: up by reducing, down by projecting every fibre onto the ball that the level above left for it."""
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_accel.projection import compiled
 from lightning_accel.projection.kernels import clamp, group_max, small_matrices
 from lightning_accel.projection.layout import Blocks, normalize_dims
+from lightning_accel.projection.one_call import Found, OneCall
 from lightning_accel.projection.rounding import round_bound, round_toward_zero
 from lightning_accel.projection.thresholds import l1_thresholds
 
@@ -82,6 +85,19 @@ class MaxPyramid:
         self.blocks = Blocks.of(x, group_dims, out)
         matrices = small_matrices(self.blocks.source, self.blocks.target)
         self.small = None if matrices is None else (*matrices, torch.zeros((), dtype=x.dtype))
+
+    @functools.cached_property
+    def _one_call(self) -> OneCall | None:
+        return OneCall.of(self.blocks.source, self.blocks.target)
+
+    def at_once(self, radius: float, start: float) -> Found | None:
+        """Project onto the l1,inf ball in one compiled call, where that is possible and wanted."""
+        if not compiled.wanted() or self._one_call is None:
+            return None
+        found = self._one_call(radius, start)
+        if found is not None and found.tau > 0.0:
+            self.blocks.finish()
+        return found
 
     def tops(self) -> Tensor:
         """Return the largest magnitudes."""

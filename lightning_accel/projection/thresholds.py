@@ -85,11 +85,10 @@ def single_threshold(norms: Tensor, radius: float, terms: int) -> tuple[Tensor, 
     below = norms - top
     # the largest is 0 here, and alone would be cut by `target`; the mean is off by no more than what is taken off it
     tau = max((size - target) / len(norms) - top - len(norms) * EPSILON * top, -target)
-    values = below if len(norms) <= SORT_UP_TO else below[below >= -target]
-    enough = target * (1.0 + EPSILON * len(values))
+    enough = target * (1.0 + EPSILON * len(norms))
     previous = -1
     while True:
-        kept = (values - tau).clamp_min_(0.0)
+        kept = (below - tau).clamp_min_(0.0)
         rest = float(kept.sum())
         if rest <= enough:
             break
@@ -98,9 +97,6 @@ def single_threshold(norms: Tensor, radius: float, terms: int) -> tuple[Tensor, 
             break
         tau += (rest - target) / count
         previous = count
-    if values is not below:
-        kept = below.sub_(tau).clamp_min_(0.0)
-        rest = float(kept.sum())
     if rest > target:
         kept *= target / rest
     return kept, top + tau, size
@@ -126,7 +122,7 @@ def threshold_near(norms: Tensor, radius: float, terms: int, start: float) -> tu
     if radius < start:
         return None
     target = inner_radius(radius, terms)
-    slack = 8.0 * EPSILON * len(norms) * target  # more than rounding may add to the sum
+    slack = slack_of(target, len(norms))
     tau = start
     for _ in range(_EVALUATIONS):
         kept = torch.nn.functional.softshrink(norms, tau)
@@ -140,6 +136,11 @@ def threshold_near(norms: Tensor, radius: float, terms: int, start: float) -> tu
         if not 0.0 < tau <= radius:
             return None
     return None
+
+
+def slack_of(target: float, count: int) -> float:
+    """Return more than rounding may add to a sum of ``count`` norms that is near ``target``."""
+    return 8.0 * EPSILON * count * target
 
 
 def simplex_threshold(values: Tensor, total: Tensor) -> Tensor:

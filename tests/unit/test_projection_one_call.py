@@ -1,0 +1,151 @@
+"""A projection in one compiled call finds what the passes find, or changes nothing and lets them do it."""
+
+import warnings
+
+import pytest
+import torch
+
+from lightning_accel.projection import compiled, one_call, project_l1inf
+from lightning_accel.projection.joint import cut_alone
+from lightning_accel.projection.one_call import OneCall
+from lightning_accel.projection.projector import Ball, Projector
+from lightning_accel.projection.pyramid import MaxPyramid
+from lightning_accel.projection.targets import find_targets
+
+SHAPES = {
+    "rows": ((60, 100), (0,)),
+    "columns": ((100, 60), (1,)),
+    "tall columns": ((463, 36), (1,)),
+    "out-channels": ((32, 16, 3, 3), (0,)),
+    "in-channels": ((32, 16, 3, 3), (1,)),
+    "one row": ((1, 64), (0,)),
+}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+UNIT = {torch.float32: 2.0**-23, torch.float64: 1e-13, torch.bfloat16: 2.0**-7}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What each call found."""
+    found = []
+
+    def spy(self, radius, start):
+        found.append(original(self, radius, start))
+        return found[-1]
+
+    original = OneCall.__call__
+    monkeypatch.setattr(OneCall, "__call__", spy)
+    return found
+
+
+def norm(x, dims):
+    return x.double().abs().amax([d for d in range(x.ndim) if d not in dims]).sum().item()
+
+
+def cases():
+    """Each compiles for seconds; the fast ones are the two whose steps differ most."""
+    for name in SHAPES:
+        for dtype in DTYPES:
+            fast = (name, dtype) in (("columns", torch.float32), ("in-channels", torch.bfloat16))
+            yield pytest.param(name, dtype, marks=() if fast else pytest.mark.slow, id=f"{name} {dtype}")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*cases()])
+def test_it_is_the_projection(name, dtype, calls):
+    shape, dims = SHAPES[name]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for share in (0.02, 0.6, 0.97):
+        radius = share * norm(x, dims)
+        expected = project_l1inf(x, radius, dims, compile=False)
+        new = project_l1inf(x, radius, dims, compile=True)
+        inside = x.clone()
+        assert project_l1inf(inside, radius, dims, out=inside, compile=True) is inside
+        assert torch.equal(inside, new)
+        assert norm(new, dims) <= radius
+        again = project_l1inf(new, radius, dims, compile=True)
+        assert torch.equal(again, new)
+        off = (new.double() - expected.double()).abs().max().item()
+        assert off <= UNIT[dtype] * x.double().abs().max().item()
+        assert not torch.signbit(new[new == 0.0]).any()
+    assert (
+        sum(found.tau > 0.0 for found in calls) >= 4
+    )  # at the smallest radius it may be more than the radius that is taken off
+
+
+def test_inside_the_ball_nothing_changes(calls):
+    x = torch.randn(40, 40)
+    radius = norm(x, (0,))
+    for size in (radius, 2.0 * radius, float("inf")):
+        assert torch.equal(project_l1inf(x, size, compile=True), x)
+    assert all(found.tau == 0.0 for found in calls)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_and_is_reported(bad, calls):
+    x = torch.randn(40, 40)
+    x[3, 5] = bad
+    before = x.clone()
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        project_l1inf(x, 1.0, out=x, compile=True)
+    assert torch.equal(x, before) or (x.isnan() == before.isnan()).all()
+    project_l1inf(x, 1.0, out=x, compile=True, nonfinite="skip")
+    assert torch.equal(x.nan_to_num(), before.nan_to_num())
+    assert [found.tau for found in calls] == [0.0, 0.0]
+
+
+def test_a_start_far_off_and_a_radius_of_nothing_go_the_longer_way():
+    x = torch.randn(50, 80)
+    expected = project_l1inf(x, 1e-6, compile=False)
+    assert torch.equal(project_l1inf(x, 1e-6, compile=True), expected)
+    assert not project_l1inf(x, 0.0, compile=True).any()
+    y = x.clone()
+    with compiled.compiling(True), torch.no_grad():
+        found = cut_alone(MaxPyramid(y, (0,), y), 20.0, start=1e9)
+    assert found.tau == pytest.approx(cut_alone(MaxPyramid(x, (0,), x), 20.0).tau)
+    assert torch.equal(y, x)
+
+
+def test_training_starts_where_the_last_step_ended(calls):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(80, 60)
+    plain = torch.nn.Linear(80, 60)
+    plain.load_state_dict(model.state_dict())
+    projectors = [Projector(find_targets(m), Ball(radius=3.0), compile=c) for m, c in ((model, True), (plain, False))]
+    for step in range(1, 6):
+        noise = 0.01 * torch.randn(60, 80)
+        for m, projector in zip((model, plain), projectors, strict=True):
+            with torch.no_grad():
+                m.weight.add_(noise)
+            projector.project(step)
+        assert torch.allclose(model.weight, plain.weight, rtol=0.0, atol=1e-6)
+        assert norm(model.weight.detach(), (0,)) <= 3.0
+    assert len(calls) == 5
+    assert all(found.tau > 0.0 for found in calls)
+    assert projectors[0].last["weight"].tau == calls[-1].tau
+
+
+def test_only_who_asks_gets_it(calls):
+    x = torch.randn(40, 40)
+    project_l1inf(x, 1.0)
+    project_l1inf(x, 1.0, compile=False)
+    project_l1inf(x.half(), 1.0, compile=True)  # its thresholds need more care
+    project_l1inf(x.bfloat16()[:, 1:], 1.0, compile=True)  # rows of 39 make no pairs
+    assert not calls
+
+
+def test_without_a_compiler_it_goes_on_without(monkeypatch):
+    monkeypatch.setattr(compiled, "_broken", [])
+
+    def fails(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(one_call, "_graph", fails)
+    x = torch.randn(40, 40)
+    expected = project_l1inf(x, 1.0, compile=False)
+    with pytest.warns(RuntimeWarning, match="no compiler"):
+        found = project_l1inf(x, 1.0, compile=True)
+    assert torch.equal(found, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        project_l1inf(x, 1.0, compile=True)
