@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import nn
 
 from lightning_accel.callbacks._inputs import RecordedInputs
@@ -85,13 +86,21 @@ class RankChooser:
     def choose(self, trial: StepTrial, inputs: RecordedInputs) -> Choice:
         """Choose ranks by layer times, verify them by whole steps, and take back what does not pay."""
         started = time.perf_counter()
-        if unfit := self._unfit(trial, failure):
-            return self._without(unfit, trial, inputs)
-        first = None if self.keep else self._first_look(trial, started)
+        first: Choice | str | None = None
+        if not self.keep:
+            try:
+                first = self._first_look(trial, started)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # the model's own code may not do with other layers; below is asked which
+                if unfit := self._unfit(trial, failure):
+                    return self._without(unfit, trial, inputs)
+                raise
         if isinstance(first, Choice):
             return first
-        if unfit := self._unfit(trial, other_loss):
-            return self._without(unfit, trial, inputs)
+        for problem in (failure, other_loss):
+            if unfit := self._unfit(trial, problem):
+                return self._without(unfit, trial, inputs)
         run_batch = self._in_context(inputs)
         if first is not None:
             return self._unmeasured(trial, run_batch, started, first)
@@ -139,7 +148,7 @@ class RankChooser:
         copy = trial.changed(functools.partial(with_shapes_of, {}))
         device = self.trainer.strategy.root_device
         seconds: Mapping[str, Sequence[float]] = self._agree(
-            time_interleaved({"dense": copy.step}, rounds=3, warmup=1, device=device)
+            time_interleaved({"dense": copy.step}, rounds=2, warmup=1, device=device)
         )
         return statistics.median(seconds["dense"])
 
@@ -251,7 +260,7 @@ class RankChooser:
 
         if go_on is None:
             return time_rounds(_PAIRS, 2)
-        found = time_rounds(_PEEK, 2)
+        found = time_rounds(_PEEK, 1)
         if go_on(found):
             more = time_rounds(_PAIRS - _PEEK, 0)
             found = {name: [*found[name], *more[name]] for name in variants}

@@ -139,7 +139,7 @@ def test_neither_making_the_callback_nor_leaving_a_short_run_alone_draws_random_
     assert callback.structure_state() == "dense"
 
 
-@pytest.mark.parametrize(("low_rank", "rounds"), [(7.9, [3, 3]), (4.0, [3, 3, 5, 8])])
+@pytest.mark.parametrize(("low_rank", "rounds"), [(7.9, [2, 3]), (4.0, [2, 3, 5, 8])])
 def test_a_trial_that_promises_nothing_ends_early(low_rank, rounds, tmp_path, monkeypatch, caplog):
     asked = []
 
