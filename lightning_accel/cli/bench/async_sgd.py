@@ -34,7 +34,7 @@ _STOP_EVERY = 5  # steps between two agreements of the lock-step ranks on whethe
 _TRANSFER_BYTES = 40_000_000
 _EACH = Settings(lease_batches=64)  # a push and a pull each step, waited for
 _OVERLAP = Settings(lease_batches=64, overlap=True)  # the next batch is not waited for
-_LOCAL = Settings(lease_batches=64, local_steps=8)  # own steps; the way made goes to the server, averaged
+_LOCAL = Settings(lease_batches=64, local_steps=16)  # own steps; the way made goes to the server, averaged
 _CALM_SECONDS = 15.0
 
 
@@ -65,7 +65,7 @@ def rows(*, quick: bool, device: str, kills: int = 200, chaos_minutes: float = 1
 
 def _training(rounds: int, window: float, *, device: str) -> Iterator[BenchRow]:
     slow = (_SLOWDOWN - 1.0) * Task(device).seconds_a_step()  # one delay for all, or the variants would not compare
-    each, local = "async, 2 workers", "async, 2 workers, local_steps=8"
+    each, local = "async, 2 workers", "async, 2 workers, local_steps=16"
     uneven, ranks = "async, overlap, one 3x slower", "DDP, one 3x slower"
     one, healthy_ranks = "one process", "DDP, 2 ranks"
     variants: dict[str, Callable[[], Outcome]] = {
