@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -39,12 +40,15 @@ class RecordedInputs:
         if isinstance(x, Tensor):
             self._inputs.setdefault(name, []).append(x.detach().requires_grad_(x.requires_grad))
 
-    def replay(self, module: nn.Module) -> None:
-        """Call each layer of ``module`` with what its namesake got."""
+    def replay(self, module: nn.Module, *, backward: bool = False) -> None:
+        """Call each layer of ``module`` with what its namesake got, and backward through it if asked."""
         for name, inputs in self._inputs.items():
             layer = module.get_submodule(name)
             for x in inputs:
-                layer(x)
+                y = layer(x)
+                if backward and y.requires_grad:
+                    y.backward(torch.ones_like(y))
+                    x.grad = None
 
 
 class RunningOrder:

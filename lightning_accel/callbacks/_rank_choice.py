@@ -6,7 +6,7 @@ import glob
 import logging
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ GoOn = Callable[[Mapping[str, Sequence[float]]], bool]
 
 _PAIRS = 8  # few, but enough for the exact test to say "faster" although one pair disagrees
 _PEEK = 3  # pairs after which a trial that promises nothing ends
+_STEPS_OF_TRIALS = 100.0  # dense ones; what both trials take
 _GAIN_TO_GO_ON = 80.0  # dense steps to be saved: twice what the rest of both trials takes
 _STEPS_TO_TRY = 2 * (_PAIRS + 2) + 2  # dense ones; two phases of low-rank layers take about as long as one of those
 
@@ -89,7 +90,7 @@ class RankChooser:
         first: Choice | str | None = None
         if not self.keep:
             try:
-                first = self._first_look(trial, started)
+                first = self._first_look(trial, inputs, started)
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # the model's own code may not do with other layers; below is asked which
@@ -106,8 +107,10 @@ class RankChooser:
             return self._unmeasured(trial, run_batch, started, first)
         return self._verified(Choice(self._plan(trial.module, run_batch), ""), trial, started)
 
-    def _first_look(self, trial: StepTrial, started: float) -> Choice | str | None:
+    def _first_look(self, trial: StepTrial, inputs: RecordedInputs, started: float) -> Choice | str | None:
         """Try theoretical ranks; return a choice if that decides, or why ranks are not worth measuring, or None."""
+        if hopeless := self._hopeless(trial, inputs):
+            return self.dense(hopeless)
         dense = self._dense_seconds(trial)
         planning = self.search.planning_seconds(trial.module, dense)
         unpaid = (
@@ -123,6 +126,39 @@ class RankChooser:
             return None
         why = f"with unmeasured ranks {quick}; {unpaid}"
         return why if quick.faster and self.search.ratio is not None else self.dense(why)
+
+    def _hopeless(self, trial: StepTrial, inputs: RecordedInputs) -> str:
+        """Say so where single layers hardly gain by theoretical ranks: a whole step then gains less; else nothing.
+
+        It takes a few steps' time instead of the dozens of a trial, which a short run would not get back.
+        """
+        if self.max_overhead * self.remaining >= _STEPS_OF_TRIALS:
+            return ""
+        run = self._in_context(inputs, backward=True)
+        ranks = self.search.unmeasured_ranks(trial.module)
+        changed = trial.changed(functools.partial(with_shapes_of, ranks)).module
+        calls = {"dense": functools.partial(run, trial.module)}
+        for name, rest in self._phases("low rank", changed).items():
+            calls[name] = functools.partial(_resting, rest, functools.partial(run, changed))
+        device = self.trainer.strategy.root_device
+        found: Mapping[str, Sequence[float]] = self._agree(time_interleaved(calls, rounds=_PEEK, device=device))
+        trial.module.zero_grad()
+        dense, low_rank = min(found["dense"]), min(self._over_phases("low rank", found))
+        if self.remaining * max(1.0 - low_rank / dense, 0.0) >= _GAIN_TO_GO_ON:
+            return ""
+        return (
+            f"its layers alone take {1e3 * low_rank:.2f} ms with theoretical ranks and {1e3 * dense:.2f} ms dense, too "
+            f"little gain for {self.remaining:.0f} steps to try whole ones"
+        )
+
+    def _phases(self, name: str, module: nn.Module) -> Mapping[str, Callable[[], object]]:
+        """Return what brings each phase of sequential freezing about, by the name of its times."""
+        if self.search.phase_weights is None or not low_rank_layers(module):
+            return {name: lambda: None}
+        mine = frozen_parameters(module)
+        return {
+            f"{name}/{group}": functools.partial(freeze, module, group, user_frozen=mine) for group in range(NUM_GROUPS)
+        }
 
     def _promising(self, seconds: Mapping[str, Sequence[float]]) -> bool:
         """Say whether what a few pairs show is worth more pairs, and the second trial that a gain is followed by."""
@@ -245,12 +281,8 @@ class RankChooser:
         for name, layers in variants.items():
             chosen = {layer: ranks[layer] for layer in ranks if layer in layers}
             changed = trial.changed(functools.partial(with_shapes_of, chosen))
-            if self.search.phase_weights is None or not low_rank_layers(changed.module):
-                steps[name] = changed.step
-                continue
-            mine = frozen_parameters(changed.module)
-            for group in range(NUM_GROUPS):
-                steps[f"{name}/{group}"] = functools.partial(_resting_step, changed, group, mine)
+            for phase, rest in self._phases(name, changed.module).items():
+                steps[phase] = functools.partial(_resting, rest, changed.step)
         device = self.trainer.strategy.root_device
 
         def time_rounds(rounds: int, warmup: int) -> dict[str, list[float]]:
@@ -271,10 +303,10 @@ class RankChooser:
             return seconds[name]
         return mean_of_phases([seconds[f"{name}/{group}"] for group in range(NUM_GROUPS)], self.search.phase_weights)
 
-    def _in_context(self, inputs: RecordedInputs) -> Callable[[Any], object]:
+    def _in_context(self, inputs: RecordedInputs, *, backward: bool = False) -> Callable[[Any], object]:
         def run_batch(module: nn.Module) -> None:
             with self.trainer.precision_plugin.train_step_context():
-                inputs.replay(module)
+                inputs.replay(module, backward=backward)
 
         return run_batch
 
@@ -306,9 +338,9 @@ class Comparison:
         return f"a whole step takes {1e3 * self.low_rank:.2f} ms instead of {1e3 * self.dense:.2f} ms, {interval}"
 
 
-def _resting_step(trial: StepTrial, group: int, user_frozen: Collection[str]) -> None:
-    freeze(trial.module, group, user_frozen=user_frozen)
-    trial.step()
+def _resting(rest: Callable[[], object], step: Callable[[], object]) -> None:
+    rest()
+    step()
 
 
 def remaining_batches(trainer: "pl.Trainer", batch_idx: int) -> float:

@@ -14,7 +14,7 @@ from low_rank_models import Classifier, train
 from torch import nn
 
 from lightning_accel import enable_low_rank_loading
-from lightning_accel.callbacks import RankQuantization, _rank_choice, _rank_search, _structure
+from lightning_accel.callbacks import RankQuantization, SequentialFreezing, _rank_choice, _rank_search, _structure
 from lightning_accel.callbacks._structure import refuse_sharded
 from lightning_accel.low_rank import LowRankLinear, RankPlan, eligible_layers, low_rank_layers, make_plan
 
@@ -110,7 +110,7 @@ def test_theoretical_ranks_are_taken_where_measuring_takes_too_long(
     monkeypatch.setattr(_rank_search, "_STEPS_TO_PLAN", 1e6)
     monkeypatch.setattr(_rank_search, "_SECONDS_A_LAYER", 1e6)
     module = Classifier()
-    callback = RankQuantization(when="setup", min_energy=min_energy, max_overhead=2.0)
+    callback = RankQuantization(when="setup", min_energy=min_energy, max_overhead=20.0)
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
         train(module, [callback], tmp_path)
     assert set(low_rank_layers(module)) == expected
@@ -149,13 +149,38 @@ def test_a_trial_that_promises_nothing_ends_early(low_rank, rounds, tmp_path, mo
 
     monkeypatch.setattr(_rank_choice, "time_interleaved", fake)
     monkeypatch.setattr(_rank_choice, "_GAIN_TO_GO_ON", 5.0)  # of 12 steps
-    monkeypatch.setattr(_rank_search.RankSearch, "planning_seconds", lambda *_: 192.0)  # all that 12 steps may take
+    monkeypatch.setattr(_rank_search.RankSearch, "planning_seconds", lambda *_: 1920.0)  # all that 12 steps may take
     module = Classifier()
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
-        train(module, [RankQuantization(when="setup", min_energy=0.0, max_overhead=2.0)], tmp_path)
+        train(module, [RankQuantization(when="setup", min_energy=0.0, max_overhead=20.0)], tmp_path)
     assert asked == rounds
     assert bool(low_rank_layers(module)) == (low_rank == 4.0)
     assert f"with unmeasured ranks a whole step takes {1000 * low_rank:.2f} ms instead of 8000.00 ms" in caplog.text
+
+
+@pytest.mark.parametrize("freezing", [False, True])
+def test_short_run_whose_layers_gain_nothing_tries_no_step(freezing, tmp_path, monkeypatch, caplog):
+    timed = []
+
+    def fake(candidates, *, rounds, **_):
+        timed.append(list(candidates))
+        for call in candidates.values():
+            call()
+        return {name: [8.0 if name == "dense" else 7.9] * rounds for name in candidates}
+
+    monkeypatch.setattr(_rank_choice, "time_interleaved", fake)
+    module = Classifier()
+    before = copy.deepcopy(module.state_dict())
+    callbacks = [RankQuantization(when="setup", max_overhead=2.0), *([SequentialFreezing()] if freezing else [])]
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, callbacks, tmp_path)
+    assert timed == [["dense", "low rank/0", "low rank/1"] if freezing else ["dense", "low rank"]]
+    assert not low_rank_layers(module)
+    assert "its layers alone take 7900.00 ms with theoretical ranks and 8000.00 ms dense" in caplog.text
+    plain = Classifier()
+    plain.load_state_dict(before)
+    train(plain, [], tmp_path)
+    assert equal_states(module.state_dict(), plain.state_dict())
 
 
 def test_short_run_is_not_even_tried(tmp_path, monkeypatch, caplog):
