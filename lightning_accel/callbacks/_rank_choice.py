@@ -137,7 +137,7 @@ class RankChooser:
         run = self._in_context(inputs, backward=True)
         ranks = self.search.unmeasured_ranks(trial.module)
         changed = trial.changed(functools.partial(with_shapes_of, ranks)).module
-        calls = {"dense": functools.partial(run, trial.module)}
+        calls: dict[str, Callable[[], object]] = {"dense": functools.partial(run, trial.module)}
         for name, rest in self._phases("low rank", changed).items():
             calls[name] = functools.partial(_resting, rest, functools.partial(run, changed))
         device = self.trainer.strategy.root_device
