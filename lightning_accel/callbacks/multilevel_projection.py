@@ -55,8 +55,8 @@ class MultilevelProjection(pl.Callback):
             give a ``schedule`` or a ``start_step`` with it, else the initial weights choose the groups.
         nonfinite: ``"raise"`` or ``"skip"`` where a parameter holds NaN or infinity.
         compile: As in `lightning_accel.projection.project_l1inf`. ``True`` also makes the whole projection of a small
-            float32 or float64 matrix one call, for a ball of a given radius; its results are those of other values to
-            a unit in the last place.
+            float32, float64 or bfloat16 matrix one call, for a ball of a given radius; its results are those of other
+            values to a unit in the last place (float64: to 1e-12 of the largest entry).
 
     Attributes:
         projections: Optimizer steps that were followed by a projection; equals ``trainer.global_step`` where all
