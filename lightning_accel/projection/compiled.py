@@ -97,7 +97,7 @@ def largest(x: Tensor) -> Tensor | None:
     if before == 1:
         found = _run(_largest_of_row_pairs if x.dtype in _HALVES else _largest_of_rows, bits)
         return found if found is None else (found.to(torch.int16) if x.dtype in _HALVES else found).view(x.dtype)
-    blocks, rest = _blocks(bits)
+    blocks, rest = row_blocks(bits)
     found = _run(_largest_of_column_pairs if x.dtype in _HALVES else _largest_of_columns, blocks)
     if found is None or rest == 0:
         return found if found is None else found.view(x.dtype)
@@ -151,7 +151,7 @@ def norms(x: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     if before == 1:
         return _run(_norms_of_rows, rows)
-    blocks, rest = _blocks(rows)
+    blocks, rest = row_blocks(rows)
     found = _run(_norms_of_columns, blocks)
     if found is None or rest == 0:
         return found
@@ -172,7 +172,7 @@ def excess(x: Tensor, groups: Tensor | None, level: Tensor) -> tuple[Tensor, Ten
         return None
     if groups is not None:
         return _run(_excess_of_rows, rows, groups, level) if len(groups) > 1 else None
-    blocks, rest = _blocks(rows)
+    blocks, rest = row_blocks(rows)
     found = _run(_excess_of_columns, blocks, level)
     if found is None or rest == 0:
         return found
@@ -207,7 +207,7 @@ def _bits(rows: Tensor) -> Tensor | None:
     return rows.view(torch.int32) if rows.shape[1] % 2 == 0 == rows.storage_offset() % 2 else None
 
 
-def _blocks(rows: Tensor) -> tuple[Tensor, int]:
+def row_blocks(rows: Tensor) -> tuple[Tensor, int]:
     """Return rows as ``(blocks, height, width)``, and how many rows are left over at the end."""
     height = min(_BLOCK, len(rows) // 2)
     blocks = len(rows) // height

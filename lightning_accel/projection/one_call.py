@@ -20,7 +20,6 @@ from lightning_accel.projection.thresholds import slack_of
 
 _SMALL = 1 << 23  # bytes; single operations do not count beside passes over more
 _EVALUATIONS = 8  # from a good start three are enough, from none six
-_BLOCK = 25  # rows of a block that columns are reduced in, see `compiled`
 _WHOLE = 200  # rows up to which a column is reduced in one block
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int32}
 
@@ -60,10 +59,10 @@ class OneCall:
 
     def __init__(self, source: Tensor, target: Tensor) -> None:
         before, groups, after = source.shape
-        self._in_place = source.data_ptr() == target.data_ptr()
-        self._shape = Shape(before, groups, after, source.dtype, self._in_place, 0)
+        in_place = source.data_ptr() == target.data_ptr()
+        self._shape = Shape(before, groups, after, source.dtype, in_place, 0)
         bits = _INTEGERS[source.dtype]
-        views = (source,) if self._in_place else (source, target)
+        views = (source,) if in_place else (source, target)
         self._tensors = [t.view(-1).view(bits).view(*_matrix(self._shape)) for t in views]
 
     @classmethod
@@ -163,12 +162,11 @@ def _largest(magnitudes: Tensor, shape: Shape) -> Tensor:
     """Reduce rows, or columns in blocks."""
     if shape.before == 1:
         return magnitudes.amax(1)
-    rows = len(magnitudes)
-    if rows <= _WHOLE:
+    if len(magnitudes) <= _WHOLE:
         return magnitudes.amax(0)
-    whole = rows - rows % _BLOCK
-    found = magnitudes[:whole].view(whole // _BLOCK, _BLOCK, -1).amax(1).amax(0)
-    return found if whole == rows else torch.maximum(found, magnitudes[whole:].amax(0))
+    blocks, rest = compiled.row_blocks(magnitudes)
+    found = blocks.amax(1).amax(0)
+    return found if rest == 0 else torch.maximum(found, magnitudes[-rest:].amax(0))
 
 
 def _threshold(tops: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
