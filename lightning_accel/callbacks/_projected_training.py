@@ -103,11 +103,12 @@ class Timing:
         if not retrains and self.rewind != "none":
             raise ValueError("`rewind` needs mode 'project_then_retrain'.")
 
-    def due_after_step(self, step: int) -> bool:
-        """Say whether optimizer step number ``step`` (from 1) is followed by a projection."""
+    @functools.cached_property
+    def period(self) -> int:
+        """Optimizer steps from one projection to the next; 0: none follows a step."""
         if self.mode != "project" or self.at_end or self.every_n_epochs is not None:
-            return False
-        return step % (self.every_n_steps or 1) == 0
+            return 0
+        return self.every_n_steps or 1
 
 
 @dataclass
@@ -142,16 +143,21 @@ class ProjectedTraining:
 
     def __post_init__(self) -> None:
         check_compile(self.compile)
+        # tells apart several callbacks of one class in a checkpoint; Lightning asks for it at every call of a hook
+        self.state_key = f"{self.name}{self.selection}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a run: hooks, and the model that targets point to."""
         empty: dict[str, Any] = {"projector": None, "_owned": {}, "_handles": [], "_averages": [], "_begun": set()}
         return self.__dict__ | empty
 
-    @property
-    def state_key(self) -> str:
-        """Tells apart several callbacks of one class in a checkpoint."""
-        return f"{self.name}{self.selection}"
+    def idle_hooks(self, trainer: "pl.Trainer") -> list[str]:
+        """Name the callback's hooks that have nothing to do in this run, once it has begun."""
+        if trainer.scaler is not None:  # which skips steps
+            return []
+        on_cpu = self.projector is not None and all(t.view().device.type == "cpu" for t in self.projector.targets)
+        looks = self._waits or self.timing.every_n_epochs is not None or not on_cpu
+        return ["on_before_optimizer_step"] + ([] if looks else ["on_train_batch_end"])
 
     def refuse_strategies(self, strategy: object) -> None:
         """Refuse strategies that flatten or partition parameters out of their shapes."""
@@ -184,7 +190,7 @@ class ProjectedTraining:
             self._restored = None
         self.projector.remember_first_norms()
         for index, optimizer in enumerate(trainer.optimizers):
-            self._handles.append(optimizer.register_step_post_hook(functools.partial(self._after_step, index=index)))
+            self._handles.append(optimizer.register_step_post_hook(functools.partial(self._after_step, index)))
 
     def resolve(self, trainer: "pl.Trainer", module: nn.Module) -> None:
         """Find the targets (anew, after layers were exchanged) that some optimizer trains."""
@@ -221,17 +227,19 @@ class ProjectedTraining:
         if self._handles:
             index = [id(other) for other in trainer.optimizers].index(id(optimizer))
             if index in self._begun:  # several steps a batch, by hand
-                self._after_step(optimizer, (), {}, index=index)
+                self._after_step(index)
             self._begun.add(index)
 
-    def _after_step(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any, *, index: int) -> None:
+    def _after_step(self, index: int, *_: Any) -> None:
         """Project what this optimizer has just moved."""
-        self._begun.discard(index)
+        if self._begun:
+            self._begun.discard(index)
         mine = self._owned.get(index)
         if not mine or self.projector is None:
             return
         step = self.steps[index] = self.steps.get(index, 0) + 1
-        if self.timing.due_after_step(step) and self.ramp.at(step) > 0.0:
+        period = self.timing.period
+        if period and step % period == 0 and step > self.ramp.start_step:
             self.projector.project(step, mine)
             self.projections += 1
         elif self.masked or self.freeze_zero_groups:
@@ -256,7 +264,7 @@ class ProjectedTraining:
         if self.projector is None:
             return
         for index in sorted(self._begun):
-            self._after_step(trainer.optimizers[index], (), {}, index=index)
+            self._after_step(index)
         if self._waits:
             self._expect_layers(trainer, trainer.lightning_module)
         if epochs is not None and trainer.is_last_batch and (trainer.current_epoch + 1) % epochs == 0:

@@ -145,6 +145,7 @@ class L1InfProjection(pl.Callback):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Find the parameters and watch the optimizers."""
         self._run.start(trainer, pl_module)
+        skip_idle_hooks(self, *self._run.idle_hooks(trainer))
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
