@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.joint import Cut
+from lightning_accel.projection.cuts import Cut
 from lightning_accel.projection.kernels import clamp, excess, group_norms
 from lightning_accel.projection.layout import Blocks
 from lightning_accel.projection.rounding import inner_radius, require_finite, round_bound

@@ -3,31 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_accel.projection.cuts import Cut, LoneCut
 from lightning_accel.projection.pyramid import MaxPyramid, Norm, Pyramid, fibre_norms, project_fibres
 from lightning_accel.projection.rounding import inner_radius, require_finite
 from lightning_accel.projection.thresholds import Thresholds, l1_thresholds, single_threshold, threshold_near
 
 _LARGE = 1e-20
-
-
-class Cut(NamedTuple):
-    """What a projection found.
-
-    Attributes:
-        norm: float64 scalar, the norm before.
-        tau: float64 scalar, what was taken off the norm of each group (the exact method: off its l1 norm); 0 where
-            nothing was done.
-        bounds: float64 ``(groups,)`` for each tensor; infinite where a group was left alone.
-    """
-
-    norm: Tensor
-    tau: Tensor
-    bounds: list[Tensor]
 
 
 @dataclass
@@ -85,24 +70,6 @@ def cut(teams: Sequence[Team], *, outer: Norm = "l1", nonfinite: str = "raise") 
     return [_write(team, tops[i], found[i]) for i, team in enumerate(teams)]
 
 
-class LoneCut(NamedTuple):
-    """What a projection of one tensor found, before any of it is made a tensor; see `Cut`.
-
-    Attributes:
-        tops: float64 ``(groups,)``, norms of the groups before.
-        tau: Taken off each of them; 0 where nothing was done.
-        bounds: float64 ``(groups,)``.
-    """
-
-    tops: Tensor
-    tau: float
-    bounds: Tensor
-
-    def cut(self) -> Cut:
-        """Return the same as a `Cut`."""
-        return Cut(self.tops.sum(), self.tops.new_full((), self.tau), [self.bounds])
-
-
 def cut_alone(
     part: Pyramid,
     radius: float | Callable[[Tensor], float],
@@ -110,19 +77,18 @@ def cut_alone(
     start: float = 0.0,
     nonfinite: str = "raise",
     name: str = "x",
+    at_once: bool = True,
 ) -> LoneCut:
     """Do what `cut` does for a single tensor on CPU and the outermost norm l1, in as few small operations as possible.
 
     ``radius`` may be what gives it for the norms of the groups. ``start`` is the tau of a similar tensor, or 0.
+    ``at_once`` allows one compiled call.
     """
-    tops: Tensor | None = None
-    if isinstance(part, MaxPyramid) and not callable(radius):
+    if at_once and isinstance(part, MaxPyramid) and not callable(radius):
         found = part.at_once(radius, start)
-        if found is not None and found.tau > 0.0:
-            return LoneCut(found.tops, found.tau, found.bounds)
-        tops = None if found is None else found.tops
-    if tops is None:
-        tops = part.tops()
+        if found is not None:
+            return found
+    tops = part.tops()
     if callable(radius):
         radius = radius(tops)
     terms = len(tops) + part.roundings

@@ -1,31 +1,38 @@
-"""A whole bi-level projection in one compiled call, for tensors so small that single operations count.
+"""A whole bi-level projection in one compiled call, for tensors so small that more than the passes over them counts.
 
-Between the operations of a training step even a small operation takes 3 us and more; the dozen of a projection then
-take longer than its two passes over memory. One graph, compiled for one shape, does all of it: the largest magnitudes,
-Newton's method for the threshold in a fixed number of evaluations, and the clamp. If the method has not ended by then,
-or a rule of `thresholds` asks for more care, nothing is changed, and the caller goes the longer way.
+Between the operations of a training step even a small operation takes 3 us and more, for its code has left the caches;
+the dozen of a projection then take longer than its two passes over memory. And with several threads, operations on the
+norms are the serial part. One graph, compiled ahead of time for one shape, does all of it: largest magnitudes, a few
+evaluations of Newton's method for the threshold, and the clamp. If the method has not ended by then, nothing is
+changed, and another call goes on; if a rule of `thresholds` asks for more care, the caller goes the longer way. What a
+call needs besides the tensor it leaves for the next one.
 """
 
 import functools
+import math
+import tempfile
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor, nn
 
 from lightning_accel.projection import compiled
+from lightning_accel.projection.cuts import Cut, LoneCut
 from lightning_accel.projection.rounding import inner_radius, round_bound
 from lightning_accel.projection.thresholds import slack_of
 
-_SMALL = 1 << 23  # bytes; single operations do not count beside passes over more
-_EVALUATIONS = 8  # from a good start three are enough, from none six
+_LARGEST = 1 << 26  # bytes; beside passes over more, the rest does not count
+_FROM_NOWHERE, _FROM_NEARBY = 8, 3  # evaluations a call; six and three are enough nearly always
+_MORE = 2  # calls where one does not suffice
 _WHOLE = 200  # rows up to which a column is reduced in one block
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int32}
 
 
 class Shape(NamedTuple):
-    """What a graph is compiled for: ``(before, groups, after)`` of ``dtype``, in place or not."""
+    """What a graph is compiled for: ``(before, groups, after)`` of ``dtype``, in place or not, evaluations a call."""
 
     before: int
     groups: int
@@ -33,20 +40,10 @@ class Shape(NamedTuple):
     dtype: torch.dtype
     in_place: bool
     threads: int
+    evaluations: int
 
 
-class Found(NamedTuple):
-    """What a call found.
-
-    Attributes:
-        tops: float64 ``(groups,)``, the largest magnitudes before.
-        bounds: float64 ``(groups,)``, what is left of each.
-        tau: What was taken off each; 0 where nothing was written.
-    """
-
-    tops: Tensor
-    bounds: Tensor
-    tau: float
+Run = Callable[[list[Tensor]], list[Tensor]]
 
 
 class OneCall:
@@ -55,21 +52,43 @@ class OneCall:
     Args:
         source: ``(before, groups, after)``, contiguous.
         target: As ``source``, or ``source`` itself.
+
+    Attributes:
+        tops: float64 ``(groups,)``, the largest magnitudes before the last call.
+        tau: What it took off each; 0 where the tensor was in the ball; NaN where nothing was done.
     """
 
     def __init__(self, source: Tensor, target: Tensor) -> None:
         before, groups, after = source.shape
         in_place = source.data_ptr() == target.data_ptr()
-        self._shape = Shape(before, groups, after, source.dtype, in_place, 0)
+        self._shape = Shape(before, groups, after, source.dtype, in_place, torch.get_num_threads(), 0)
+        self._made_of = source, target
         bits = _INTEGERS[source.dtype]
         views = (source,) if in_place else (source, target)
-        self._tensors = [t.view(-1).view(bits).view(*_matrix(self._shape)) for t in views]
+        numbers = torch.zeros(4, dtype=torch.float64)
+        self._tensors = [*(t.view(-1).view(bits).view(*_matrix(self._shape)) for t in views), numbers]
+        self._numbers = _view(numbers)
+        self._radius = math.nan
+        self.tops = numbers
+        self.tau = math.nan
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Make a copy for the copied tensors."""
+        return OneCall, self._made_of
+
+    @functools.cached_property
+    def _from_nowhere(self) -> Run:
+        return _graph(self._shape._replace(evaluations=_FROM_NOWHERE))
+
+    @functools.cached_property
+    def _from_nearby(self) -> Run:
+        return _graph(self._shape._replace(evaluations=_FROM_NEARBY))
 
     @classmethod
     def of(cls, source: Tensor, target: Tensor) -> "OneCall | None":
         """Return the call where there can be one."""
         size = source.numel() * source.element_size()
-        if source.device.type != "cpu" or source.dtype not in _INTEGERS or not 0 < size <= _SMALL:
+        if source.device.type != "cpu" or source.dtype not in _INTEGERS or not 0 < size <= _LARGEST:
             return None
         before, groups, after = source.shape
         uneven = (after if before == 1 else groups * after) % 2 or source.storage_offset() % 2
@@ -77,27 +96,41 @@ class OneCall:
             return None
         return cls(source, target)
 
-    def __call__(self, radius: float, start: float) -> Found | None:
-        """Project.
+    def __call__(self, radius: float, start: float) -> bool:
+        """Project; say whether that was done. If not, the target holds what the source does, or what it did.
 
         Args:
             radius: >= 0.
             start: The tau of a similar tensor, or 0.
-
-        Returns:
-            None where compiling fails.
         """
-        groups = self._shape.groups
-        target = inner_radius(radius, groups)
-        numbers = torch.tensor((target, slack_of(target, groups), start, radius), dtype=torch.float64)
+        numbers = self._numbers
+        if start != self.tau or radius != self._radius:
+            target = inner_radius(radius, self._shape.groups)
+            numbers[0], numbers[1] = target, slack_of(target, self._shape.groups)
+            numbers[2], numbers[3] = radius, start
+            self._radius = radius
         try:
-            graph = _graph(self._shape._replace(threads=torch.get_num_threads()))
-            tops, bounds, state = graph(*self._tensors, numbers)
+            run = self._from_nearby if start > 0.0 else self._from_nowhere
+            (self.tops,) = run([*self._tensors])
+            for _ in range(_MORE):
+                if not numbers[3] < 0.0:
+                    break
+                (self.tops,) = run([*self._tensors])
         except Exception as error:  # whatever a compiler may raise
             compiled.give_up(error)
-            return None
-        fine, tau = state.tolist()
-        return Found(tops, bounds, tau if fine else 0.0)
+            self.tau = math.nan
+            return False
+        self.tau = numbers[3]
+        return self.tau >= 0.0
+
+    def cut(self) -> Cut:
+        """Return what the last call found."""
+        return LoneCut(self.tops, self.tau).cut()
+
+
+def _view(numbers: Tensor) -> Any:
+    """Return what numbers are looked at and written by, which is quicker than an operation."""
+    return memoryview(numbers.numpy())  # type: ignore[arg-type]  # numpy's types say so from Python 3.12 on
 
 
 def _matrix(shape: Shape) -> tuple[int, int]:
@@ -108,39 +141,48 @@ def _matrix(shape: Shape) -> tuple[int, int]:
     return shape.before, shape.groups * shape.after // width
 
 
-@functools.cache
-def _graph(shape: Shape) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Compile the projection of one shape, without guards: who calls sees to it that the tensors fit.
+class _Projection(nn.Module):
+    """What is compiled: integers ``(rows, columns)``, if not in place those of the target, what `_threshold` takes.
 
-    The clamp is a graph of its own, or its loop would compute every level anew for every entry.
+    The last are written over for the next call.
     """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.write = compiled.clamp_passes(pairs=shape.dtype == torch.bfloat16, in_place=shape.in_place)
+
+    def forward(self, source: Tensor, *rest: Tensor) -> Tensor:
+        """Return largest magnitudes."""
+        tops = _tops(source, self.shape)
+        bounds, numbers = _threshold(tops, rest[-1], self.shape.evaluations)
+        level, sign = _level_and_sign(bounds, numbers[3] > 0.0, self.shape)
+        self.write(source, _stored(level), _stored(sign), *rest[:-1])
+        rest[-1].copy_(numbers)
+        return tops
+
+
+def _stored(x: Tensor) -> Tensor:
+    """Return the same from memory: otherwise the clamp's loop would compute a group's level for every entry."""
+    return torch.as_strided(x, x.shape, x.stride())
+
+
+@functools.cache
+def _graph(shape: Shape) -> Run:
+    """Compile the projection of one shape, without guards: who calls sees to it that the tensors fit."""
     bits = torch.zeros(_matrix(shape), dtype=_INTEGERS[shape.dtype])
-    numbers = torch.zeros(4, dtype=torch.float64)
-    write = compiled.clamp_passes(pairs=shape.dtype == torch.bfloat16, in_place=shape.in_place)
-
-    def find(source: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
-        tops = _tops(source, shape)
-        bounds, state = _threshold(tops, numbers)
-        return tops, bounds, state, *_level_and_sign(bounds, state[0] > 0.0, shape)
-
-    found = _compile(find, bits, numbers)
     targets = () if shape.in_place else (torch.zeros_like(bits),)
-    written = _compile(write, bits, *found(bits, numbers)[3:], *targets)
-
-    def project(source: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tops, bounds, state, level, sign = found(source, rest[-1])
-        written(source, level, sign, *rest[:-1])
-        return tops, bounds, state
-
-    return project
-
-
-def _compile(function: Callable[..., Any], *examples: Tensor) -> Callable[..., Any]:
-    with torch.no_grad():
-        traced = make_fx(function)(*examples)
-        compiled_graph: Callable[..., Any] = torch._inductor.compile(traced, [*examples])
-        compiled_graph(*examples)
-    return compiled_graph
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns of torch's own code
+        numbers = torch.zeros(4, dtype=torch.float64)
+        program = torch.export.export(_Projection(shape), (bits, *targets, numbers))
+        package = torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(Path(folder) / "projection.pt2"),
+            inductor_configs={"memory_planning": True},  # one allocation for all that lies between
+        )
+        run: Run = torch._inductor.aoti_load_package(package, run_single_threaded=True).loader.boxed_run
+    return run
 
 
 def _tops(bits: Tensor, shape: Shape) -> Tensor:
@@ -169,19 +211,32 @@ def _largest(magnitudes: Tensor, shape: Shape) -> Tensor:
     return found if rest == 0 else torch.maximum(found, magnitudes[-rest:].amax(0))
 
 
-def _threshold(tops: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what is left of each norm, and whether that is right beside the threshold."""
-    target, slack, start, radius = numbers.unbind()
-    size = tops.sum()
+def _threshold(tops: Tensor, numbers: Tensor, evaluations: int) -> tuple[Tensor, Tensor]:
+    """Find a threshold by Newton's method.
+
+    Args:
+        tops: float64 ``(groups,)``.
+        numbers: The sum to reach, how far it may stay below, the radius, and where to start (0 for nowhere), whatever
+            the sign.
+        evaluations: Of the sum of what is left.
+
+    Returns:
+        What is left of each norm; and ``numbers``, at last the threshold, or less than 0 if it is no more than a better
+        start, 0 if the norms are of the ball, NaN if they need more care.
+    """
+    target, slack, radius, start = numbers.unbind()
+    start, size = start.abs(), tops.sum()
     tau = torch.where(start > 0.0, start, (size - target) / len(tops))
-    done = torch.zeros((), dtype=torch.bool)
-    for _ in range(_EVALUATIONS):
+    for _ in range(evaluations):
         kept = (tops - tau).clamp_min(0.0)
-        rest = kept.sum()
-        done = done | ((rest <= target) & (rest >= target - 2.0 * slack))
-        tau = torch.where(done, tau, tau + (rest - target + slack) / (kept > 0.0).sum())
-    fine = done & (size > radius) & (tau > 0.0) & (tau <= target)
-    return (tops - tau).clamp_min(0.0), torch.stack((fine.double(), tau))
+        tau = tau + (kept.sum() - target + slack) / (kept > 0.0).to(kept.dtype).sum()
+    bounds = (tops - tau).clamp_min(0.0)
+    rest = bounds.sum()
+    done = (rest <= target) & (rest >= target - 2.0 * slack)
+    outside = (size > radius + slack) & (tau > 0.0) & (tau <= target)
+    inside = size < radius - slack  # as near as rounding the norm itself decides
+    found = torch.where(outside, torch.where(done, tau, -tau), torch.where(inside, 0.0, torch.nan))
+    return bounds, torch.where(torch.arange(4) == 3, found, numbers)
 
 
 def _level_and_sign(bounds: Tensor, fine: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_accel.projection import compiled
+from lightning_accel.projection.again import Again, place_of
 from lightning_accel.projection.compiled import Compile, compiling
+from lightning_accel.projection.cuts import Cut, LoneCut
 from lightning_accel.projection.exact import ExactState, project_exact
-from lightning_accel.projection.joint import Cut, LoneCut, Team, cut, cut_alone
+from lightning_accel.projection.joint import Team, cut, cut_alone
+from lightning_accel.projection.memory import Memory
 from lightning_accel.projection.multilevel import Method, Nonfinite
+from lightning_accel.projection.one_call import OneCall
 from lightning_accel.projection.pyramid import MaxPyramid, Norm, Pyramid, check_levels, fibre_norms, pyramid
 from lightning_accel.projection.ramp import Ramp
 from lightning_accel.projection.rounding import check_nonfinite, check_radius, require_finite
@@ -86,25 +91,6 @@ class Ball:
 
 
 @dataclass
-class Memory:
-    """What a projector knows of one parameter; all of it is in the projector's state.
-
-    Attributes:
-        first_norm: Norm before the first projection, where the size of the ball depends on it.
-        dead: Boolean ``(groups,)``: cleared, and kept so if groups are frozen.
-        kept: Boolean in the shape of the parameter: entries that a mask lets live.
-        mu: Where the exact method ended.
-        tau: Where the bi-level method ended, if it was the parameter's own ball.
-    """
-
-    first_norm: float | None = None
-    dead: Tensor | None = None
-    kept: Tensor | None = None
-    mu: Tensor | None = None
-    tau: float = 0.0
-
-
-@dataclass
 class Projector:
     """Projects targets in place, step after step.
 
@@ -127,7 +113,8 @@ class Projector:
     memories: dict[str, Memory] = field(default_factory=dict)
     unchecked: list[Tensor] = field(default_factory=list)
     _layouts: dict[str, tuple[nn.Parameter, Any, MaxPyramid]] = field(default_factory=dict, repr=False)
-    _last: dict[str, Cut | LoneCut] = field(default_factory=dict, repr=False)
+    _last: dict[str, Cut | LoneCut | OneCall] = field(default_factory=dict, repr=False)
+    _again: Again | None = field(default=None, repr=False)
 
     @property
     def last(self) -> dict[str, Cut]:
@@ -153,13 +140,21 @@ class Projector:
                 then, unless the method is exact, which goes from budget to budget. On GPU `check_finite` raises
                 instead, so that steps need not wait.
         """
+        asked = self.targets if targets is None else targets
+        again = self._again
+        if again is not None:
+            if again.targets is asked and len(asked) == 1 and step >= again.since and again():
+                return
+            self._again = None
         part = self.ramp.at(step)
-        chosen = self.targets if targets is None or self.ball.scope == "global" else list(targets)
+        chosen = self.targets if self.ball.scope == "global" else asked
         if part == 0.0 or not chosen:
             return
         with compiling(self.compile):
             if len(chosen) != 1 or not self._project_alone(chosen[0], part):
                 self._project_together(chosen, part)
+            elif part == 1.0:
+                self._again = self._repeat(chosen[0], asked, step)
 
     @torch.no_grad()
     def _project_together(self, chosen: Sequence[Target], part: float) -> None:
@@ -209,9 +204,22 @@ class Projector:
             size = self._size([target], part)
         else:
             size = functools.partial(_sparse_radius, sparsity=ball.target_sparsity * part)
-        found = cut_alone(whole, size, start=memory.tau, nonfinite=ball.nonfinite, name=target.name)
+        begun = memory.tau > 0.0 or target.name in self._last  # what is compiled needs somewhere to start
+        found = cut_alone(whole, size, start=memory.tau, nonfinite=ball.nonfinite, name=target.name, at_once=begun)
         self._last[target.name], memory.tau = found, found.tau
         return True
+
+    def _repeat(self, target: Target, asked: Sequence[Target], step: int) -> Again | None:
+        """Return what does the same again, if it was one compiled call."""
+        known = self._known_layout(target)
+        if known is None or self.ball.target_sparsity is not None or not compiled.wanted():
+            return None
+        parameter, place, _ = self._layouts[target.name]
+        call, radius, parameters = known.one_call, self._size([target], 1.0), target.module._parameters
+        if call is None or not call.tau >= 0.0:  # NaN: it has not been called, or could not do it
+            return None
+        self._last[target.name] = call
+        return Again(asked, step, parameters, target.leaf, parameter, place, call, radius, self.memory(target))
 
     @torch.no_grad()
     def hold(self, targets: Sequence[Target] | None = None) -> None:
@@ -273,12 +281,13 @@ class Projector:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next projections depend on, on CPU."""
-        return {name: {k: _saved(v) for k, v in vars(memory).items()} for name, memory in self.memories.items()}
+        return {name: memory.state_dict() for name, memory in self.memories.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where `state_dict` was called."""
         devices = {t.name: t.view().device for t in self.targets}
-        self.memories = {name: Memory(**_loaded(saved, devices.get(name))) for name, saved in state.items()}
+        self._again = None
+        self.memories = {name: Memory.of(saved, devices.get(name)) for name, saved in state.items()}
 
     def _pyramid(self, x: Tensor, target: Target) -> Pyramid:
         """Lay out a parameter; most layouts are good for as long as its memory is (norms are taken anew each time)."""
@@ -288,7 +297,7 @@ class Projector:
         built = self._build(x, target)
         parameter = target.parameter
         if parameter is not None and isinstance(built, MaxPyramid) and built.blocks.copied_dims is None:
-            self._layouts[target.name] = parameter, _place(parameter), built
+            self._layouts[target.name] = parameter, place_of(parameter), built
         return built
 
     def _known_layout(self, target: Target) -> MaxPyramid | None:
@@ -297,7 +306,7 @@ class Projector:
         if known is None:
             return None
         parameter, place, layout = known
-        if target.module._parameters.get(target.leaf) is not parameter or _place(parameter) != place:
+        if target.module._parameters.get(target.leaf) is not parameter or place_of(parameter) != place:
             return None
         return layout
 
@@ -346,17 +355,5 @@ class Projector:
         return found
 
 
-def _place(x: Tensor) -> tuple[Any, ...]:
-    return x.data_ptr(), x.shape, x.stride()
-
-
 def _sparse_radius(norms: Tensor, sparsity: float) -> float:
     return float(bilevel_radius(norms, sparsity))
-
-
-def _saved(value: Any) -> Any:
-    return gather(value.detach()).cpu().clone() if isinstance(value, Tensor) else value
-
-
-def _loaded(saved: dict[str, Any], device: torch.device | None) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) and device is not None else v for k, v in saved.items()}

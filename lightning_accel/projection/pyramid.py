@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_accel.projection import compiled
+from lightning_accel.projection.cuts import LoneCut
 from lightning_accel.projection.kernels import clamp, group_max, small_matrices
 from lightning_accel.projection.layout import Blocks, normalize_dims
-from lightning_accel.projection.one_call import Found, OneCall
+from lightning_accel.projection.one_call import OneCall
 from lightning_accel.projection.rounding import round_bound, round_toward_zero
 from lightning_accel.projection.thresholds import l1_thresholds
 
@@ -87,17 +88,17 @@ class MaxPyramid:
         self.small = None if matrices is None else (*matrices, torch.zeros((), dtype=x.dtype))
 
     @functools.cached_property
-    def _one_call(self) -> OneCall | None:
+    def one_call(self) -> OneCall | None:
+        """What projects onto the l1,inf ball in one compiled call, where there can be such."""
         return OneCall.of(self.blocks.source, self.blocks.target)
 
-    def at_once(self, radius: float, start: float) -> Found | None:
+    def at_once(self, radius: float, start: float) -> LoneCut | None:
         """Project onto the l1,inf ball in one compiled call, where that is possible and wanted."""
-        if not compiled.wanted() or self._one_call is None:
+        call = self.one_call if compiled.wanted() else None
+        if call is None or not call(radius, start):
             return None
-        found = self._one_call(radius, start)
-        if found is not None and found.tau > 0.0:
-            self.blocks.finish()
-        return found
+        self.blocks.finish()
+        return LoneCut(call.tops, call.tau)
 
     def tops(self) -> Tensor:
         """Return the largest magnitudes."""

@@ -1,5 +1,7 @@
 """A projection in one compiled call finds what the passes find, or changes nothing and lets them do it."""
 
+import copy
+import math
 import warnings
 
 import pytest
@@ -10,6 +12,7 @@ from lightning_accel.projection.joint import cut_alone
 from lightning_accel.projection.one_call import OneCall
 from lightning_accel.projection.projector import Ball, Projector
 from lightning_accel.projection.pyramid import MaxPyramid
+from lightning_accel.projection.ramp import Ramp
 from lightning_accel.projection.targets import find_targets
 
 SHAPES = {
@@ -26,12 +29,13 @@ UNIT = {torch.float32: 2.0**-23, torch.float64: 1e-13, torch.bfloat16: 2.0**-7}
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What each call found."""
+    """What each call took off; NaN where it left the projection to others."""
     found = []
 
     def spy(self, radius, start):
-        found.append(original(self, radius, start))
-        return found[-1]
+        done = original(self, radius, start)
+        found.append(self.tau if done else math.nan)
+        return done
 
     original = OneCall.__call__
     monkeypatch.setattr(OneCall, "__call__", spy)
@@ -68,7 +72,7 @@ def test_it_is_the_projection(name, dtype, calls):
         assert off <= UNIT[dtype] * x.double().abs().max().item()
         assert not torch.signbit(new[new == 0.0]).any()
     assert (
-        sum(found.tau > 0.0 for found in calls) >= 4
+        sum(tau > 0.0 for tau in calls) >= 4
     )  # at the smallest radius it may be more than the radius that is taken off
 
 
@@ -77,7 +81,8 @@ def test_inside_the_ball_nothing_changes(calls):
     radius = norm(x, (0,))
     for size in (radius, 2.0 * radius, float("inf")):
         assert torch.equal(project_l1inf(x, size, compile=True), x)
-    assert all(found.tau == 0.0 for found in calls)
+    assert calls[1] == 0.0
+    assert not any(tau > 0.0 for tau in calls)
     assert len(calls) == 3
 
 
@@ -91,7 +96,8 @@ def test_what_is_not_finite_stays_and_is_reported(bad, calls):
     assert torch.equal(x, before) or (x.isnan() == before.isnan()).all()
     project_l1inf(x, 1.0, out=x, compile=True, nonfinite="skip")
     assert torch.equal(x.nan_to_num(), before.nan_to_num())
-    assert [found.tau for found in calls] == [0.0, 0.0]
+    assert len(calls) == 2
+    assert all(math.isnan(tau) for tau in calls)
 
 
 def test_a_start_far_off_and_a_radius_of_nothing_go_the_longer_way():
@@ -120,9 +126,75 @@ def test_training_starts_where_the_last_step_ended(calls):
             projector.project(step)
         assert torch.allclose(model.weight, plain.weight, rtol=0.0, atol=1e-6)
         assert norm(model.weight.detach(), (0,)) <= 3.0
-    assert len(calls) == 5
-    assert all(found.tau > 0.0 for found in calls)
-    assert projectors[0].last["weight"].tau == calls[-1].tau
+    assert len(calls) == 4  # the first time there is nowhere to start
+    assert all(tau > 0.0 for tau in calls)
+    last, expected = (projector.last["weight"] for projector in projectors)
+    assert last.tau == calls[-1] == pytest.approx(expected.tau)
+    assert last.norm == pytest.approx(expected.norm)
+    assert torch.allclose(last.bounds[0], expected.bounds[0], rtol=0.0, atol=1e-9)
+
+
+def test_another_call_goes_on_where_one_does_not_suffice(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 80, generator=generator) * torch.rand(80, generator=generator) ** 8.0
+    radius = 0.5 * norm(x, (1,))
+    expected = project_l1inf(x, radius, (1,), compile=False)
+    runs = []
+    y = x.view(60, 80, 1).clone()
+    call = OneCall(y, y)
+    monkeypatch.setattr(one_call, "_FROM_NOWHERE", 3)
+    run = call._from_nowhere
+    monkeypatch.setitem(vars(call), "_from_nowhere", lambda tensors: runs.append(1) or run(tensors))
+    assert call(radius, 0.0)
+    assert len(runs) > 1
+    assert norm(y[:, :, 0], (1,)) <= radius
+    assert torch.allclose(y[:, :, 0], expected, rtol=0.0, atol=1e-6)
+
+
+def test_a_copy_projects_the_copied_tensor():
+    x = torch.randn(1, 40, 40, generator=torch.Generator().manual_seed(0))
+    call = OneCall(x, x)
+    other = copy.deepcopy(call)
+    before = x.clone()
+    assert other(5.0, 0.0)
+    assert torch.equal(x, before)
+    assert call(5.0, 0.0)
+    assert call.tau == other.tau
+
+
+def test_what_has_changed_since_the_last_step_is_noticed(calls):
+    """A tensor in another place, another parameter, a restored state, an earlier step: all of them are projected."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(80, 60)
+    targets = find_targets(model)
+    projector = Projector(targets, Ball(radius=3.0), Ramp("linear", 1, 4), compile=True)
+    projector.remember_first_norms()
+    state = projector.state_dict()
+
+    def moved():
+        return model.weight.detach() + 0.01 * torch.randn(60, 80)
+
+    def step(number, radius=3.0):
+        projector.project(number, targets)
+        assert norm(model.weight.detach(), (0,)) == pytest.approx(radius, rel=1e-4)
+        assert projector.last["weight"].tau > 0.0
+
+    for number in range(4, 10):
+        model.weight.data.copy_(moved())
+        step(number)
+    assert sum(tau > 0.0 for tau in calls) >= 3
+    model.weight.data = moved()  # elsewhere
+    step(10)
+    model.weight = torch.nn.Parameter(moved())
+    step(11)
+    model.weight.data = moved().t().contiguous().t()
+    step(12)
+    projector.load_state_dict(state)
+    model.weight.data.copy_(moved())
+    step(13)
+    first = projector.memories["weight"].first_norm
+    model.weight.data.mul_(20.0)
+    step(3, 3.0 + (first - 3.0) / 3.0)  # the ramp is not at its end
 
 
 def test_only_who_asks_gets_it(calls):

@@ -5,27 +5,21 @@ once out: no in-place projection of a tensor that does not fit into the caches c
 reads twice. Times are CPU time of the one thread, so that other programs disturb them less.
 """
 
-import contextlib
-import logging
 import os
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_accel.callbacks.l1inf_projection import L1InfProjection
+from lightning_accel.cli.bench._overhead_row import overhead_row
 from lightning_accel.cli.bench._shrink_rows import shrink_rows
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import compare_paired, synchronize
 from lightning_accel.projection import ExactState, project_l1inf, radius_for_sparsity
-from lightning_accel.zoo.autoencoder import SupervisedAutoencoder
 
 _SHAPES = ((1_000, 10_000), (10_000, 10_000))
 _CONVOLUTION = (512, 512, 3, 3)
@@ -61,7 +55,7 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
         for shape in ((500, 2_000),) if quick else _SHAPES:
             yield from _two_threads(shape, pairs=pairs)
     for compile in (True, False):
-        yield _overhead(pairs=20 if quick else 1_000, device=device, compile=compile)
+        yield overhead_row(turns=3 if quick else 50, device=device, compile=compile, clock=_clock(device))
     yield from shrink_rows(width=256 if quick else 4096, pairs=pairs, device=device, clock=_clock(device))
 
 
@@ -199,65 +193,3 @@ def _two_threads(shape: tuple[int, int], *, pairs: int) -> Iterator[BenchRow]:
                 better="at most",
                 note="wall-clock time",
             )
-
-
-class _StepClock(Callback):
-    """Take the time from each batch to the next; the first of an epoch, which also starts it, is left out."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock, self.last, self.seconds = clock, 0.0, list[float]()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:  # noqa: ARG002
-        now = self.clock()
-        if batch_idx > 1:
-            self.seconds.append(now - self.last)
-        self.last = now
-
-
-def _overhead(*, pairs: int, device: str, compile: bool) -> BenchRow:
-    """Train the papers' autoencoder and project after every second step: neighbours differ by the projection alone."""
-    torch.manual_seed(0)
-    clock = _StepClock(_clock(device))
-    projection = L1InfProjection(
-        radius_fraction=0.1, parameters="encoder.0.weight", groups="columns", every_n_steps=2, compile=compile
-    )
-    batches = 2 * pairs + 2
-    data = TensorDataset(torch.randn(32 * batches, 1_000), torch.randint(0, 2, (32 * batches,)))
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")  # advice about workers
-        Trainer(
-            max_epochs=1,
-            accelerator="cpu" if device == "cpu" else "gpu",
-            devices=1,
-            callbacks=[projection, clock],
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(SupervisedAutoencoder(in_features=1_000), DataLoader(data, batch_size=32))
-    seconds = {"projected": clock.seconds[0::2], "plain": clock.seconds[1::2]}
-    count = min(map(len, seconds.values()))
-    return BenchRow(
-        suite="projection",
-        case="autoencoder 1000-100-2-100-1000, batch 32, training step of the Trainer",
-        variant=f"L1InfProjection on the encoder's columns{'' if compile else ', eager'}",
-        baseline="step without it",
-        ratio=compare_paired(seconds["projected"][:count], seconds["plain"][:count]),
-        seconds={name: statistics.median(values) for name, values in seconds.items()},
-        target=1.03 if compile else None,
-        better="at most",
-        note="one compiled call a projection" if compile else "nothing is compiled, as by default",
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the Trainer says about devices out of the table."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

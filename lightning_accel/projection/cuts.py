@@ -1,0 +1,42 @@
+"""What projections found."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Cut(NamedTuple):
+    """What a projection found.
+
+    Attributes:
+        norm: float64 scalar, the norm before.
+        tau: float64 scalar, what was taken off the norm of each group (the exact method: off its l1 norm); 0 where
+            nothing was done.
+        bounds: float64 ``(groups,)`` for each tensor; infinite where a group was left alone.
+    """
+
+    norm: Tensor
+    tau: Tensor
+    bounds: list[Tensor]
+
+
+class LoneCut(NamedTuple):
+    """What a projection of one tensor found, before any of it is made a tensor; see `Cut`.
+
+    Attributes:
+        tops: float64 ``(groups,)``, norms of the groups before.
+        tau: Taken off each of them; 0 where nothing was done.
+        left: float64 ``(groups,)``, what is left of each; ``None`` where it is no more than ``tau`` less.
+    """
+
+    tops: Tensor
+    tau: float
+    left: Tensor | None = None
+
+    def cut(self) -> Cut:
+        """Return the same as a `Cut`."""
+        tops, bounds = self.tops, self.left
+        if bounds is None:
+            bounds = (tops - self.tau).clamp_min(0.0) if self.tau > 0.0 else torch.full_like(tops, torch.inf)
+        return Cut(tops.sum(), tops.new_full((), self.tau), [bounds])
