@@ -27,6 +27,7 @@ Compile = bool | Literal["auto"]
 _log = logging.getLogger(__name__)
 _LARGE = 1 << 22  # bytes; passes over less stay in the caches, where calls cost as much as compiling spares
 _WORTH = 1 << 36  # bytes; eager passes over so many lose as much time as compiling takes, about 6 s
+_FEW = 1 << 17  # bytes; a call of a compiled function takes as long as eager sums over less
 _BLOCK = 25  # rows of a block that columns are reduced in
 _LEAST = 8  # rows; fewer are left to eager passes
 _NARROW = 32  # entries a row; as above
@@ -197,7 +198,7 @@ def _pays(x: Tensor) -> bool:
 
 
 def _sums_pay(x: Tensor) -> bool:
-    return _wanted.get() is True and x.dtype not in _HALVES
+    return _wanted.get() is True and x.dtype not in _HALVES and x.numel() * x.element_size() > _FEW
 
 
 def _bits(rows: Tensor) -> Tensor | None:
@@ -229,8 +230,13 @@ def _run(function: Callable[..., Any], *tensors: Tensor) -> Any:
         return None
     if begin:
         _known.add(key)
-        _log.info("Compiled %s of projections (%s) in %.1f s.", function.__name__, key[1], time.perf_counter() - begin)
+        log_seconds(f"{function.__name__} of projections ({key[1]})", begin)
     return result
+
+
+def log_seconds(what: str, begin: float) -> None:
+    """Log how long compiling took that began at ``begin``."""
+    _log.info("Compiled %s in %.1f s.", what, time.perf_counter() - begin)
 
 
 _known: set[tuple[Callable[..., Any], torch.dtype, int]] = set()  # what was logged

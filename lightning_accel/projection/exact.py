@@ -1,5 +1,6 @@
 """The nearest point of the l1,inf ball, by a joint Newton iteration on all groups."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -68,24 +69,26 @@ def project_exact(
     blocks = [Blocks.of(x, dims, out) for x, dims, out in parts]
     norms = [group_norms(b.source) for b in blocks]
     sizes = [len(n[0]) for n in norms]
-    largest, totals = (torch.cat([n[i] for n in norms]) for i in (0, 1))
+    largest, totals = (_joined([n[i] for n in norms]) for i in (0, 1))
     clear = joined_mask(dead, sizes, largest)
     if clear is not None:
         clear &= torch.isfinite(largest)
         largest, totals = largest.masked_fill(clear, 0.0), totals.masked_fill(clear, 0.0)
-    norm, l1 = largest.sum(), totals.sum()
-    if nonfinite == "raise":
-        require_finite(torch.stack((norm, l1)), name)
-    finite = bool(torch.isfinite(norm + l1))
-    theta = torch.zeros((), dtype=torch.float64, device=norm.device)
-    if not finite or bool(norm <= radius):
+    norm = largest.sum()
+    both = torch.stack((norm, totals.sum()))
+    size, l1 = both.tolist()
+    finite = math.isfinite(size + l1)
+    if nonfinite == "raise" and not finite:
+        require_finite(both, name)
+    theta, unchanged = torch.zeros_like(norm), not finite or size <= float(radius)
+    if unchanged:
         bounds = torch.full_like(largest, torch.inf)
         if state is not None:
             state.mu, state.iterations = None, 0
     else:
-        entries = torch.cat([torch.full((n,), b.source.numel() // n) for n, b in zip(sizes, blocks, strict=True)])
-        target = inner_radius(radius[0], len(largest))
-        solver = _Solver([b.source for b in blocks], sizes, largest, totals, entries.to(largest), target)
+        entries = [largest.new_full((n,), b.source.numel() // n) for n, b in zip(sizes, blocks, strict=True)]
+        target = inner_radius(float(radius), len(largest))
+        solver = _Solver([b.source for b in blocks], sizes, largest, totals, _joined(entries), target)
         bounds, theta = solver.solve(None if state is None else state.mu)
         if state is not None:
             state.mu, state.iterations = bounds, solver.iterations
@@ -93,7 +96,7 @@ def project_exact(
         bounds = bounds.masked_fill(clear, 0.0)
     pieces = list(bounds.split(sizes))
     for block, bound in zip(blocks, pieces, strict=True):
-        if bool(torch.isinf(bound).all()):
+        if unchanged and bool(torch.isinf(bound).all()):
             block.leave()
         else:
             clamp(block.source, round_bound(bound, block.source.dtype), block.target)
@@ -110,25 +113,33 @@ class _Solver:
     largest: Tensor
     totals: Tensor
     entries: Tensor
-    target: Tensor
+    target: float
     iterations: int = 0
     _packed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def solve(self, start: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return bounds (feasible without slack) and theta."""
-        if float(self.target) <= 0.0:
+        if self.target <= 0.0:
             return torch.zeros_like(self.largest), self.totals.max()
-        theta, mu = solve_tangents(torch.zeros_like(self.totals), self.totals, self.entries, self.target)
-        # theta is a lower bound: nothing below it can survive
-        alive = torch.nonzero(self.totals > theta)[:, 0]
-        if start is not None and start.shape == mu.shape:
-            mu = torch.where(torch.isinf(start), mu, torch.minimum(start, self.largest))
-        mu, totals = mu[alive], self.totals[alive]
         coarse = all(s.dtype != torch.float64 for s in self.sources) and bool(self.totals.max() < _FLOAT32_SUMS)
         tolerance = _COARSE if coarse else _PRECISE
+        at_zero = torch.zeros_like(self.totals), self.totals, self.entries
+        if start is not None and start.shape == self.totals.shape:
+            mu = torch.minimum(start, self.largest)
+            chosen = torch.nonzero(mu)[:, 0]
+            found = self._excess(chosen, mu[chosen], precise=not coarse)
+            at, above, count = (zero.index_copy(0, chosen, new) for zero, new in zip(at_zero, found, strict=True))
+            theta, mu = solve_tangents(at, above, count, self.target, self.totals)
+        else:
+            theta, mu = solve_tangents(*at_zero, self.target)
+        # theta is a lower bound: nothing below it can survive
+        alive = torch.nonzero(self.totals > theta)[:, 0]
+        if start is not None and self._packed and not bool(start[alive].all()):
+            self._packed.clear()  # some of them were not alive at the start
+        mu, totals = mu[alive], self.totals[alive]
         for self.iterations in range(1, _MAX_ITERATIONS + 1):
             at, above, count = self._excess(alive, torch.minimum(mu, self.largest[alive]), precise=not coarse)
-            theta, update = solve_tangents(at, above, count.clamp_min_(1.0), self.target, totals)
+            theta, update = solve_tangents(at, above, count, self.target, totals)
             # sums of magnitudes around mu + theta / count can be told apart to this much
             settled = (update - at).abs().max() <= tolerance * (update + theta / count).max()
             mu = update
@@ -142,18 +153,20 @@ class _Solver:
         return bounds, theta
 
     def _excess(self, alive: Tensor, mu: Tensor, *, precise: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Evaluate at ``mu``, which float32 sums round first; return that point, the sums and the counts."""
-        at, above, count, start = [], [], [], 0
+        """Evaluate at ``mu``, which float32 sums round first; return that point, the sums and the counts (>= 1)."""
+        at = mu if precise else mu.float().double()
+        if len(self.sizes) == 1:
+            above, count = excess(*self._pack(0, alive), at, precise=precise)
+            return at, above, count.clamp_min_(1.0)
+        sums, counts, start = [], [], 0
         for index, size in enumerate(self.sizes):
             first, last = torch.searchsorted(alive, torch.tensor([start, start + size], device=alive.device)).tolist()
-            rounded = mu[first:last] if precise else mu[first:last].float().double()
             source, chosen = self._pack(index, alive[first:last] - start)
-            sums, counts = excess(source, chosen, rounded, precise=precise)
-            at.append(rounded)
-            above.append(sums)
-            count.append(counts)
+            above, count = excess(source, chosen, at[first:last], precise=precise)
+            sums.append(above)
+            counts.append(count)
             start += size
-        return torch.cat(at), torch.cat(above), torch.cat(count)
+        return at, torch.cat(sums), torch.cat(counts).clamp_min_(1.0)
 
     def _pack(self, index: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return a tensor that holds the chosen groups, and where they are in it.
@@ -170,7 +183,7 @@ class _Solver:
 
 
 def solve_tangents(
-    mu: Tensor, above: Tensor, count: Tensor, target: Tensor, totals: Tensor | None = None
+    mu: Tensor, above: Tensor, count: Tensor, target: float, totals: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""Solve :math:`\sum_j (\mu_j + (\phi_j - \theta) / k_j)_+ = \eta` for :math:`\theta`; return it and the terms.
 
@@ -178,19 +191,22 @@ def solve_tangents(
         mu: float64 ``(groups,)``, where the tangents touch.
         above: As ``mu``, values :math:`\phi_j` there.
         count: As ``mu``, negative slopes :math:`k_j` >= 1.
-        target: float64 scalar, > 0.
+        target: > 0.
         totals: As ``mu``, l1 norms; groups that :math:`\theta` passes get 0.
     """
     at_zero = mu + above / count
     slope = 1.0 / count
     crossing = above + mu * count
     active = crossing > 0
+    number = int(torch.count_nonzero(active))
     while True:
-        theta = (at_zero[active].sum() - target) / slope[active].sum()
-        remaining = active & (crossing > theta)
-        if bool((remaining == active).all()) or not bool(remaining.any()):
+        among = active.to(at_zero.dtype)
+        theta = (torch.dot(at_zero, among) - target) / torch.dot(slope, among)
+        active = active & (crossing > theta)
+        left = int(torch.count_nonzero(active))
+        if left in (0, number):
             break
-        active = remaining
+        number = left
     update = (at_zero - theta * slope).clamp_min_(0.0)
     if totals is not None:
         update.masked_fill_(totals <= theta, 0.0)
@@ -220,6 +236,10 @@ def crossing_levels(sources: Sequence[Tensor], totals: Tensor, theta: Tensor) ->
         levels[start + mine] = mu
         start = end
     return levels
+
+
+def _joined(vectors: Sequence[Tensor]) -> Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.cat([*vectors])
 
 
 def joined_mask(masks: Sequence[Tensor | None], sizes: Sequence[int], like: Tensor) -> Tensor | None:

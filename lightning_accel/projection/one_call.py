@@ -11,6 +11,7 @@ call needs besides the tensor it leaves for the next one.
 import functools
 import math
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,7 @@ def _stored(x: Tensor) -> Tensor:
 @functools.cache
 def _graph(shape: Shape) -> Run:
     """Compile the projection of one shape, without guards: who calls sees to it that the tensors fit."""
+    begin = time.perf_counter()
     bits = torch.zeros(_matrix(shape), dtype=_INTEGERS[shape.dtype])
     targets = () if shape.in_place else (torch.zeros_like(bits),)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -182,6 +184,7 @@ def _graph(shape: Shape) -> Run:
             inductor_configs={"memory_planning": True},  # one allocation for all that lies between
         )
         run: Run = torch._inductor.aoti_load_package(package, run_single_threaded=True).loader.boxed_run
+    compiled.log_seconds(f"projections of {shape.before} x {shape.groups} x {shape.after} ({shape.dtype})", begin)
     return run
 
 

@@ -295,6 +295,26 @@ def test_warm_start_ends_where_a_cold_start_ends(dtype, group_dims):
     torch.testing.assert_close(warm, project_l1inf(moved, radius, group_dims, "exact"), rtol=unit, atol=5e-7)
 
 
+@pytest.mark.parametrize("group_dims", [(0,), (1,)])
+@pytest.mark.parametrize("joint", [0, 20])
+def test_warm_start_sees_groups_that_were_dead(group_dims, joint):
+    """Few groups lived, and now others do, or some of both."""
+    generator = torch.Generator().manual_seed(0)
+    share = torch.full((80,), 0.01, dtype=torch.float64)
+    state, size = ExactState(), (80, 1) if group_dims == (0,) else (1, 80)
+    noise = torch.randn(80, 80, generator=generator, dtype=torch.float64)
+    first, then = share.clone(), share.clone()
+    first[3:7], then[5:9] = 1.0, 1.0
+    then[joint : 2 * joint] = 0.5
+    radius = radius_for_sparsity(noise * first.view(size), 0.95, group_dims, "exact")
+    project_l1inf(noise * first.view(size), radius, group_dims, "exact", state=state)
+    assert int((state.mu > 0.0).sum()) == 4
+    moved = noise * then.view(size)
+    warm = project_l1inf(moved, radius, group_dims, "exact", state=state)
+    torch.testing.assert_close(warm, project_l1inf(moved, radius, group_dims, "exact"), rtol=0.0, atol=1e-12)
+    assert int((state.mu > 0.0).sum()) >= 4
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.99, 1.0])

@@ -60,21 +60,14 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
 
 
 def _compile(device: str) -> str:
-    """Compile what the rows use, and say what that took."""
-    x = torch.randn(500, 1_000, generator=torch.Generator().manual_seed(0)).to(device)
+    """Compile something, to say in notes what rows of compiled projections are."""
+    x = torch.randn(50, 1_000).to(device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        begin = time.perf_counter()
-        for dims in ((0,), (1,)):
-            for tensor, method in ((x, "bilevel"), (x, "exact"), (x.bfloat16(), "bilevel")):
-                radius = radius_for_sparsity(tensor, 0.5, dims, method)
-                fresh = tensor.clone()
-                project_l1inf(tensor, radius, dims, method, compile=True)  # type: ignore[arg-type]
-                project_l1inf(fresh, radius, dims, method, out=fresh, compile=True)  # type: ignore[arg-type]
-        spent = time.perf_counter() - begin
+        project_l1inf(x, 1.0, compile=True)
     if any("Compiling" in str(w.message) for w in caught):
         return "no compiler was found, so this is eager"
-    return f"compiled; all passes of this suite in {spent:.0f} s, which do not count"
+    return "compiled, which does not count"
 
 
 def _clock(device: str) -> Callable[[], float]:
