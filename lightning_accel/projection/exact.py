@@ -124,18 +124,20 @@ class _Solver:
         coarse = all(s.dtype != torch.float64 for s in self.sources) and bool(self.totals.max() < _FLOAT32_SUMS)
         tolerance = _COARSE if coarse else _PRECISE
         at_zero = torch.zeros_like(self.totals), self.totals, self.entries
+        moved = len(self.totals)
         if start is not None and start.shape == self.totals.shape:
-            mu = torch.minimum(start, self.largest)
-            chosen = torch.nonzero(mu)[:, 0]
-            found = self._excess(chosen, mu[chosen], precise=not coarse)
+            # those with the largest l1 norms live: as many as last time, and some that may have joined them
+            chosen = self.totals.topk(_more_than(int(torch.count_nonzero(start)), len(start))).indices.sort().values
+            moved = len(chosen)
+            found = self._excess(chosen, torch.minimum(start, self.largest)[chosen], precise=not coarse)
             at, above, count = (zero.index_copy(0, chosen, new) for zero, new in zip(at_zero, found, strict=True))
             theta, mu = solve_tangents(at, above, count, self.target, self.totals)
         else:
             theta, mu = solve_tangents(*at_zero, self.target)
         # theta is a lower bound: nothing below it can survive
         alive = torch.nonzero(self.totals > theta)[:, 0]
-        if start is not None and self._packed and not bool(start[alive].all()):
-            self._packed.clear()  # some of them were not alive at the start
+        if len(alive) > moved:
+            self._packed.clear()  # they live without having been chosen
         mu, totals = mu[alive], self.totals[alive]
         for self.iterations in range(1, _MAX_ITERATIONS + 1):
             at, above, count = self._excess(alive, torch.minimum(mu, self.largest[alive]), precise=not coarse)
@@ -236,6 +238,10 @@ def crossing_levels(sources: Sequence[Tensor], totals: Tensor, theta: Tensor) ->
         levels[start + mine] = mu
         start = end
     return levels
+
+
+def _more_than(count: int, most: int) -> int:
+    return min(count + count // 32 + 2, most)
 
 
 def _joined(vectors: Sequence[Tensor]) -> Tensor:
