@@ -39,7 +39,7 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
     """Yield the rows of the suite.
 
     Args:
-        quick: Few pairs and small tensors, for a look in about a minute.
+        quick: Few pairs and small tensors, for a look in about two minutes, most of which compiling takes.
         device: To run on.
     """
     pairs = 3 if quick else 15
@@ -55,7 +55,7 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
         for shape in ((500, 2_000),) if quick else _SHAPES:
             yield from _two_threads(shape, pairs=pairs)
     for compile in (True, False):
-        yield overhead_row(turns=3 if quick else 50, device=device, compile=compile, clock=_clock(device))
+        yield overhead_row(turns=3 if quick else 100, device=device, compile=compile, clock=_clock(device))
     yield from shrink_rows(width=256 if quick else 4096, pairs=pairs, device=device, clock=_clock(device))
 
 
