@@ -5,18 +5,19 @@ at costs a fraction of a microsecond, and the general way looks at a hundred.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_accel.projection.memory import Memory
 from lightning_accel.projection.one_call import OneCall
 from lightning_accel.projection.targets import Target
 
+Place = tuple[int, torch.Size, tuple[int, ...]]
 
-@dataclass(frozen=True, slots=True)
-class Again:
+
+class Again(NamedTuple):
     """What a projector did last, if that was one compiled call for one parameter.
 
     Attributes:
@@ -25,7 +26,9 @@ class Again:
         parameters: Of the parameter's module.
         leaf: The parameter's name in them.
         parameter: Found there; another one in its place is not this one's business.
-        place: Where that was.
+        address: Where that was.
+        shape: As it was.
+        stride: As it was.
         call: Projects what is in that place.
         radius: Of the ball.
         memory: Of the parameter.
@@ -36,25 +39,27 @@ class Again:
     parameters: Mapping[str, nn.Parameter | None]
     leaf: str
     parameter: nn.Parameter
-    place: tuple[Any, ...]
+    address: int
+    shape: torch.Size
+    stride: tuple[int, ...]
     call: OneCall
     radius: float
     memory: Memory
 
-    def __call__(self) -> bool:
-        """Project; say whether that was done. If not, the general way is to be taken."""
-        parameter, (address, shape, stride) = self.parameter, self.place
-        if self.parameters.get(self.leaf) is not parameter or parameter.data_ptr() != address:
-            return False
-        if parameter.shape != shape or parameter.stride() != stride:
-            return False
-        memory, call = self.memory, self.call
-        if call(self.radius, memory.tau):
-            memory.tau = call.tau
-            return True
+
+def project_again(again: Again, targets: Sequence[Target], step: int) -> bool:
+    """Project what was asked for if it is the same as last time; say whether it was, and was done."""
+    known, since, parameters, leaf, parameter, address, shape, stride, call, radius, memory = again
+    if targets is not known or len(targets) != 1 or step < since or parameters.get(leaf) is not parameter:
         return False
+    if parameter.data_ptr() != address or parameter.shape != shape or parameter.stride() != stride:
+        return False
+    if call(radius, memory.tau):
+        memory.tau = call.tau
+        return True
+    return False
 
 
-def place_of(x: Tensor) -> tuple[Any, ...]:
+def place_of(x: Tensor) -> Place:
     """Return what stays the same as long as a tensor's layout is good."""
     return x.data_ptr(), x.shape, x.stride()

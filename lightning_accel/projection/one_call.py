@@ -70,20 +70,13 @@ class OneCall:
         self._tensors = [*(t.view(-1).view(bits).view(*_matrix(self._shape)) for t in views), numbers]
         self._numbers = _view(numbers)
         self._radius = math.nan
+        self._run: Run = list
         self.tops = numbers
         self.tau = math.nan
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make a copy for the copied tensors."""
         return OneCall, self._made_of
-
-    @functools.cached_property
-    def _from_nowhere(self) -> Run:
-        return _graph(self._shape._replace(evaluations=_FROM_NOWHERE))
-
-    @functools.cached_property
-    def _from_nearby(self) -> Run:
-        return _graph(self._shape._replace(evaluations=_FROM_NEARBY))
 
     @classmethod
     def of(cls, source: Tensor, target: Tensor) -> "OneCall | None":
@@ -104,24 +97,33 @@ class OneCall:
             radius: >= 0.
             start: The tau of a similar tensor, or 0.
         """
-        numbers = self._numbers
-        if start != self.tau or radius != self._radius:
-            target = inner_radius(radius, self._shape.groups)
-            numbers[0], numbers[1] = target, slack_of(target, self._shape.groups)
-            numbers[2], numbers[3] = radius, start
-            self._radius = radius
         try:
-            run = self._from_nearby if start > 0.0 else self._from_nowhere
-            (self.tops,) = run([*self._tensors])
-            for _ in range(_MORE):
-                if not numbers[3] < 0.0:
-                    break
-                (self.tops,) = run([*self._tensors])
+            if start != self.tau or radius != self._radius:
+                self._aim(radius, start)
+            (self.tops,) = self._run(self._tensors)
+            self.tau = self._numbers[3]
+            return self.tau >= 0.0 or self._go_on()
         except Exception as error:  # whatever a compiler may raise
             compiled.give_up(error)
             self.tau = math.nan
             return False
-        self.tau = numbers[3]
+
+    def _aim(self, radius: float, start: float) -> None:
+        """Write what the graph is to look for; later calls with its last threshold for a start need not."""
+        evaluations = _FROM_NEARBY if start > 0.0 else _FROM_NOWHERE
+        self._run = _graph(self._shape._replace(evaluations=evaluations))
+        target = inner_radius(radius, self._shape.groups)
+        for i, number in enumerate((target, slack_of(target, self._shape.groups), radius, start)):
+            self._numbers[i] = number
+        self._radius = radius
+
+    def _go_on(self) -> bool:
+        """Call again as long as that gets nearer; say whether it got there."""
+        for _ in range(_MORE):
+            if not self.tau < 0.0:
+                break
+            (self.tops,) = self._run(self._tensors)
+            self.tau = self._numbers[3]
         return self.tau >= 0.0
 
     def cut(self) -> Cut:
@@ -157,8 +159,8 @@ class _Projection(nn.Module):
         """Return largest magnitudes."""
         tops = _tops(source, self.shape)
         bounds, numbers = _threshold(tops, rest[-1], self.shape.evaluations)
-        level, sign = _level_and_sign(bounds, numbers[3] > 0.0, self.shape)
-        self.write(source, _stored(level), _stored(sign), *rest[:-1])
+        level = _stored(_level(bounds, numbers[3] > 0.0, self.shape))
+        self.write(source, level, _sign(level, self.shape), *rest[:-1])
         rest[-1].copy_(numbers)
         return tops
 
@@ -183,7 +185,7 @@ def _graph(shape: Shape) -> Run:
             package_path=str(Path(folder) / "projection.pt2"),
             inductor_configs={"memory_planning": True},  # one allocation for all that lies between
         )
-        run: Run = torch._inductor.aoti_load_package(package, run_single_threaded=True).loader.boxed_run
+        run: Run = torch._inductor.aoti_load_package(package, run_single_threaded=True).loader.run
     compiled.log_seconds(f"projections of {shape.before} x {shape.groups} x {shape.after} ({shape.dtype})", begin)
     return run
 
@@ -242,19 +244,26 @@ def _threshold(tops: Tensor, numbers: Tensor, evaluations: int) -> tuple[Tensor,
     return bounds, torch.where(torch.arange(4) == 3, found, numbers)
 
 
-def _level_and_sign(bounds: Tensor, fine: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+def _level(bounds: Tensor, fine: Tensor, shape: Shape) -> Tensor:
     """Return for each row or column what `compiled.clamp_passes` takes; all stays as it is unless ``fine``."""
     level = round_bound(bounds, shape.dtype)
     if shape.dtype == torch.bfloat16:
-        level, sign_bit, most = level.float().view(torch.int32) >> 16, 0x8000, 0x7FFF
+        level, most = level.float().view(torch.int32) >> 16, 0x7FFF
     else:
         level = level.view(_INTEGERS[shape.dtype])
-        sign_bit, most = torch.iinfo(level.dtype).min, torch.iinfo(level.dtype).max
-    sign = torch.where(level > 0, sign_bit, 0).to(level.dtype)  # a cleared entry has none
-    both = [torch.where(fine, level, most), torch.where(fine, sign, sign_bit)]
+        most = torch.iinfo(level.dtype).max
+    level = torch.where(fine, level, most)
     if shape.before > 1:
-        both = [t.unsqueeze(1).expand(-1, shape.after).reshape(-1) for t in both]
+        level = level.unsqueeze(1).expand(-1, shape.after).reshape(-1)
     if shape.dtype == torch.bfloat16:
-        both = [t | t << 16 if shape.before == 1 else t[0::2] | t[1::2] << 16 for t in both]
-    level, sign = (t.unsqueeze(1 if shape.before == 1 else 0) for t in both)
-    return level, sign
+        level = level | level << 16 if shape.before == 1 else level[0::2] | level[1::2] << 16
+    return level.unsqueeze(1 if shape.before == 1 else 0)
+
+
+def _sign(level: Tensor, shape: Shape) -> Tensor:
+    """Return where entries keep their signs: not where they are cleared."""
+    if shape.dtype == torch.bfloat16:
+        high, low = ((-(level & mask) >> 31) & sign for mask, sign in ((0x7FFF0000, -0x80000000), (0x7FFF, 0x8000)))
+        return high | low
+    info = torch.iinfo(level.dtype)
+    return (-level >> (info.bits - 1)) & info.min

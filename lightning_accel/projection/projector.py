@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_accel.projection import compiled
-from lightning_accel.projection.again import Again, place_of
+from lightning_accel.projection.again import Again, place_of, project_again
 from lightning_accel.projection.compiled import Compile, compiling
 from lightning_accel.projection.cuts import Cut, LoneCut
 from lightning_accel.projection.exact import ExactState, project_exact
@@ -112,7 +112,9 @@ class Projector:
     compile: Compile = "auto"
     memories: dict[str, Memory] = field(default_factory=dict)
     unchecked: list[Tensor] = field(default_factory=list)
-    _layouts: dict[str, tuple[nn.Parameter, Any, MaxPyramid]] = field(default_factory=dict, repr=False)
+    _layouts: dict[str, tuple[nn.Parameter, tuple[int, torch.Size, tuple[int, ...]], MaxPyramid]] = field(
+        default_factory=dict, repr=False
+    )
     _last: dict[str, Cut | LoneCut | OneCall] = field(default_factory=dict, repr=False)
     _again: Again | None = field(default=None, repr=False)
 
@@ -143,7 +145,7 @@ class Projector:
         asked = self.targets if targets is None else targets
         again = self._again
         if again is not None:
-            if again.targets is asked and len(asked) == 1 and step >= again.since and again():
+            if project_again(again, asked, step):
                 return
             self._again = None
         part = self.ramp.at(step)
@@ -219,7 +221,7 @@ class Projector:
         if call is None or not call.tau >= 0.0:  # NaN: it has not been called, or could not do it
             return None
         self._last[target.name] = call
-        return Again(asked, step, parameters, target.leaf, parameter, place, call, radius, self.memory(target))
+        return Again(asked, step, parameters, target.leaf, parameter, *place, call, radius, self.memory(target))
 
     @torch.no_grad()
     def hold(self, targets: Sequence[Target] | None = None) -> None:
