@@ -209,8 +209,9 @@ def _bits(rows: Tensor) -> Tensor | None:
 
 
 def row_blocks(rows: Tensor) -> tuple[Tensor, int]:
-    """Return rows as ``(blocks, height, width)``, and how many rows are left over at the end."""
+    """Return rows as ``(blocks, height, width)``, and how many rows are left over at the end, best none."""
     height = min(_BLOCK, len(rows) // 2)
+    height = next((h for h in range(height, height // 2, -1) if len(rows) % h == 0), height)
     blocks = len(rows) // height
     return rows[: blocks * height].view(blocks, height, -1), len(rows) - blocks * height
 

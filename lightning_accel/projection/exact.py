@@ -121,7 +121,7 @@ class _Solver:
         """Return bounds (feasible without slack) and theta."""
         if self.target <= 0.0:
             return torch.zeros_like(self.largest), self.totals.max()
-        coarse = all(s.dtype != torch.float64 for s in self.sources) and bool(self.totals.max() < _FLOAT32_SUMS)
+        coarse = all(s.dtype != torch.float64 for s in self.sources) and float(self.totals.max()) < _FLOAT32_SUMS
         tolerance = _COARSE if coarse else _PRECISE
         at_zero = torch.zeros_like(self.totals), self.totals, self.entries
         moved = len(self.totals)
@@ -131,7 +131,7 @@ class _Solver:
             moved = len(chosen)
             found = self._excess(chosen, torch.minimum(start, self.largest)[chosen], precise=not coarse)
             at, above, count = (zero.index_copy(0, chosen, new) for zero, new in zip(at_zero, found, strict=True))
-            theta, mu = solve_tangents(at, above, count, self.target, self.totals)
+            theta, mu = solve_tangents(at, above, count, self.target, self.totals, guess=self.totals[chosen].min())
         else:
             theta, mu = solve_tangents(*at_zero, self.target)
         # theta is a lower bound: nothing below it can survive
@@ -141,7 +141,7 @@ class _Solver:
         mu, totals = mu[alive], self.totals[alive]
         for self.iterations in range(1, _MAX_ITERATIONS + 1):
             at, above, count = self._excess(alive, torch.minimum(mu, self.largest[alive]), precise=not coarse)
-            theta, update = solve_tangents(at, above, count, self.target, totals)
+            theta, update = solve_tangents(at, above, count, self.target, totals, guess=theta)
             # sums of magnitudes around mu + theta / count can be told apart to this much
             settled = (update - at).abs().max() <= tolerance * (update + theta / count).max()
             mu = update
@@ -185,9 +185,18 @@ class _Solver:
 
 
 def solve_tangents(
-    mu: Tensor, above: Tensor, count: Tensor, target: float, totals: Tensor | None = None
+    mu: Tensor,
+    above: Tensor,
+    count: Tensor,
+    target: float,
+    totals: Tensor | None = None,
+    *,
+    guess: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Solve :math:`\sum_j (\mu_j + (\phi_j - \theta) / k_j)_+ = \eta` for :math:`\theta`; return it and the terms.
+
+    The sum is convex and falls, so Newton's method comes from below after the first step, wherever that starts; the
+    terms that count only get fewer then.
 
     Args:
         mu: float64 ``(groups,)``, where the tangents touch.
@@ -195,20 +204,25 @@ def solve_tangents(
         count: As ``mu``, negative slopes :math:`k_j` >= 1.
         target: > 0.
         totals: As ``mu``, l1 norms; groups that :math:`\theta` passes get 0.
+        guess: float64 scalar near :math:`\theta`; by default 0.
     """
     at_zero = mu + above / count
     slope = 1.0 / count
     crossing = above + mu * count
-    active = crossing > 0
+    active = crossing > (0.0 if guess is None else guess)
     number = int(torch.count_nonzero(active))
+    if number == 0:
+        active = crossing > 0.0
+        number = len(crossing)
+    falls = False
     while True:
         among = active.to(at_zero.dtype)
         theta = (torch.dot(at_zero, among) - target) / torch.dot(slope, among)
-        active = active & (crossing > theta)
+        active = crossing > theta
         left = int(torch.count_nonzero(active))
-        if left in (0, number):
+        if left in (0, number) or (falls and left > number):
             break
-        number = left
+        number, falls = left, True
     update = (at_zero - theta * slope).clamp_min_(0.0)
     if totals is not None:
         update.masked_fill_(totals <= theta, 0.0)

@@ -111,6 +111,10 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
     if x.device.type != "cpu":
         above = (x.index_select(1, groups).to(wide).abs_() - level.view(1, -1, 1)).clamp_min_(0.0)
         return above.sum((0, 2), dtype=torch.float64), (above > 0).sum((0, 2)).double()
+    if len(groups) * before * after <= _CHUNK:
+        rows = x.index_select(1, groups).transpose(0, 1).reshape(len(groups), before * after)
+        above = rows.to(wide).abs_().sub_(level.unsqueeze(1)).clamp_min_(0.0)
+        return above.sum(1, dtype=torch.float64), above.sign_().sum(1).double()
     if before == 1:
         found = compiled.excess(x, groups, level)
         if found is not None:
