@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 Compile = bool | Literal["auto"]
 
@@ -28,6 +29,7 @@ _log = logging.getLogger(__name__)
 _LARGE = 1 << 22  # bytes; passes over less stay in the caches, where calls cost as much as compiling spares
 _WORTH = 1 << 36  # bytes; eager passes over so many lose as much time as compiling takes, about 6 s
 _FEW = 1 << 17  # bytes; a call of a compiled function takes as long as eager sums over less
+LARGEST = 1 << 26  # bytes; calls of what is compiled for any shape do not count beside passes over more
 _BLOCK = 25  # rows of a block that columns are reduced in
 _LEAST = 8  # rows; fewer are left to eager passes
 _NARROW = 32  # entries a row; as above
@@ -105,8 +107,8 @@ def largest(x: Tensor) -> Tensor | None:
     return torch.maximum(found.view(x.dtype), rows[-rest:].abs().amax(0))
 
 
-def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> bool:
-    """Do what `kernels.clamp` does; say whether it was done."""
+def clamp(source: Tensor, bounds: Tensor, target: Tensor, *, one_shape: bool = False) -> bool:
+    """Do what `kernels.clamp` does; say whether it was done. ``one_shape``: as in `norms`."""
     before, groups, after = source.shape
     rows, out = (t[0] if before == 1 else t.view(before, groups * after) for t in (source, target))
     in_place = source.data_ptr() == target.data_ptr()
@@ -126,7 +128,8 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> bool:
     sign = -level >> (info.bits - 1) & info.min  # none where the level is 0
     level, sign = (t.view(bits.dtype).unsqueeze(1 if before == 1 else 0) for t in (level, sign))
     targets = () if in_place else (out_bits,)
-    return _run(clamp_passes(pairs=pairs, in_place=in_place), bits, level, sign, *targets) is not None
+    passes = clamp_passes(pairs=pairs, in_place=in_place)
+    return _run(passes, bits, level, sign, *targets, one_shape=one_shape) is not None
 
 
 def clamp_passes(*, pairs: bool, in_place: bool) -> Callable[..., Tensor]:
@@ -143,6 +146,8 @@ def clamp_passes(*, pairs: bool, in_place: bool) -> Callable[..., Tensor]:
 def norms(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the largest magnitude and the l1 norm of each row or column; float32 and float64 only.
 
+    Up to 64 MiB the pass is compiled for the one shape, without guards: calls then take a third as long.
+
     Returns:
         Both as `largest` returns its one; the l1 norms in float64 or in the type of ``x``.
     """
@@ -151,9 +156,9 @@ def norms(x: Tensor) -> tuple[Tensor, Tensor] | None:
     if not (_possible(rows, by_row=before == 1) and _sums_pay(x)):
         return None
     if before == 1:
-        return _run(_norms_of_rows, rows)
+        return _run(_norms_of_rows, rows, one_shape=True)
     blocks, rest = row_blocks(rows)
-    found = _run(_norms_of_columns, blocks)
+    found = _run(_norms_of_columns, blocks, one_shape=True)
     if found is None or rest == 0:
         return found
     last = rows[-rest:].abs()
@@ -216,11 +221,13 @@ def row_blocks(rows: Tensor) -> tuple[Tensor, int]:
     return rows[: blocks * height].view(blocks, height, -1), len(rows) - blocks * height
 
 
-def _run(function: Callable[..., Any], *tensors: Tensor) -> Any:
+def _run(function: Callable[..., Any], *tensors: Tensor, one_shape: bool = False) -> Any:
     """Call a function compiled; return ``None``, after one warning, where that fails."""
     key = function, tensors[0].dtype, torch.get_num_threads()
     begin = 0.0 if key in _known else time.perf_counter()
     try:
+        if one_shape and _wanted.get() is True and tensors[0].nbytes <= LARGEST:
+            return _compiled_for(function, key[2], tuple((t.dtype, t.shape) for t in tensors))(*tensors)
         if torch.is_grad_enabled():
             with torch.no_grad():
                 result = _compiled(*key)(*tensors)
@@ -248,6 +255,21 @@ def _compiled(function: Callable[..., Any], dtype: torch.dtype, threads: int) ->
     """Compile a function once a type and number of threads, as code of its own: others need not be looked through."""
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     return torch.compile(own, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def _compiled_for(
+    function: Callable[..., Any],
+    threads: int,  # noqa: ARG001
+    shapes: tuple[tuple[torch.dtype, torch.Size], ...],
+) -> Callable[..., Any]:
+    """Compile a function of contiguous tensors for their very shapes."""
+    begin, examples = time.perf_counter(), [torch.zeros(shape, dtype=dtype) for dtype, shape in shapes]
+    with torch.no_grad():
+        compiled: Callable[..., Any] = torch._inductor.compile(make_fx(function)(*examples), [*examples])
+        compiled(*examples)
+    log_seconds(f"{function.__name__} of projections ({shapes[0][0]}) for {tuple(shapes[0][1])}", begin)
+    return compiled
 
 
 def _largest_of_rows(bits: Tensor) -> Tensor:

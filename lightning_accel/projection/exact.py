@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.projection.cuts import Cut
-from lightning_accel.projection.kernels import clamp, excess, group_norms
+from lightning_accel.projection.kernels import clamp, excess, group_norms, quick_group_norms
 from lightning_accel.projection.layout import Blocks
 from lightning_accel.projection.rounding import inner_radius, require_finite, round_bound
 
@@ -67,7 +67,7 @@ def project_exact(
         *Deviations*: all groups share a pass; dead groups are dropped; the result is feasible without slack.
     """
     blocks = [Blocks.of(x, dims, out) for x, dims, out in parts]
-    norms = [group_norms(b.source) for b in blocks]
+    norms = [quick_group_norms(b.source) for b in blocks]
     sizes = [len(n[0]) for n in norms]
     largest, totals = (_joined([n[i] for n in norms]) for i in (0, 1))
     clear = joined_mask(dead, sizes, largest)
@@ -77,6 +77,11 @@ def project_exact(
     norm = largest.sum()
     both = torch.stack((norm, totals.sum()))
     size, l1 = both.tolist()
+    if math.isinf(l1) and math.isfinite(size):  # sums of float32 overflow
+        totals = _joined([group_norms(b.source)[1] for b in blocks])
+        totals = totals if clear is None else totals.masked_fill(clear, 0.0)
+        both = torch.stack((norm, totals.sum()))
+        size, l1 = both.tolist()
     finite = math.isfinite(size + l1)
     if nonfinite == "raise" and not finite:
         require_finite(both, name)
@@ -99,7 +104,7 @@ def project_exact(
         if unchanged and bool(torch.isinf(bound).all()):
             block.leave()
         else:
-            clamp(block.source, round_bound(bound, block.source.dtype), block.target)
+            clamp(block.source, round_bound(bound, block.source.dtype), block.target, one_shape=True)
             block.finish()
     return Cut(norm, theta, pieces)
 

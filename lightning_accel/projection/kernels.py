@@ -58,14 +58,15 @@ def group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     The l1 norm is summed in the type of ``x`` (float32 for 16 bits) within a chunk and in float64 across chunks; all in
     float64 where float32 overflows.
     """
-    largest, total = _group_norms(x)
+    largest, total = quick_group_norms(x)
     if x.device.type == "cpu" and bool(torch.isinf(total).any()) and bool(torch.isfinite(largest).all()):
         every = torch.arange(x.shape[1])
         total, _ = excess(x, every, torch.zeros(x.shape[1], dtype=torch.float64), precise=True)
     return largest, total
 
 
-def _group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
+def quick_group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `group_norms` does, but where float32 overflows, so does the l1 norm."""
     before, groups, after = x.shape
     if x.device.type != "cpu":
         magnitude = x.abs()
@@ -112,8 +113,8 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
         above = (x.index_select(1, groups).to(wide).abs_() - level.view(1, -1, 1)).clamp_min_(0.0)
         return above.sum((0, 2), dtype=torch.float64), (above > 0).sum((0, 2)).double()
     if len(groups) * before * after <= _CHUNK:
-        rows = x.index_select(1, groups).transpose(0, 1).reshape(len(groups), before * after)
-        above = rows.to(wide).abs_().sub_(level.unsqueeze(1)).clamp_min_(0.0)
+        few = x.index_select(1, groups).transpose(0, 1).reshape(len(groups), before * after)
+        above = few.to(wide).abs_().sub_(level.unsqueeze(1)).clamp_min_(0.0)
         return above.sum(1, dtype=torch.float64), above.sign_().sum(1).double()
     if before == 1:
         found = compiled.excess(x, groups, level)
@@ -149,16 +150,17 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
     return (total[groups], count[groups]) if every else (total, count)
 
 
-def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> None:
+def clamp(source: Tensor, bounds: Tensor, target: Tensor, *, one_shape: bool = False) -> None:
     """Write ``source`` clamped to plus and minus ``bounds`` to ``target``; entries within stay bit for bit.
 
     Args:
         source: ``(before, groups, after)``.
         bounds: ``(groups,)`` in the type of ``source``, >= 0; infinite leaves a group alone.
         target: As ``source``, or ``source`` itself.
+        one_shape: As in `compiled.clamp`.
     """
     before, groups, after = source.shape
-    if compiled.clamp(source, bounds, target):
+    if compiled.clamp(source, bounds, target, one_shape=one_shape):
         return
     few = after == 1 and before > 1 and source.numel() <= _FLAT and source.dtype not in _HALVES
     if few or source.device.type != "cpu":

@@ -25,7 +25,6 @@ from lightning_accel.projection.cuts import Cut, LoneCut
 from lightning_accel.projection.rounding import inner_radius, round_bound
 from lightning_accel.projection.thresholds import slack_of
 
-_LARGEST = 1 << 26  # bytes; beside passes over more, the rest does not count
 _FROM_NOWHERE, _FROM_NEARBY = 8, 3  # evaluations a call; six and three are enough nearly always
 _MORE = 2  # calls where one does not suffice
 _WHOLE = 200  # rows up to which a column is reduced in one block
@@ -82,7 +81,7 @@ class OneCall:
     def of(cls, source: Tensor, target: Tensor) -> "OneCall | None":
         """Return the call where there can be one."""
         size = source.numel() * source.element_size()
-        if source.device.type != "cpu" or source.dtype not in _INTEGERS or not 0 < size <= _LARGEST:
+        if source.device.type != "cpu" or source.dtype not in _INTEGERS or not 0 < size <= compiled.LARGEST:
             return None
         before, groups, after = source.shape
         uneven = (after if before == 1 else groups * after) % 2 or source.storage_offset() % 2

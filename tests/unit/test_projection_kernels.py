@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 
-from lightning_accel.projection import compiled, one_call, project_l1inf, radius_for_sparsity
+from lightning_accel.projection import compiled, project_l1inf, radius_for_sparsity
 from lightning_accel.projection.compiled import compiling
 from lightning_accel.projection.kernels import clamp, excess, group_max, group_norms
+from lightning_accel.projection.one_call import OneCall
 from lightning_accel.projection.rounding import round_bound
 
 SHAPES = {
@@ -127,6 +128,7 @@ def forget_compiling():
         compiled._broken.clear()
         compiled._known.clear()
         compiled._compiled.cache_clear()
+        compiled._compiled_for.cache_clear()
         compiled._seen[0] = 0
 
     forget()
@@ -174,13 +176,17 @@ def test_compiled_maxima_and_clamps_equal_eager_ones_bit_for_bit(dtype, forget_c
             assert torch.equal(bits(before), bits(x))
     assert done == (3 if dtype in (torch.float16, torch.bfloat16) else 5)  # odd pairs and few rows are left to eager
     assert not compiled._broken
+    assert (compiled._compiled_for.cache_info().currsize == 4) == one_shape  # norms and clamps of rows and of columns
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_compiled_projections_equal_eager_ones(dtype, forget_compiling, monkeypatch):
-    monkeypatch.setattr(one_call, "_LARGEST", 0)  # the passes, as larger tensors get them
+@pytest.mark.parametrize("one_shape", [False, True])
+def test_compiled_projections_equal_eager_ones(dtype, one_shape, forget_compiling, monkeypatch):
+    monkeypatch.setattr(OneCall, "of", lambda *_: None)
+    if not one_shape:
+        monkeypatch.setattr(compiled, "LARGEST", 0)  # the passes, as larger tensors get them
     x = torch.randn(207, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0, :3] = torch.tensor([-0.0, 0.0, 1e-30])
     for dims in ((0,), (1,)):
@@ -225,6 +231,7 @@ def compiled_calls(monkeypatch):
         return lambda *tensors: (calls.append(function.__name__), function(*tensors))[1]
 
     monkeypatch.setattr(compiled, "_compiled", note)
+    monkeypatch.setattr(compiled, "_compiled_for", note)
     monkeypatch.setattr(compiled, "_seen", [0])
     return calls
 
