@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lightning_accel.callbacks._projection_errors import nothing_found
 from lightning_accel.callbacks.group_sparsity import GroupSparsity
 from lightning_accel.lightning_private import averaged_modules, callbacks_of, load_checkpoint_file
+from lightning_accel.projection.budget import Ball
 from lightning_accel.projection.compiled import Compile, check_compile
-from lightning_accel.projection.projector import Ball, Projector
+from lightning_accel.projection.projector import Projector
 from lightning_accel.projection.ramp import Ramp
 from lightning_accel.projection.sharded import alike, gather
 from lightning_accel.projection.targets import NAMED_GROUPS, Target, find_targets

@@ -12,9 +12,9 @@ from lightning_accel.callbacks._order import correct_order
 from lightning_accel.callbacks._projected_training import Mode, ProjectedTraining, Timing, selection
 from lightning_accel.callbacks._projection_arguments import check_kinds, dimensions, rewind_source, words
 from lightning_accel.lightning_private import restore_hooks, skip_idle_hooks
+from lightning_accel.projection.budget import Ball, Scope
 from lightning_accel.projection.compiled import Compile
 from lightning_accel.projection.multilevel import Method, Nonfinite
-from lightning_accel.projection.projector import Ball, Scope
 from lightning_accel.projection.ramp import Curve, Ramp
 
 

@@ -5,13 +5,13 @@ at costs a fraction of a microsecond, and the general way looks at a hundred.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_accel.projection.memory import Memory
-from lightning_accel.projection.one_call import OneCall
+from lightning_accel.projection.one_call import OneCall, Run
 from lightning_accel.projection.targets import Target
 
 Place = tuple[int, torch.Size, tuple[int, ...]]
@@ -30,7 +30,9 @@ class Again(NamedTuple):
         shape: As it was.
         stride: As it was.
         call: Projects what is in that place.
-        radius: Of the ball.
+        run: Its graph.
+        tensors: What that takes.
+        numbers: Those of them that it leaves for the next time, the threshold at 3.
         memory: Of the parameter.
     """
 
@@ -43,21 +45,26 @@ class Again(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     call: OneCall
-    radius: float
+    run: Run
+    tensors: list[Tensor]
+    numbers: Any
     memory: Memory
 
 
 def project_again(again: Again, targets: Sequence[Target], step: int) -> bool:
     """Project what was asked for if it is the same as last time; say whether it was, and was done."""
-    known, since, parameters, leaf, parameter, address, shape, stride, call, radius, memory = again
+    known, since, parameters, leaf, parameter, address, shape, stride, call, run, tensors, numbers, memory = again
     if targets is not known or len(targets) != 1 or step < since or parameters.get(leaf) is not parameter:
         return False
     if parameter.data_ptr() != address or parameter.shape != shape or parameter.stride() != stride:
         return False
-    if call(radius, memory.tau):
-        memory.tau = call.tau
+    (call.tops,) = run(tensors)
+    call.tau = memory.tau = tau = numbers[3]
+    if tau >= 0.0:
         return True
-    return False
+    done = call.go_on()
+    memory.tau = call.tau if done else 0.0
+    return done
 
 
 def place_of(x: Tensor) -> Place:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lightning_accel.projection import passes
+
 Compile = bool | Literal["auto"]
 
 _log = logging.getLogger(__name__)
@@ -98,10 +100,10 @@ def largest(x: Tensor) -> Tensor | None:
     if bits is None:
         return None
     if before == 1:
-        found = _run(_largest_of_row_pairs if x.dtype in _HALVES else _largest_of_rows, bits)
+        found = _run(passes.largest_of_row_pairs if x.dtype in _HALVES else passes.largest_of_rows, bits)
         return found if found is None else (found.to(torch.int16) if x.dtype in _HALVES else found).view(x.dtype)
     blocks, rest = row_blocks(bits)
-    found = _run(_largest_of_column_pairs if x.dtype in _HALVES else _largest_of_columns, blocks)
+    found = _run(passes.largest_of_column_pairs if x.dtype in _HALVES else passes.largest_of_columns, blocks)
     if found is None or rest == 0:
         return found if found is None else found.view(x.dtype)
     return torch.maximum(found.view(x.dtype), rows[-rest:].abs().amax(0))
@@ -128,8 +130,8 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor, *, one_shape: bool = F
     sign = -level >> (info.bits - 1) & info.min  # none where the level is 0
     level, sign = (t.view(bits.dtype).unsqueeze(1 if before == 1 else 0) for t in (level, sign))
     targets = () if in_place else (out_bits,)
-    passes = clamp_passes(pairs=pairs, in_place=in_place)
-    return _run(passes, bits, level, sign, *targets, one_shape=one_shape) is not None
+    function = clamp_passes(pairs=pairs, in_place=in_place)
+    return _run(function, bits, level, sign, *targets, one_shape=one_shape) is not None
 
 
 def clamp_passes(*, pairs: bool, in_place: bool) -> Callable[..., Tensor]:
@@ -139,8 +141,8 @@ def clamp_passes(*, pairs: bool, in_place: bool) -> Callable[..., Tensor]:
     target. Inductor treats a target that is the source itself differently, so there are two of each.
     """
     if in_place:
-        return _clamp_pairs if pairs else _clamp
-    return _clamp_pairs_to if pairs else _clamp_to
+        return passes.clamp_pairs if pairs else passes.clamp
+    return passes.clamp_pairs_to if pairs else passes.clamp_to
 
 
 def norms(x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -156,9 +158,9 @@ def norms(x: Tensor) -> tuple[Tensor, Tensor] | None:
     if not (_possible(rows, by_row=before == 1) and _sums_pay(x)):
         return None
     if before == 1:
-        return _run(_norms_of_rows, rows, one_shape=True)
+        return _run(passes.norms_of_rows, rows, one_shape=True)
     blocks, rest = row_blocks(rows)
-    found = _run(_norms_of_columns, blocks, one_shape=True)
+    found = _run(passes.norms_of_columns, blocks, one_shape=True)
     if found is None or rest == 0:
         return found
     last = rows[-rest:].abs()
@@ -177,9 +179,9 @@ def excess(x: Tensor, groups: Tensor | None, level: Tensor) -> tuple[Tensor, Ten
     if level.dtype != x.dtype or not (_possible(rows, by_row=groups is not None) and _sums_pay(x)):
         return None
     if groups is not None:
-        return _run(_excess_of_rows, rows, groups, level) if len(groups) > 1 else None
+        return _run(passes.excess_of_rows, rows, groups, level) if len(groups) > 1 else None
     blocks, rest = row_blocks(rows)
-    found = _run(_excess_of_columns, blocks, level)
+    found = _run(passes.excess_of_columns, blocks, level)
     if found is None or rest == 0:
         return found
     above = (rows[-rest:].abs() - level).clamp_min_(0.0)
@@ -270,62 +272,3 @@ def _compiled_for(
         compiled(*examples)
     log_seconds(f"{function.__name__} of projections ({shapes[0][0]}) for {tuple(shapes[0][1])}", begin)
     return compiled
-
-
-def _largest_of_rows(bits: Tensor) -> Tensor:
-    return (bits & torch.iinfo(bits.dtype).max).amax(1)
-
-
-def _largest_of_row_pairs(bits: Tensor) -> Tensor:
-    return torch.maximum((bits & 0x7FFF0000).amax(1) >> 16, (bits & 0x7FFF).amax(1))
-
-
-def _largest_of_columns(blocks: Tensor) -> Tensor:
-    return (blocks & torch.iinfo(blocks.dtype).max).amax(1).amax(0)
-
-
-def _largest_of_column_pairs(blocks: Tensor) -> Tensor:
-    return (blocks & 0x7FFF0000).amax(1).amax(0) | (blocks & 0x7FFF).amax(1).amax(0)
-
-
-def _clamp(bits: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return bits.copy_(torch.minimum(bits & torch.iinfo(bits.dtype).max, level) | (bits & sign))
-
-
-def _clamp_to(bits: Tensor, level: Tensor, sign: Tensor, target: Tensor) -> Tensor:
-    return target.copy_(torch.minimum(bits & torch.iinfo(bits.dtype).max, level) | (bits & sign))
-
-
-def _clamped_pairs(bits: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    high = torch.minimum(bits & 0x7FFF0000, level & 0x7FFF0000)
-    low = torch.minimum(bits & 0x7FFF, level & 0x7FFF)
-    return high | low | (bits & sign)
-
-
-def _clamp_pairs(bits: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return bits.copy_(_clamped_pairs(bits, level, sign))
-
-
-def _clamp_pairs_to(bits: Tensor, level: Tensor, sign: Tensor, target: Tensor) -> Tensor:
-    return target.copy_(_clamped_pairs(bits, level, sign))
-
-
-def _norms_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    magnitude = rows.abs()
-    return magnitude.amax(1), magnitude.sum(1)
-
-
-def _norms_of_columns(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    magnitude = blocks.abs()
-    return magnitude.amax(1).amax(0), magnitude.sum(1).sum(0, dtype=torch.float64)
-
-
-def _excess_of_rows(rows: Tensor, chosen: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    above = (rows.index_select(0, chosen).abs() - level.unsqueeze(1)).clamp_min(0.0)
-    return above.sum(1), (above > 0.0).to(rows.dtype).sum(1)
-
-
-def _excess_of_columns(blocks: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    above = (blocks.abs() - level).clamp_min(0.0)
-    count = (above > 0.0).to(blocks.dtype)
-    return above.sum(1).sum(0, dtype=torch.float64), count.sum(1).sum(0, dtype=torch.float64)

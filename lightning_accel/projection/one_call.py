@@ -101,7 +101,7 @@ class OneCall:
                 self._aim(radius, start)
             (self.tops,) = self._run(self._tensors)
             self.tau = self._numbers[3]
-            return self.tau >= 0.0 or self._go_on()
+            return self.tau >= 0.0 or self.go_on()
         except Exception as error:  # whatever a compiler may raise
             compiled.give_up(error)
             self.tau = math.nan
@@ -116,7 +116,7 @@ class OneCall:
             self._numbers[i] = number
         self._radius = radius
 
-    def _go_on(self) -> bool:
+    def go_on(self) -> bool:
         """Call again as long as that gets nearer; say whether it got there."""
         for _ in range(_MORE):
             if not self.tau < 0.0:
@@ -124,6 +124,10 @@ class OneCall:
             (self.tops,) = self._run(self._tensors)
             self.tau = self._numbers[3]
         return self.tau >= 0.0
+
+    def parts(self) -> tuple[Run, list[Tensor], Any]:
+        """Return what does the last call again: the graph, what it takes, and the numbers of that, to look at."""
+        return self._run, self._tensors, self._numbers
 
     def cut(self) -> Cut:
         """Return what the last call found."""

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,82 +12,21 @@ from torch.distributed.tensor import DTensor
 
 from lightning_accel.projection import compiled
 from lightning_accel.projection.again import Again, place_of, project_again
+from lightning_accel.projection.budget import Ball
 from lightning_accel.projection.compiled import Compile, compiling
 from lightning_accel.projection.cuts import Cut, LoneCut
 from lightning_accel.projection.exact import ExactState, project_exact
 from lightning_accel.projection.joint import Team, cut, cut_alone
 from lightning_accel.projection.memory import Memory
-from lightning_accel.projection.multilevel import Method, Nonfinite
 from lightning_accel.projection.one_call import OneCall
-from lightning_accel.projection.pyramid import MaxPyramid, Norm, Pyramid, check_levels, fibre_norms, pyramid
+from lightning_accel.projection.pyramid import MaxPyramid, Pyramid, check_levels, fibre_norms, pyramid
 from lightning_accel.projection.ramp import Ramp
-from lightning_accel.projection.rounding import check_nonfinite, check_radius, require_finite
+from lightning_accel.projection.rounding import require_finite
 from lightning_accel.projection.sharded import GatheredPyramid, ShardedMaxPyramid, alike, gather, scatter
-from lightning_accel.projection.sparsity import bilevel_radius, check_sparsity, exact_radius
+from lightning_accel.projection.sparsity import bilevel_radius, exact_radius
 from lightning_accel.projection.targets import Target
 
-Scope = Literal["parameter", "global"]
 _ALL = "all parameters"
-
-
-@dataclass(frozen=True)
-class Ball:
-    """What to project onto, and how hard; exactly one of the three sizes.
-
-    Attributes:
-        radius: See `project_multilevel`; of every parameter, or of all together.
-        radius_fraction: Radius over the norm that the parameters had at first, in [0, 1].
-        target_sparsity: Fraction of groups to clear, in [0, 1].
-        norms: Levels from the outermost in, see `project_multilevel`.
-        dims: Their dimensions; by default groups outside and the rest inside, for two levels.
-        method: ``"exact"`` for the nearest point, with norms ``("l1", "linf")``.
-        scope: ``"parameter"``: one radius (or sparsity) a parameter; ``"global"``: one budget over all.
-        nonfinite: ``"raise"`` or ``"skip"``.
-
-    Raises:
-        ValueError: If a value is out of range, or values exclude each other.
-    """
-
-    radius: float | None = None
-    radius_fraction: float | None = None
-    target_sparsity: float | None = None
-    norms: tuple[Norm, ...] = ("l1", "linf")
-    dims: tuple[tuple[int, ...], ...] | None = None
-    method: Method = "bilevel"
-    scope: Scope = "parameter"
-    nonfinite: Nonfinite = "raise"
-
-    def __post_init__(self) -> None:
-        sizes = {
-            "radius": self.radius,
-            "radius_fraction": self.radius_fraction,
-            "target_sparsity": self.target_sparsity,
-        }
-        chosen = [name for name, value in sizes.items() if value is not None]
-        if len(chosen) != 1:
-            given = " and ".join(f"`{name}`" for name in chosen) or "none"
-            raise ValueError(
-                f"give exactly one of `radius`, `radius_fraction` and `target_sparsity`, got {given}. Set the others "
-                "to None (null in configurations)."
-            )
-        if self.radius is not None:
-            check_radius(self.radius)
-        if self.radius_fraction is not None and not 0.0 <= self.radius_fraction <= 1.0:
-            raise ValueError(f"`radius_fraction` must be in [0, 1], got {self.radius_fraction}.")
-        if self.target_sparsity is not None:
-            check_sparsity(self.target_sparsity, "target_sparsity")
-        if self.dims is None and len(self.norms) != 2:
-            raise ValueError(f"`dims` must be given for {len(self.norms)} levels; only two have a default.")
-        check_levels(self.norms, self.dims or ((0,), (1,)), sum(map(len, self.dims)) if self.dims is not None else 2)
-        if self.norms[0] != "l1" and (self.target_sparsity is not None or self.scope == "global"):
-            raise ValueError(f"`target_sparsity` and a global `scope` need 'l1' outermost, got {self.norms[0]!r}.")
-        if self.method not in get_args(Method):
-            raise ValueError(f"`method` must be 'bilevel' or 'exact', got {self.method!r}.")
-        if self.method == "exact" and (self.norms != ("l1", "linf") or self.dims is not None):
-            raise ValueError("`method` 'exact' solves the l1,inf ball only; leave `norms` and `dims` alone.")
-        if self.scope not in get_args(Scope):
-            raise ValueError(f"`scope` must be 'parameter' or 'global', got {self.scope!r}.")
-        check_nonfinite(self.nonfinite)
 
 
 @dataclass
@@ -217,11 +156,12 @@ class Projector:
         if known is None or self.ball.target_sparsity is not None or not compiled.wanted():
             return None
         parameter, place, _ = self._layouts[target.name]
-        call, radius, parameters = known.one_call, self._size([target], 1.0), target.module._parameters
+        call, parameters = known.one_call, target.module._parameters
         if call is None or not call.tau >= 0.0:  # NaN: it has not been called, or could not do it
             return None
         self._last[target.name] = call
-        return Again(asked, step, parameters, target.leaf, parameter, *place, call, radius, self.memory(target))
+        memory = self.memory(target)
+        return Again(asked, step, parameters, target.leaf, parameter, *place, call, *call.parts(), memory)
 
     @torch.no_grad()
     def hold(self, targets: Sequence[Target] | None = None) -> None:

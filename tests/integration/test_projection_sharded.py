@@ -10,7 +10,8 @@ import torch.multiprocessing
 from projection_sharded_fits import CASES, train, train_shards, whole
 from torch import nn
 
-from lightning_accel.projection.projector import Ball, Projector
+from lightning_accel.projection.budget import Ball
+from lightning_accel.projection.projector import Projector
 from lightning_accel.projection.sharded import check_placements
 from lightning_accel.projection.targets import find_targets
 

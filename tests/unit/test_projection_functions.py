@@ -18,7 +18,8 @@ from lightning_accel.projection import (
     project_multilevel,
     radius_for_sparsity,
 )
-from lightning_accel.projection.projector import Ball, Projector
+from lightning_accel.projection.budget import Ball
+from lightning_accel.projection.projector import Projector
 from lightning_accel.projection.targets import find_targets
 from lightning_accel.projection.thresholds import SORT_UP_TO, l1_thresholds, simplex_threshold, threshold_near
 

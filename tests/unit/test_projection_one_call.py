@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lightning_accel.projection import compiled, one_call, project_l1inf
+from lightning_accel.projection.budget import Ball
 from lightning_accel.projection.joint import cut_alone
 from lightning_accel.projection.one_call import OneCall
-from lightning_accel.projection.projector import Ball, Projector
+from lightning_accel.projection.projector import Projector
 from lightning_accel.projection.pyramid import MaxPyramid
 from lightning_accel.projection.ramp import Ramp
 from lightning_accel.projection.targets import find_targets

@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_accel.callbacks import GroupSparsity, L1InfProjection, MultilevelProjection
 from lightning_accel.projection import project_l1inf
-from lightning_accel.projection.projector import Ball, Projector
+from lightning_accel.projection.budget import Ball
+from lightning_accel.projection.projector import Projector
 from lightning_accel.projection.ramp import Ramp
 from lightning_accel.projection.targets import find_targets
 

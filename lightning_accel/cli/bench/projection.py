@@ -43,6 +43,10 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
         device: To run on.
     """
     pairs = 3 if quick else 15
+    # first of all, in a process as that of a fit is: not one that has held gigabytes
+    for compile in (True, False):
+        fits, turns = (1, 3) if quick else (6, 20)
+        yield overhead_row(fits=fits, turns=turns, device=device, compile=compile, clock=_clock(device))
     compiling = _compile(device)
     for shape in ((500, 2_000),) if quick else _SHAPES:
         case = f"{shape[0]:,} x {shape[1]:,}"
@@ -54,8 +58,6 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
     if device == "cpu" and (os.cpu_count() or 1) > 1:
         for shape in ((500, 2_000),) if quick else _SHAPES:
             yield from _two_threads(shape, pairs=pairs)
-    for compile in (True, False):
-        yield overhead_row(turns=3 if quick else 100, device=device, compile=compile, clock=_clock(device))
     yield from shrink_rows(width=256 if quick else 4096, pairs=pairs, device=device, clock=_clock(device))
 
 

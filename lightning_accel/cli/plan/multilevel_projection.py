@@ -13,7 +13,8 @@ from lightning_accel.callbacks.multilevel_projection import MultilevelProjection
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.plan import Scene
 from lightning_accel.measure import time_interleaved, undisturbed
-from lightning_accel.projection.projector import Ball, Projector
+from lightning_accel.projection.budget import Ball
+from lightning_accel.projection.projector import Projector
 from lightning_accel.projection.pyramid import check_levels, fibre_norms, pyramid
 from lightning_accel.projection.targets import Target
 

@@ -1,0 +1,71 @@
+"""What to project onto, and how hard."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lightning_accel.projection.multilevel import Method, Nonfinite
+from lightning_accel.projection.pyramid import Norm, check_levels
+from lightning_accel.projection.rounding import check_nonfinite, check_radius
+from lightning_accel.projection.sparsity import check_sparsity
+
+Scope = Literal["parameter", "global"]
+
+
+@dataclass(frozen=True)
+class Ball:
+    """What to project onto, and how hard; exactly one of the three sizes.
+
+    Attributes:
+        radius: See `project_multilevel`; of every parameter, or of all together.
+        radius_fraction: Radius over the norm that the parameters had at first, in [0, 1].
+        target_sparsity: Fraction of groups to clear, in [0, 1].
+        norms: Levels from the outermost in, see `project_multilevel`.
+        dims: Their dimensions; by default groups outside and the rest inside, for two levels.
+        method: ``"exact"`` for the nearest point, with norms ``("l1", "linf")``.
+        scope: ``"parameter"``: one radius (or sparsity) a parameter; ``"global"``: one budget over all.
+        nonfinite: ``"raise"`` or ``"skip"``.
+
+    Raises:
+        ValueError: If a value is out of range, or values exclude each other.
+    """
+
+    radius: float | None = None
+    radius_fraction: float | None = None
+    target_sparsity: float | None = None
+    norms: tuple[Norm, ...] = ("l1", "linf")
+    dims: tuple[tuple[int, ...], ...] | None = None
+    method: Method = "bilevel"
+    scope: Scope = "parameter"
+    nonfinite: Nonfinite = "raise"
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "radius": self.radius,
+            "radius_fraction": self.radius_fraction,
+            "target_sparsity": self.target_sparsity,
+        }
+        chosen = [name for name, value in sizes.items() if value is not None]
+        if len(chosen) != 1:
+            given = " and ".join(f"`{name}`" for name in chosen) or "none"
+            raise ValueError(
+                f"give exactly one of `radius`, `radius_fraction` and `target_sparsity`, got {given}. Set the others "
+                "to None (null in configurations)."
+            )
+        if self.radius is not None:
+            check_radius(self.radius)
+        if self.radius_fraction is not None and not 0.0 <= self.radius_fraction <= 1.0:
+            raise ValueError(f"`radius_fraction` must be in [0, 1], got {self.radius_fraction}.")
+        if self.target_sparsity is not None:
+            check_sparsity(self.target_sparsity, "target_sparsity")
+        if self.dims is None and len(self.norms) != 2:
+            raise ValueError(f"`dims` must be given for {len(self.norms)} levels; only two have a default.")
+        check_levels(self.norms, self.dims or ((0,), (1,)), sum(map(len, self.dims)) if self.dims is not None else 2)
+        if self.norms[0] != "l1" and (self.target_sparsity is not None or self.scope == "global"):
+            raise ValueError(f"`target_sparsity` and a global `scope` need 'l1' outermost, got {self.norms[0]!r}.")
+        if self.method not in get_args(Method):
+            raise ValueError(f"`method` must be 'bilevel' or 'exact', got {self.method!r}.")
+        if self.method == "exact" and (self.norms != ("l1", "linf") or self.dims is not None):
+            raise ValueError("`method` 'exact' solves the l1,inf ball only; leave `norms` and `dims` alone.")
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"`scope` must be 'parameter' or 'global', got {self.scope!r}.")
+        check_nonfinite(self.nonfinite)
