@@ -92,7 +92,7 @@ class Projector:
         if part == 0.0 or not chosen:
             return
         with compiling(self.compile):
-            if len(chosen) != 1 or not self._project_alone(chosen[0], part):
+            if len(chosen) != 1 or not self._project_alone(chosen[0], part, at_once=again is None):
                 self._project_together(chosen, part)
             elif part == 1.0:
                 self._again = self._repeat(chosen[0], asked, step)
@@ -123,10 +123,11 @@ class Projector:
                     memory = self.memory(target)
                     memory.dead = bounds == 0.0 if memory.dead is None else memory.dead | (bounds == 0.0)
 
-    def _project_alone(self, target: Target, part: float) -> bool:
+    def _project_alone(self, target: Target, part: float, *, at_once: bool) -> bool:
         """Take the short way where one plain parameter on CPU is all there is to project; say whether it was.
 
-        It works on the data of the parameter, so it needs not tell autograd.
+        ``at_once`` allows one compiled call, where there is somewhere to start. All of it works on the data of the
+        parameter, so it needs not tell autograd.
         """
         ball = self.ball
         if self.freeze_zero_groups or ball.method == "exact" or ball.norms[0] != "l1":
@@ -145,8 +146,8 @@ class Projector:
             size = self._size([target], part)
         else:
             size = functools.partial(_sparse_radius, sparsity=ball.target_sparsity * part)
-        begun = memory.tau > 0.0 or target.name in self._last  # what is compiled needs somewhere to start
-        found = cut_alone(whole, size, start=memory.tau, nonfinite=ball.nonfinite, name=target.name, at_once=begun)
+        at_once = at_once and (memory.tau > 0.0 or target.name in self._last)
+        found = cut_alone(whole, size, start=memory.tau, nonfinite=ball.nonfinite, name=target.name, at_once=at_once)
         self._last[target.name], memory.tau = found, found.tau
         return True
 

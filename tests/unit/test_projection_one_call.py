@@ -43,6 +43,7 @@ def calls(monkeypatch):
 
         return watch
 
+    watched.__wrapped__ = graph
     monkeypatch.setattr(one_call, "_graph", watched)
     return found
 
@@ -169,6 +170,29 @@ def test_a_copy_projects_the_copied_tensor():
     assert torch.equal(x, before)
     assert call(5.0, 0.0)
     assert call.tau == other.tau
+
+
+def test_a_step_that_needs_more_care_is_taken_eagerly_and_compiles_nothing_more(calls):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(80, 60)
+    targets = find_targets(model)
+    projector = Projector(targets, Ball(radius=3.0), compile=True)
+
+    def steps(numbers, size=1.0):
+        for number in numbers:
+            model.weight.data.copy_(size * (model.weight.detach() + 0.01 * torch.randn(60, 80)))
+            projector.project(number, targets)
+            assert norm(model.weight.detach(), (0,)) == pytest.approx(3.0, rel=1e-4)
+
+    steps(range(1, 5))
+    graphs = one_call._graph.__wrapped__.cache_info().currsize
+    steps([5], size=50.0)  # the threshold is far away
+    assert math.isnan(calls[-1])
+    steps([6], size=1.0)  # and now the start is
+    steps(range(7, 12))
+    assert sum(tau > 0.0 for tau in calls) >= 5
+    assert calls[-1] > 0.0
+    assert one_call._graph.__wrapped__.cache_info().currsize == graphs
 
 
 def test_what_has_changed_since_the_last_step_is_noticed(calls):
