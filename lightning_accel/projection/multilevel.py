@@ -98,9 +98,9 @@ def project_l1inf(
         compile: Let `torch.compile` make the passes over memory, which costs about 6 s once: ``True`` from now on,
             ``"auto"`` once large tensors have been projected so often that it pays, and only passes whose results
             stay the same bit for bit (bi-level: all of them; exact: the last), ``False`` never. With ``True`` bi-level
-            projections of up to 64 MiB are one call, compiled for about 5 s a shape; their results and exact ones are
-            the same to a unit in the last place of the largest entry (bi-level in float64: to 1e-12 of it). Where
-            there is no compiler, warn once and go on without.
+            projections of up to 64 MiB are one call, and exact ones have passes of their own, compiled for some 5 s a
+            shape; results are the same to a unit in the last place of the largest entry (bi-level in float64: to
+            1e-12 of it). Where there is no compiler, warn once and go on without.
 
     Returns:
         As `project_multilevel`.
