@@ -1,0 +1,23 @@
+"""The suite ``projection`` of ``lightning-accel bench``."""
+
+from collections import Counter
+
+import pytest
+
+from lightning_accel.cli.bench import projection
+
+
+@pytest.mark.slow
+def test_quick_run_has_every_row_with_both_times():
+    rows = list(projection.rows(quick=True, device="cpu"))
+    for row in rows:
+        assert set(row.seconds) == {row.baseline, row.variant}, row
+        assert all(seconds > 0 for seconds in row.seconds.values())
+        assert row.ratio.low <= row.ratio.median <= row.ratio.high
+    assert len({(row.case, row.variant) for row in rows}) == len(rows)
+    compiled = [row for row in rows if row.better == "at most" and row.target is not None]
+    eager = [row for row in rows if row.variant.endswith(", eager") or ", eager" in row.variant]
+    assert Counter(row.target for row in compiled) == {1.03: 1, 1.3: 2, 1.5: 2, 3.0: 4, 6.0: 4, 4.0: 4, 2.5: 8, 0.6: 2}
+    assert len(eager) == len(compiled), "the same table without a compiler"
+    assert all(row.target is None for row in eager)
+    assert [row.target for row in rows if row.baseline == "with zeros"][:2] == [2.0, 5.0]
