@@ -47,9 +47,10 @@ def shrink_rows(*, width: int, pairs: int, device: str, clock: Callable[[], floa
         for sparsity, target in _TARGETS.items():
             sparse = with_zero_rows(model, sparsity, outputs)
             small = shrink(sparse, x)
+            variant, baseline = f"shrunk, {sparsity:.0%} zero rows", "with zeros"
             with torch.inference_mode():
                 seconds = time_interleaved(
-                    {"with zeros": partial(sparse, x), "shrunk": partial(small.model, x)},
+                    {baseline: partial(sparse, x), variant: partial(small.model, x)},
                     rounds=pairs,
                     warmup=2,
                     device=device,
@@ -58,9 +59,9 @@ def shrink_rows(*, width: int, pairs: int, device: str, clock: Callable[[], floa
             yield BenchRow(
                 suite="projection",
                 case=f"{case}, inference",
-                variant=f"shrunk, {sparsity:.0%} zero rows",
-                baseline="with zeros",
-                ratio=compare_paired(seconds["with zeros"], seconds["shrunk"]),
+                variant=variant,
+                baseline=baseline,
+                ratio=compare_paired(seconds[baseline], seconds[variant]),
                 seconds={name: statistics.median(values) for name, values in seconds.items()},
                 target=target if isinstance(model, MLP) else None,
                 note=describe(small),

@@ -174,13 +174,14 @@ class _Suite:
         decision = verify_plan(plan, time_variants)
         changed = copy.deepcopy(model)
         kept = decompose(changed, apply_decision(plan, decision))
-        seconds = self._timed({"dense": _step(model, x), "default": _step(changed, x)})
+        variant = f"{len(kept)} layer{'s' if len(kept) > 1 else ''} low rank" if kept else "stays dense"
+        seconds = self._timed({"dense": _step(model, x), variant: _step(changed, x)})
         yield BenchRow(
             suite="low_rank",
             case=f"{name}, batch {shape[0]}, default settings with the gate",
-            variant=f"{len(kept)} layers low rank" if kept else "stays dense",
+            variant=variant,
             baseline="dense",
-            ratio=compare_paired(seconds["dense"], seconds["default"]),
+            ratio=compare_paired(seconds["dense"], seconds[variant]),
             seconds={key: statistics.median(values) for key, values in seconds.items()},
             target=1.0 if kept else None,
             note=decision.reason if kept else f"{decision.reason}; both sides run the same model, the ratio is noise",
