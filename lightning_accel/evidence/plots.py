@@ -97,7 +97,9 @@ def plot_rank_plan(plan: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_bench(rows: Sequence[Any], path: Path) -> None:
-    """Draw every `BenchRow`'s ratio with its interval and target, one line a row.
+    """Draw every `BenchRow`'s ratio with its interval and target, one line a row, under headings of cases.
+
+    Green is a reached target or faster, orange the opposite; without a target and without a verdict, dots are grey.
 
     Raises:
         MissingPackageError: Without matplotlib.
@@ -105,21 +107,47 @@ def plot_bench(rows: Sequence[Any], path: Path) -> None:
     """
     if not rows:
         raise ValueError("`rows` must not be empty.")
-    figure, axes = _figure(8.0, 1.0 + 0.5 * len(rows))
-    for place, row in enumerate(reversed(rows)):
-        ratio = row.ratio
-        good = row.reached if row.reached is not None else ratio.verdict != "slower"
-        colour = COLOURS[2] if good else COLOURS[1]
+    labels: list[str] = []
+    drawn: dict[int, Any] = {}
+    for i, row in enumerate(rows):
+        if i == 0 or row.case != rows[i - 1].case:
+            labels.append(row.case)
+        drawn[len(labels)] = row
+        labels.append(f"{row.variant} / {row.baseline}")
+    figure, axes = _figure(9.0, 1.0 + 0.21 * len(labels))
+    for place, row in drawn.items():
+        ratio, colour = row.ratio, _colour_of(row)
         axes.plot([ratio.low, ratio.high], [place, place], color=colour, linewidth=2.0)
-        axes.plot([ratio.median], [place], "o", color=colour, markersize=6)
+        axes.plot([ratio.median], [place], "o", color=colour, markersize=5)
         if row.target is not None:
-            axes.plot([row.target], [place], "|", color="#404040", markersize=16)
+            axes.plot([row.target], [place], "|", color="#404040", markersize=11)
     axes.axvline(1.0, color="#808080", linestyle="--", linewidth=1.0)
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_yticks(range(len(rows)))
-    axes.set_yticklabels([f"{row.case}\n{row.variant} / {row.baseline}" for row in reversed(rows)], fontsize=8)
+    _scale_ratios(axes, [row.ratio.median for row in rows])
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    for place, label in enumerate(axes.get_yticklabels()):
+        label.set_fontweight("normal" if place in drawn else "bold")
+    axes.tick_params(axis="y", length=0)
     axes.set_xlabel("ratio (dot: median, bar: interval, tick: target)")
     _save(figure, path)
+
+
+def _colour_of(row: Any) -> str:
+    if row.reached is not None:
+        return COLOURS[2] if row.reached else COLOURS[1]
+    verdict = row.ratio.verdict if row.better == "at least" else ""
+    return {"faster": COLOURS[2], "slower": COLOURS[1]}.get(verdict, "#707070")
+
+
+def _scale_ratios(axes: Any, ratios: Sequence[float]) -> None:
+    """Take a logarithmic axis, with plain numbers, where ratios lie too far apart to be read on one of equal steps."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    if min(ratios) > 0.0 and max(ratios) > 8.0 * min(ratios):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import sys
@@ -6,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from evidence_rows import run, two_arms
 
+from lightning_accel.evidence import plots
 from lightning_accel.evidence.comparison import compare_runs
 from lightning_accel.evidence.formats import write_effect, write_value
 from lightning_accel.evidence.goal import Goal
@@ -190,10 +192,45 @@ def test_plan_without_measured_layers_is_refused(tmp_path):
         plot_rank_plan({"layers": PLAN["layers"][2:]}, tmp_path / "p.png")
 
 
-def test_bench_is_drawn_one_line_a_row(tmp_path):
+def test_bench_is_drawn_one_line_a_row_under_headings_of_cases(tmp_path):
     ratio = PairedRatio(2.0, 1.8, 2.2, 0.01, 8)
     rows = [BenchRow("s", "case", "new", "old", ratio, target=target) for target in (None, 1.5, 3.0)]
     plot_bench(rows, tmp_path / "p.png")
-    assert _size(tmp_path / "p.png") == (1200, round((1.0 + 0.5 * 3) * 150))
+    assert _size(tmp_path / "p.png") == (1350, round((1.0 + 0.21 * 4) * 150))
+    plot_bench([*rows, dataclasses.replace(rows[0], case="other"), rows[0]], tmp_path / "q.png")
+    assert _size(tmp_path / "q.png") == (1350, round((1.0 + 0.21 * 8) * 150))
     with pytest.raises(ValueError, match="`rows` must not be empty"):
         plot_bench([], tmp_path / "p.png")
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(15.9, "linear"), (16.1, "log")])
+def test_bench_takes_a_logarithmic_axis_where_ratios_lie_far_apart(largest, scale, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    ratios = [PairedRatio(r, 0.9 * r, 1.1 * r, 0.01, 8) for r in (2.0, largest)]
+    plot_bench([BenchRow("s", "case", "new", "old", ratio) for ratio in ratios], tmp_path / "p.png")
+    (axes,) = drawn
+    assert axes.get_xscale() == scale
+    axes.figure.canvas.draw()
+    assert {"2", "5", "10"} <= {t.get_text().removesuffix(".0") for t in axes.get_xticklabels()} or scale == "linear"
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["case", "new / old", "new / old"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "median", "colour"),
+    [
+        (("at least", None), 2.0, "#009e73"),
+        (("at least", None), 0.5, "#d55e00"),
+        (("at least", None), 1.0, "#707070"),
+        (("at most", None), 0.5, "#707070"),
+        (("at most", 0.6), 0.5, "#009e73"),
+        (("at most", 0.6), 0.7, "#d55e00"),
+    ],
+)
+def test_bench_is_coloured_by_verdict(wanted, median, colour, tmp_path, monkeypatch):
+    better, target = wanted
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    ratio = PairedRatio(median, median - 0.05, median + 0.05, 1.0 if median == 1.0 else 0.01, 8)
+    plot_bench([BenchRow("s", "case", "new", "old", ratio, target=target, better=better)], tmp_path / "p.png")
+    assert drawn[0].lines[0].get_color() == colour
