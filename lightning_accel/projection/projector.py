@@ -23,7 +23,7 @@ from lightning_accel.projection.pyramid import MaxPyramid, Pyramid, check_levels
 from lightning_accel.projection.ramp import Ramp
 from lightning_accel.projection.rounding import require_finite
 from lightning_accel.projection.sharded import GatheredPyramid, ShardedMaxPyramid, alike, gather, scatter
-from lightning_accel.projection.sparsity import bilevel_radius, exact_radius
+from lightning_accel.projection.sparsity import bilevel_radius, gap_middle
 from lightning_accel.projection.targets import Target
 
 _ALL = "all parameters"
@@ -284,10 +284,11 @@ class Projector:
         whole = [gather(t.view()) for t in targets]
         dims = [t.group_dims for t in targets]
         dead = [self.memory(t).dead for t in targets] if self.freeze_zero_groups else []
+        radius: Tensor | Callable[[Tensor], Tensor]
         if self.ball.target_sparsity is None:
             radius = self._radius(targets, part, whole[0])
         else:
-            radius = exact_radius(whole, dims, self.ball.target_sparsity * part, dead)
+            radius = functools.partial(gap_middle, sparsity=self.ball.target_sparsity * part)
         starts = [self.memory(t).mu for t in targets]
         state = ExactState(torch.cat([s for s in starts if s is not None]) if None not in starts else None)
         parts = [(x, d, x) for x, d in zip(whole, dims, strict=True)]

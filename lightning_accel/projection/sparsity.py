@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.exact import crossing_levels, joined_mask
 from lightning_accel.projection.kernels import group_norms
 from lightning_accel.projection.layout import Blocks, normalize_dims
+from lightning_accel.projection.newton import Newton
 from lightning_accel.projection.pyramid import check_levels, pyramid
 from lightning_accel.projection.rounding import check_input, require_finite
 
@@ -61,7 +61,7 @@ def radius_for_sparsity(
     if x.numel() == 0:
         return 0.0
     if method == "exact" and norms is None:
-        return float(exact_radius([x], [levels[0][1]], sparsity)[0])
+        return exact_radius(x, levels[0][1], sparsity)
     tops = pyramid(x, levels, x).tops()
     require_finite(tops.sum())
     return float(bilevel_radius(tops, sparsity))
@@ -72,34 +72,19 @@ def bilevel_radius(norms: Tensor, sparsity: float) -> Tensor:
     return (norms - gap_middle(norms, sparsity)).clamp_min_(0.0).sum()
 
 
-def exact_radius(
-    tensors: Sequence[Tensor],
-    group_dims: Sequence[tuple[int, ...]],
-    sparsity: float,
-    dead: Sequence[Tensor | None] = (),
-) -> Tensor:
-    """Return the radius, float64 ``(1,)``, for the exact projection of tensors together.
-
-    Args:
-        tensors: All of one device.
-        group_dims: Of each.
-        sparsity: Fraction of the groups of all together.
-        dead: As in `project_exact`; such groups count as cleared.
+def exact_radius(x: Tensor, group_dims: tuple[int, ...], sparsity: float) -> float:
+    """Return the radius for the exact projection.
 
     Raises:
-        ValueError: If a tensor holds NaN or infinity.
+        ValueError: If ``x`` holds NaN or infinity.
     """
-    sources = [Blocks.of(x, dims, x).source for x, dims in zip(tensors, group_dims, strict=True)]
-    norms = [group_norms(s) for s in sources]
-    largest, totals = (torch.cat([n[i] for n in norms]) for i in (0, 1))
+    source = Blocks.of(x, group_dims, x).source
+    largest, totals = group_norms(source)
     require_finite(totals.sum())
-    clear = joined_mask(dead, [s.shape[1] for s in sources], totals)
-    if clear is not None:
-        largest, totals = largest.masked_fill(clear, 0.0), totals.masked_fill(clear, 0.0)
     theta = gap_middle(totals, sparsity)
     if not bool(theta > 0.0):
-        return largest.sum().reshape(1)
-    return crossing_levels(sources, totals, theta).sum().reshape(1)
+        return float(largest.sum())
+    return float(Newton([source], largest, totals).levels(theta, precise=True).sum())
 
 
 def gap_middle(values: Tensor, sparsity: float) -> Tensor:
@@ -107,10 +92,12 @@ def gap_middle(values: Tensor, sparsity: float) -> Tensor:
     cleared = round(sparsity * len(values))
     if cleared == 0:
         return values.new_zeros(())
-    ascending = values.sort().values
     if cleared == len(values):
-        return ascending[-1]
-    low, high = ascending[cleared - 1], ascending[cleared]
+        return values.max()
+    if values.is_cpu:  # finds one of 10,000 in a sixth of the time of sorting them
+        low, high = values.kthvalue(cleared).values, values.kthvalue(cleared + 1).values
+    else:
+        low, high = values.sort().values[cleared - 1 : cleared + 1]
     return torch.where(low > 0.0, low + 0.5 * (high - low), 0.0)
 
 
