@@ -101,5 +101,15 @@ def train_shards(rank, case, folder, port):
     result |= {"projections": callback.projections, "steps": trainer.global_step}
     _, resumed = train(CASES[case](), shards=True, ckpt_path=folder / "half.ckpt")
     torch.save(result | {"resumed": whole(resumed)}, folder / f"rank{rank}.pt")
+    leave()
+
+
+def leave():
+    """End this process at once, as one that has succeeded.
+
+    Gloo's threads may outlive the process group with tensors in their hands; one that drops its tensor while the
+    interpreter winds down makes the process abort, now and then.
+    """
     torch.distributed.barrier()  # the first to leave would take the other's connections along
     torch.distributed.destroy_process_group()
+    os._exit(0)
