@@ -63,10 +63,12 @@ def project_exact(
     """
     blocks = [Blocks.of(x, dims, out) for x, dims, out in parts]
     sources = [b.source for b in blocks]
-    largest, totals, finite = _norms(sources, dead)
-    norm = largest.sum()
+    clear = _joined_mask(dead, sources)
+    largest, totals, both = _norms(sources, clear)
+    norm, size = both[0], float(both[0])
+    finite = math.isfinite(float(both.sum()))
     if nonfinite == "raise" and not finite:
-        require_finite(norm + totals.sum(), name)
+        require_finite(both, name)
     bounds, theta, iterations = None, torch.zeros_like(norm), 0
     if finite:
         newton, start = Newton(sources, largest, totals), None if state is None else state.mu
@@ -74,7 +76,7 @@ def project_exact(
             level = radius(totals)
             if bool(level > 0.0):
                 theta, bounds = level, newton.levels(level, start)
-        elif float(norm) > float(radius):
+        elif size > float(radius):
             bounds, theta = newton.solve(inner_radius(float(radius), len(largest)), start)
         iterations = newton.iterations
     if state is not None:
@@ -82,11 +84,9 @@ def project_exact(
     unchanged = bounds is None
     if bounds is None:
         bounds = torch.full_like(largest, torch.inf)
-    sizes = [s.shape[1] for s in sources]
-    clear = joined_mask(dead, sizes, largest)
     if clear is not None and finite:
         bounds = bounds.masked_fill(clear, 0.0)
-    pieces = list(bounds.split(sizes))
+    pieces = list(bounds.split([s.shape[1] for s in sources]))
     for block, bound in zip(blocks, pieces, strict=True):
         if unchanged and bool(torch.isinf(bound).all()):
             block.leave()
@@ -96,24 +96,24 @@ def project_exact(
     return Cut(norm, theta, pieces)
 
 
-def _norms(sources: Sequence[Tensor], dead: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, bool]:
-    """Return the largest magnitudes and the l1 norms of all groups, 0 for dead ones, and whether all are finite."""
+def _norms(sources: Sequence[Tensor], clear: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest magnitudes and the l1 norms of all groups, 0 for those to clear, and the sums of both."""
     for measure in (quick_group_norms, group_norms):
         norms = [measure(s) for s in sources]
         largest, totals = (joined([n[i] for n in norms]) for i in (0, 1))
-        clear = joined_mask(dead, [s.shape[1] for s in sources], largest)
         if clear is not None:
-            clear &= torch.isfinite(largest)
-            largest, totals = largest.masked_fill(clear, 0.0), totals.masked_fill(clear, 0.0)
-        size, l1 = torch.stack((largest.sum(), totals.sum())).tolist()
+            gone = clear & torch.isfinite(largest)
+            largest, totals = largest.masked_fill(gone, 0.0), totals.masked_fill(gone, 0.0)
+        both = torch.stack((largest.sum(), totals.sum()))
+        size, l1 = both.tolist()
         if not (math.isinf(l1) and math.isfinite(size)):  # sums of float32 overflow
             break
-    return largest, totals, math.isfinite(size + l1)
+    return largest, totals, both
 
 
-def joined_mask(masks: Sequence[Tensor | None], sizes: Sequence[int], like: Tensor) -> Tensor | None:
+def _joined_mask(masks: Sequence[Tensor | None], sources: Sequence[Tensor]) -> Tensor | None:
     """Join masks of groups; ``None`` where there is none."""
     if all(m is None for m in masks):  # true of none at all as well
         return None
-    empty = [torch.zeros(n, dtype=torch.bool, device=like.device) for n in sizes]
-    return torch.cat([e if m is None else m.clone() for e, m in zip(empty, masks, strict=True)])
+    empty = [torch.zeros(s.shape[1], dtype=torch.bool, device=s.device) for s in sources]
+    return torch.cat([e if m is None else m for e, m in zip(empty, masks, strict=True)])

@@ -112,11 +112,11 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
     if x.device.type != "cpu":
         above = (x.index_select(1, groups).to(wide).abs_() - level.view(1, -1, 1)).clamp_min_(0.0)
         return above.sum((0, 2), dtype=torch.float64), (above > 0).sum((0, 2)).double()
-    if len(groups) * before * after <= _CHUNK and before > after == 1:
-        few = x if len(groups) == total_groups else x.index_select(1, groups)
-        above = few.squeeze(2).to(wide).abs().sub_(level).clamp_min_(0.0)
-        return above.sum(0).double(), above.sign_().sum(0).double()
     if len(groups) * before * after <= _CHUNK:
+        if after == 1 < before:  # columns add up as they lie
+            few = x if len(groups) == total_groups else x.index_select(1, groups)
+            above = few.squeeze(2).to(wide).abs().sub_(level).clamp_min_(0.0)
+            return above.sum(0).double(), above.sign_().sum(0).double()
         few = x.index_select(1, groups).transpose(0, 1).reshape(len(groups), before * after)
         above = few.to(wide).abs_().sub_(level.unsqueeze(1)).clamp_min_(0.0)
         return above.sum(1, dtype=torch.float64), above.sign_().sum(1).double()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_accel.projection import compiled
-from lightning_accel.projection.again import Again, place_of, project_again
+from lightning_accel.projection.again import Again, Place, place_of, project_again
 from lightning_accel.projection.budget import Ball
 from lightning_accel.projection.compiled import Compile, compiling
 from lightning_accel.projection.cuts import Cut, LoneCut
@@ -51,9 +51,7 @@ class Projector:
     compile: Compile = "auto"
     memories: dict[str, Memory] = field(default_factory=dict)
     unchecked: list[Tensor] = field(default_factory=list)
-    _layouts: dict[str, tuple[nn.Parameter, tuple[int, torch.Size, tuple[int, ...]], MaxPyramid]] = field(
-        default_factory=dict, repr=False
-    )
+    _layouts: dict[str, tuple[nn.Parameter, Place, MaxPyramid]] = field(default_factory=dict, repr=False)
     _last: dict[str, Cut | LoneCut | OneCall] = field(default_factory=dict, repr=False)
     _again: Again | None = field(default=None, repr=False)
 
