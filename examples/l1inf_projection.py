@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from lightning_accel.callbacks import L1InfProjection
-from lightning_accel.projection import shrink
+from lightning_accel.projection.shrink import shrink
 from lightning_accel.zoo import BreastCancer, SupervisedAutoencoder
 
 

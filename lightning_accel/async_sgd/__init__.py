@@ -1,15 +1,16 @@
 """Asynchronous SGD with a parameter server: workers of uneven speed, none of which can hold up or harm the others."""
 
-from lightning_accel.async_sgd.client import SharedMemoryStore
 from lightning_accel.async_sgd.compression import Compression, ErrorFeedback
 from lightning_accel.async_sgd.estimate import TrafficEstimate, estimate_traffic
-from lightning_accel.async_sgd.leases import Lease, LeaseBook
+from lightning_accel.async_sgd.policy.leases import Lease, LeaseBook
+from lightning_accel.async_sgd.policy.replay import replay
+from lightning_accel.async_sgd.policy.rules import compensate_delay, expected_gain, has_slack, learning_rate_weight
+from lightning_accel.async_sgd.policy.server import LogEntry, ParameterServer, Push
 from lightning_accel.async_sgd.recompute import Recomputation
-from lightning_accel.async_sgd.replay import replay
-from lightning_accel.async_sgd.rules import compensate_delay, expected_gain, has_slack, learning_rate_weight
-from lightning_accel.async_sgd.server import LogEntry, ParameterServer, Push
 from lightning_accel.async_sgd.settings import Settings
-from lightning_accel.async_sgd.spawn import run_workers
+from lightning_accel.async_sgd.shared_memory.client import SharedMemoryStore
+from lightning_accel.async_sgd.shared_memory.spawn import run_workers
+from lightning_accel.async_sgd.shared_memory.supervisor import Ending, Supervisor, WorkerFailedError
 from lightning_accel.async_sgd.store import (
     PUSH_STAGES,
     Membership,
@@ -18,7 +19,6 @@ from lightning_accel.async_sgd.store import (
     Snapshot,
     Statistics,
 )
-from lightning_accel.async_sgd.supervisor import Ending, Supervisor, WorkerFailedError
 from lightning_accel.async_sgd.worker import Worker
 
 __all__ = [

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_accel.async_sgd.rules import expected_gain
+from lightning_accel.async_sgd.policy.rules import expected_gain
 from lightning_accel.measure import time_interleaved
 
 _BUSIEST = 0.8  # share of its time that a server may be busy without workers queueing

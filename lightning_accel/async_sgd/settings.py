@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lightning_accel.async_sgd.compression import Compression
-from lightning_accel.async_sgd.rules import STALENESS_RULES, StalenessRule
+from lightning_accel.async_sgd.policy.rules import STALENESS_RULES, StalenessRule
 
 Buffers = Literal["mean", "coordinator", "recompute"]
 Outer = Literal["mean", "delayed_nesterov"]

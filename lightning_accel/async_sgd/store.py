@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_accel.async_sgd.leases import Lease, LeaseId
+from lightning_accel.async_sgd.policy.leases import Lease, LeaseId
 
 PUSH_STAGES = ("before", "half-way", "before the flag", "after the flag", "after the bell", "acknowledged")
 """The named points of a push at which a worker may be killed; see the ``probe`` of `SharedMemoryStore`."""

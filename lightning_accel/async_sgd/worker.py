@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_accel.async_sgd.leases import LeaseId
+from lightning_accel.async_sgd.policy.leases import LeaseId
+from lightning_accel.async_sgd.policy.server import ASSIGN, NO_UPDATE, OUTER, OVERWRITE
+from lightning_accel.async_sgd.policy.stepping import get_groups
 from lightning_accel.async_sgd.recompute import Recomputation
-from lightning_accel.async_sgd.server import ASSIGN, NO_UPDATE, OUTER, OVERWRITE
 from lightning_accel.async_sgd.settings import Settings
-from lightning_accel.async_sgd.stepping import get_groups
 from lightning_accel.async_sgd.store import Membership, Opening, ParameterStore, Snapshot
 
 Closure = Callable[[], Any]

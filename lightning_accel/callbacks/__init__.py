@@ -3,15 +3,15 @@
 from importlib import import_module
 
 _HOMES = {
-    "GroupSparsity": "group_sparsity",
-    "IntraStreamScheduling": "intra_stream_scheduling",
-    "L1InfProjection": "l1inf_projection",
-    "MultilevelProjection": "multilevel_projection",
-    "RankQuantization": "rank_quantization",
-    "SequentialFreezing": "sequential_freezing",
-    "StatefulStreams": "stateful_streams",
-    "enable_low_rank_loading": "_structure",
-    "load_from_checkpoint": "_structure",
+    "GroupSparsity": "projection.group_sparsity",
+    "IntraStreamScheduling": "recurrent.intra_stream_scheduling",
+    "L1InfProjection": "projection.l1inf_projection",
+    "MultilevelProjection": "projection.multilevel_projection",
+    "RankQuantization": "rank_quantization.callback",
+    "SequentialFreezing": "sequential_freezing.callback",
+    "StatefulStreams": "recurrent.stateful_streams",
+    "enable_low_rank_loading": "layer_exchange.structure",
+    "load_from_checkpoint": "layer_exchange.structure",
 }
 
 __all__ = list(_HOMES)

@@ -19,7 +19,6 @@ Factored layers are `LowRankLinear` and `LowRankConv` (``factor_in``, ``factor_o
 
 from lightning_accel.low_rank.adaptive import AdaptiveFreezing, frozen_prefix
 from lightning_accel.low_rank.calls import LayerCall, input_second_moments, record_calls
-from lightning_accel.low_rank.candidates import plateau_candidates, theoretical_ranks
 from lightning_accel.low_rank.decompose import decompose, merge, swap
 from lightning_accel.low_rank.eligibility import eligible_layers, low_rank_layers
 from lightning_accel.low_rank.factorize import (
@@ -39,14 +38,6 @@ from lightning_accel.low_rank.freezing import (
     frozen_parameters,
     mean_of_phases,
 )
-from lightning_accel.low_rank.gate import (
-    GateDecision,
-    apply_decision,
-    layer_groups,
-    marginal_reverts,
-    payback_steps,
-    verify_plan,
-)
 from lightning_accel.low_rank.layers import LOW_RANK_TYPES, LowRankConv, LowRankLayer, LowRankLinear, TuckerConv
 from lightning_accel.low_rank.optimizer import (
     Replacement,
@@ -55,10 +46,19 @@ from lightning_accel.low_rank.optimizer import (
     replace_parameters,
     undo_replacement,
 )
-from lightning_accel.low_rank.plan import Candidate, LayerPlan, RankPlan
-from lightning_accel.low_rank.search import make_plan
+from lightning_accel.low_rank.rank_plan.candidates import plateau_candidates, theoretical_ranks
+from lightning_accel.low_rank.rank_plan.gate import (
+    GateDecision,
+    apply_decision,
+    layer_groups,
+    marginal_reverts,
+    payback_steps,
+    verify_plan,
+)
+from lightning_accel.low_rank.rank_plan.plan import Candidate, LayerPlan, RankPlan
+from lightning_accel.low_rank.rank_plan.search import make_plan
+from lightning_accel.low_rank.rank_plan.timing import DiskCache, default_cache_dir, time_layer
 from lightning_accel.low_rank.structure import adapt_structure
-from lightning_accel.low_rank.timing import DiskCache, default_cache_dir, time_layer
 
 __all__ = [
     "LOW_RANK_TYPES",

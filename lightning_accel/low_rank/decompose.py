@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_accel.low_rank.eligibility import eligible_layers, low_rank_layers
 from lightning_accel.low_rank.factorize import factorize, to_dense
-from lightning_accel.low_rank.plan import RankPlan
+from lightning_accel.low_rank.rank_plan.plan import RankPlan
 
 
 def decompose(model: nn.Module, plan: RankPlan, *, second_moments: Mapping[str, Tensor] | None = None) -> list[str]:

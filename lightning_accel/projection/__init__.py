@@ -19,7 +19,7 @@ from lightning_accel.projection.multilevel import (
     project_l12,
     project_multilevel,
 )
-from lightning_accel.projection.shrink import Shrunk, shrink
+from lightning_accel.projection.shrink.shrink import Shrunk, shrink
 from lightning_accel.projection.sparsity import radius_for_sparsity
 
 __all__ = [

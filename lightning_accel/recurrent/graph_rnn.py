@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
-from lightning_accel.recurrent.choice import Schedule
 from lightning_accel.recurrent.graph import Edge, Node, RecurrentGraph
 from lightning_accel.recurrent.module import Recurrent
+from lightning_accel.recurrent.schedule_choice import Schedule
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda v: v,

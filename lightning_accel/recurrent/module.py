@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from lightning_accel.recurrent.choice import Schedule, ScheduleChoice
-from lightning_accel.recurrent.stepping import CellStep, HeldStep, Step, is_torch_cell, torch_cell_step
+from lightning_accel.recurrent.cell_step import CellStep, HeldStep, Step, is_torch_cell, torch_cell_step
+from lightning_accel.recurrent.schedule_choice import Schedule, ScheduleChoice
 
 
 class Recurrent(nn.Module):
@@ -34,7 +34,7 @@ class Recurrent(nn.Module):
 
     References:
         Hwang, Sung, "Single Stream Parallelization of Generalized LSTM-like RNNs", arXiv:1503.02852. *Deviations*: see
-        `lightning_accel.recurrent.executor.StepSchedule`.
+        `lightning_accel.recurrent.compiler.executor.StepSchedule`.
     """
 
     def __init__(

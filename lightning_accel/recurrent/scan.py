@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.recurrent.machine_code import REALS, MachineCode, refusal
+from lightning_accel.machine_code.c_functions import REALS, MachineCode, refusal
 
 _STRETCH_ELEMENTS = 2**17
 _COMPILED_ELEMENTS = 2**15

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 
 from lightning_accel.async_sgd import Compression, Settings, SharedMemoryStore, Statistics
 from lightning_accel.async_sgd.compression import CompressionName
-from lightning_accel.async_sgd.rules import StalenessRule
+from lightning_accel.async_sgd.policy.rules import StalenessRule
 from lightning_accel.async_sgd.settings import Buffers, Outer, Validate
-from lightning_accel.async_sgd.spawn import StartMethod
+from lightning_accel.async_sgd.shared_memory.spawn import StartMethod
 from lightning_accel.async_sgd.worker import refuse_unsupported
 from lightning_accel.lightning_private import attach_launcher, keep_written_metrics
 from lightning_accel.strategies.leased_data import lease_training_data

@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from lightning_accel.async_sgd import SharedMemoryStore
-from lightning_accel.callbacks._structure import (
+from lightning_accel.callbacks.layer_exchange.structure import (
     ChangesStructure,
     enable_low_rank_loading,
     exchange_own_layers,

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_accel.async_sgd import Lease
-from lightning_accel.async_sgd.leases import LeaseId
+from lightning_accel.async_sgd.policy.leases import LeaseId
 
 TakeBlock = Callable[[Callable[[], Sequence[Any]]], list[Lease] | None]  # None: this loader is not leased
 

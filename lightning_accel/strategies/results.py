@@ -5,7 +5,7 @@ from collections import defaultdict
 from typing import Any
 
 from lightning_accel.async_sgd import Opening
-from lightning_accel.async_sgd.stepping import get_groups, set_groups
+from lightning_accel.async_sgd.policy.stepping import get_groups, set_groups
 from lightning_accel.lightning_private import bring_back_progress
 
 

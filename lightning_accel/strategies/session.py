@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_accel.async_sgd import Lease, Settings, SharedMemoryStore, Snapshot, Worker
-from lightning_accel.async_sgd.leases import LeaseId
-from lightning_accel.async_sgd.stepping import get_groups
+from lightning_accel.async_sgd.policy.leases import LeaseId
+from lightning_accel.async_sgd.policy.stepping import get_groups
 from lightning_accel.lightning_private import (
     checkpoint_periods,
     count_steps_of_others,

@@ -7,21 +7,21 @@ They are ordinary Lightning code: nothing else in the package treats them specia
 from importlib import import_module
 
 _HOMES = {
-    "AddingProblem": "long_memory",
-    "BreastCancer": "tabular",
-    "CNN": "cnn",
-    "CharLM": "char_lm",
-    "Classification": "tabular",
-    "CopyTask": "long_memory",
-    "Digits": "digits",
-    "GAN": "gan",
-    "GraphRegressor": "graph_regressor",
-    "MLP": "mlp",
-    "RecurrentRegressor": "recurrent_regressor",
-    "ResNet18": "resnet",
-    "SupervisedAutoencoder": "autoencoder",
-    "Topics": "topics",
-    "ViT": "vit",
+    "AddingProblem": "data.long_memory",
+    "BreastCancer": "data.tabular",
+    "CNN": "models.cnn",
+    "CharLM": "models.char_lm",
+    "Classification": "data.tabular",
+    "CopyTask": "data.long_memory",
+    "Digits": "data.digits",
+    "GAN": "models.gan",
+    "GraphRegressor": "models.graph_regressor",
+    "MLP": "models.mlp",
+    "RecurrentRegressor": "models.recurrent_regressor",
+    "ResNet18": "models.resnet",
+    "SupervisedAutoencoder": "models.autoencoder",
+    "Topics": "data.topics",
+    "ViT": "models.vit",
 }
 
 __all__ = list(_HOMES)

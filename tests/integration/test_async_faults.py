@@ -13,9 +13,9 @@ import pytest
 from async_workers import PUSH_STAGES, SETTINGS, Killed, check_ending, run_threads, train, train_and_die
 
 from lightning_accel.async_sgd import Settings, WorkerFailedError, run_workers
-from lightning_accel.cli.bench import async_sgd as bench
-from lightning_accel.cli.bench._async_chaos import chaos
-from lightning_accel.cli.bench._async_faults import kill_sweep, send
+from lightning_accel.bench.async_chaos import chaos
+from lightning_accel.bench.async_faults import kill_sweep, send
+from lightning_accel.bench.suites import async_sgd as bench
 
 BOTH = ("here 0 0", "here 1 0")
 

@@ -10,15 +10,15 @@ import torch
 from cli_calls import SMALL, call, folders
 from onnx.reference import ReferenceEvaluator
 
-from lightning_accel.cli import bench as bench_package
+from lightning_accel.bench import suites as bench_package
 from lightning_accel.cli.checkpoint import read_checkpoint
 from lightning_accel.cli.errors import UsageError
-from lightning_accel.cli.export import largest_difference
+from lightning_accel.cli.export.command import largest_difference
 from lightning_accel.cli.plan.sequential_freezing import frozen_phases
 from lightning_accel.low_rank import FreezingSchedule, RankPlan, decompose, low_rank_layers, make_plan, merge
 from lightning_accel.zoo import MLP
 
-export_module = importlib.import_module("lightning_accel.cli.export")
+export_module = importlib.import_module("lightning_accel.cli.export.command")
 
 SUITE = """
 from lightning_accel.evidence.rows import BenchRow

@@ -14,9 +14,9 @@ import compare_fits as fits
 import pytest
 from rich.console import Console
 
-from lightning_accel.cli.compare import check, compare, shown_messages, usage_errors
-from lightning_accel.cli.compare_arms import ConfiguredFit, FreezeBottomHalf, arms, fingerprint
-from lightning_accel.cli.compare_progress import RunProgress
+from lightning_accel.cli.compare.arms import ConfiguredFit, FreezeBottomHalf, arms, fingerprint
+from lightning_accel.cli.compare.command import check, compare, shown_messages, usage_errors
+from lightning_accel.cli.compare.progress import RunProgress
 from lightning_accel.cli.compose import compose
 from lightning_accel.cli.errors import UsageError, parameters
 from lightning_accel.evidence.ledger import RunLedger
@@ -24,7 +24,7 @@ from lightning_accel.evidence.pairs import Step
 from lightning_accel.evidence.runs import Run
 from lightning_accel.evidence.workers import WorkerError
 
-PLANTED = ["callbacks=[]", "+callbacks.freeze._target_=lightning_accel.cli.compare_arms.FreezeBottomHalf"]
+PLANTED = ["callbacks=[]", "+callbacks.freeze._target_=lightning_accel.cli.compare.arms.FreezeBottomHalf"]
 SMALL = ["model.width=64", "model.depth=3", "trainer.max_epochs=2", "trainer.accelerator=cpu"]
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lightning_accel.cli.compare import check
-from lightning_accel.cli.compare_arms import ACCELERATED, PLAIN, arms
+from lightning_accel.cli.compare.arms import ACCELERATED, PLAIN, arms
+from lightning_accel.cli.compare.command import check
 from lightning_accel.cli.compose import compose
 from lightning_accel.cli.fit import build
 

@@ -3,18 +3,21 @@ import json
 import pytest
 from cli_calls import call, folders
 
-from lightning_accel.cli.bench import suites, zoo
+from lightning_accel.bench.suites import suites, zoo
+from lightning_accel.cli.compare.arms import plain_and_accelerated
 
 
 def test_every_fit_of_the_zoo_composes_with_default_accelerators_and_without():
     for name in zoo._CUT:
-        fits = zoo._fits(name, "cpu")
+        fits = plain_and_accelerated(name, zoo.overrides(name, "cpu"))
         assert [fit.accelerators for fit in fits.values()] == [False, True]
-        callbacks = fits["default settings"].config["callbacks"]
+        callbacks = fits[True].config["callbacks"]
         assert list(callbacks) == ["rank_quantization", "sequential_freezing"]
         assert callbacks["rank_quantization"]["ratio"] == 2.0
         assert callbacks["rank_quantization"]["max_overhead"] == 0.03
-    assert zoo._fits("char_lm", "cuda:1")["plain"].config["trainer"]["devices"] == [1]
+    assert plain_and_accelerated("char_lm", zoo.overrides("char_lm", "cuda:1"))[False].config["trainer"]["devices"] == [
+        1
+    ]
     assert "zoo" in suites()
 
 

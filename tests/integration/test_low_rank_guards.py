@@ -11,8 +11,10 @@ from low_rank_models import Classifier, train
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from lightning_accel.callbacks import RankQuantization, SequentialFreezing, _rank_choice, _rank_search
-from lightning_accel.callbacks._inputs import RunningOrder
+from lightning_accel.callbacks import RankQuantization, SequentialFreezing
+from lightning_accel.callbacks.layer_exchange.recorded_inputs import RunningOrder
+from lightning_accel.callbacks.rank_quantization import rank_choice as _rank_choice
+from lightning_accel.callbacks.rank_quantization import rank_search as _rank_search
 from lightning_accel.low_rank import decompose, low_rank_layers, make_plan
 
 

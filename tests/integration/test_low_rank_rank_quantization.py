@@ -14,8 +14,11 @@ from low_rank_models import Classifier, train
 from torch import nn
 
 from lightning_accel import enable_low_rank_loading
-from lightning_accel.callbacks import RankQuantization, SequentialFreezing, _rank_choice, _rank_search, _structure
-from lightning_accel.callbacks._structure import refuse_sharded
+from lightning_accel.callbacks import RankQuantization, SequentialFreezing
+from lightning_accel.callbacks.layer_exchange import structure as _structure
+from lightning_accel.callbacks.layer_exchange.structure import refuse_sharded
+from lightning_accel.callbacks.rank_quantization import rank_choice as _rank_choice
+from lightning_accel.callbacks.rank_quantization import rank_search as _rank_search
 from lightning_accel.low_rank import LowRankLinear, RankPlan, eligible_layers, low_rank_layers, make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")

@@ -9,8 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from low_rank_models import Classifier, train
 
-from lightning_accel.callbacks import RankQuantization, SequentialFreezing, _rank_choice
-from lightning_accel.low_rank import decompose, low_rank_layers, make_plan, timing
+from lightning_accel.callbacks import RankQuantization, SequentialFreezing
+from lightning_accel.callbacks.rank_quantization import rank_choice as _rank_choice
+from lightning_accel.low_rank import decompose, low_rank_layers, make_plan
+from lightning_accel.low_rank.rank_plan import timing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from lightning_accel.cli.bench import projection
+from lightning_accel.bench.suites import projection
 
 
 @pytest.mark.slow

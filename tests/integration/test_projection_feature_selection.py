@@ -9,7 +9,10 @@ import torch
 from cli_calls import call
 from lightning.pytorch import Trainer
 
-from lightning_accel.evidence.feature_selection import (
+from lightning_accel.evidence.feature_selection.overhead import measure_overhead
+from lightning_accel.evidence.feature_selection.page import SelectionReport, write_selection_page
+from lightning_accel.evidence.feature_selection.plots import plot_accuracy_against_features, plot_weights
+from lightning_accel.evidence.feature_selection.study import (
     PLAIN,
     Selection,
     headline,
@@ -19,9 +22,6 @@ from lightning_accel.evidence.feature_selection import (
     write_runs,
 )
 from lightning_accel.evidence.plots import MissingPackageError
-from lightning_accel.evidence.projection_overhead import measure_overhead
-from lightning_accel.evidence.selection_page import SelectionReport, write_selection_page
-from lightning_accel.evidence.selection_plots import plot_accuracy_against_features, plot_weights
 from lightning_accel.zoo import Classification, SupervisedAutoencoder
 
 

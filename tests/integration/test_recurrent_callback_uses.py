@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader
 
 from lightning_accel.callbacks import IntraStreamScheduling
-from lightning_accel.recurrent import executor
-from lightning_accel.recurrent.choice import ScheduleChoice
+from lightning_accel.recurrent.compiler import executor
+from lightning_accel.recurrent.schedule_choice import ScheduleChoice
 
 
 def batches(*shapes):

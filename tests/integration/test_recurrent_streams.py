@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_accel.callbacks import IntraStreamScheduling, StatefulStreams
 from lightning_accel.recurrent import PeepholeLSTMCell, Recurrent
-from lightning_accel.zoo.loading import ResumableLoader
+from lightning_accel.zoo.data.loading import ResumableLoader
 
 STEPS, BATCHES, STREAMS = 4, 3, 2
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_accel.async_sgd import Compression, ErrorFeedback, LeaseBook, Settings
-from lightning_accel.async_sgd.rules import (
+from lightning_accel.async_sgd.policy.rules import (
     compensate_delay,
     expected_gain,
     has_slack,
@@ -179,7 +179,7 @@ def test_settings_refuse_what_makes_no_sense(arguments, match):
 
 
 def test_finiteness_does_not_overflow():
-    from lightning_accel.async_sgd.client import is_finite
+    from lightning_accel.async_sgd.shared_memory.client import is_finite
 
     huge = torch.full((1000,), 3e38)
     assert is_finite([huge, -huge])

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_accel.async_sgd import LogEntry, Opening, ParameterServer, Push, Settings, replay
-from lightning_accel.async_sgd.server import (
+from lightning_accel.async_sgd import LogEntry, Opening, ParameterServer, Push, Settings
+from lightning_accel.async_sgd.policy import replay
+from lightning_accel.async_sgd.policy.server import (
     ASSIGN,
     NO_UPDATE,
     OUTER,
     OuterStep,
 )
-from lightning_accel.async_sgd.stepping import get_groups, set_groups, step_optimizer
+from lightning_accel.async_sgd.policy.stepping import get_groups, set_groups, step_optimizer
 
 
 def opened(settings=None, *, momentum=0.9, buffers=()):

@@ -10,8 +10,8 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 import lightning_accel
 from lightning_accel.async_sgd import Lease, Settings, Statistics, Supervisor, Worker
-from lightning_accel.async_sgd.client import SharedMemoryStore
-from lightning_accel.async_sgd.memory import ParameterPage, TensorSpec
+from lightning_accel.async_sgd.shared_memory.client import SharedMemoryStore
+from lightning_accel.async_sgd.shared_memory.memory import ParameterPage, TensorSpec
 from lightning_accel.strategies.checkpoints import rewind_loops
 from lightning_accel.strategies.leased_data import lease_batches, refuse_unleasable
 from lightning_accel.strategies.live import Rates, live_table, render

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_accel.cli.bench import low_rank
-from lightning_accel.cli.bench._low_rank_peers import mac_guarded, weight_parameters
+from lightning_accel.bench.low_rank_peers import mac_guarded, weight_parameters
+from lightning_accel.bench.suites import low_rank
 
 TINY = low_rank.Case(
     "tiny MLP",

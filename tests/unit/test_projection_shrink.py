@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_accel import zoo
-from lightning_accel.cli.bench._shrink_rows import describe, with_zero_rows
-from lightning_accel.projection import shrink
-from lightning_accel.projection.channels import SelectedFeatures
+from lightning_accel.bench.shrink_rows import describe, with_zero_rows
+from lightning_accel.projection.shrink import shrink
+from lightning_accel.projection.shrink.channels import SelectedFeatures
 
 
 def clear(layer, channels, *, bias=False):

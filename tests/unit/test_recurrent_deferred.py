@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lightning_accel.recurrent import linear_scan
-from lightning_accel.recurrent.deferral import DeferredCells
-from lightning_accel.recurrent.deferred import DeferredTensor
+from lightning_accel.recurrent.deferred.deferred_tensor import DeferredTensor
+from lightning_accel.recurrent.deferred.find_cells import DeferredCells
 
 T, B, F, H = 8, 2, 3, 4
 

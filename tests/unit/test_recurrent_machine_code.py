@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.machine_code import CannotCompileError
+from lightning_accel.machine_code.c_functions import MachineCode
+from lightning_accel.machine_code.toolchain import CannotCompileError
 from lightning_accel.recurrent import (
     LayerNormLSTMCell,
     PeepholeLSTMCell,
@@ -17,7 +18,6 @@ from lightning_accel.recurrent import (
     executor,
     machine_code,
 )
-from lightning_accel.recurrent.machine_code import MachineCode
 from lightning_accel.recurrent.scan import linear_scan
 
 F, H, T, B = 5, 20, 9, 3

@@ -248,7 +248,7 @@ def test_measuring_leaves_no_memory_behind(monkeypatch):
         return {name: [0.0 if name == "loop" else 1.0] for name in trials}
 
     monkeypatch.setattr(executor.StepSchedule, "leave", noted)
-    monkeypatch.setattr("lightning_accel.recurrent.choice.time_interleaved", loop_wins)
+    monkeypatch.setattr("lightning_accel.recurrent.schedule_choice.time_interleaved", loop_wins)
     rnn = Recurrent(PeepholeLSTMCell(F, H))
     rnn(torch.randn(T, B, F))
     assert set(rnn.schedules[0].choices.values()) == {"loop"}

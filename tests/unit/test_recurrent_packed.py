@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lightning_accel.recurrent import packed as packed_calls
-from lightning_accel.recurrent.packed import RunPackedPadded
-from lightning_accel.recurrent.packed_layouts import PaddedGrid, Stretches, best_layout
+from lightning_accel.recurrent.packed import run_padded as packed_calls
+from lightning_accel.recurrent.packed.layouts import PaddedGrid, Stretches, best_layout
+from lightning_accel.recurrent.packed.run_padded import RunPackedPadded
 
 LENGTHS = torch.tensor([3, 7, 1, 5])
 

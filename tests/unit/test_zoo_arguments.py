@@ -8,8 +8,8 @@ from lightning.pytorch import Trainer
 
 from lightning_accel import zoo
 from lightning_accel.zoo.arguments import check_choice, check_integers, check_numbers
-from lightning_accel.zoo.cells import LayerNormLSTMCell, MinGRUCell, PeepholeLSTMCell
-from lightning_accel.zoo.recurrent_layers import RecurrentLayers
+from lightning_accel.zoo.models.cells import LayerNormLSTMCell, MinGRUCell, PeepholeLSTMCell
+from lightning_accel.zoo.models.recurrent_layers import RecurrentLayers
 
 OPTIMIZATION = [
     ({"lr": 0.0}, r"`lr` must be a finite number > 0.0, got 0.0"),

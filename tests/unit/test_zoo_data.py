@@ -11,10 +11,10 @@ import torch
 from sklearn.datasets import make_classification
 
 from lightning_accel import zoo
-from lightning_accel.zoo.digits import PIXEL_MEAN, PIXEL_STD, SCALE, SHIFT, distort
-from lightning_accel.zoo.loading import EpochSampler, ResumableLoader, training_loader
-from lightning_accel.zoo.splits import split
-from lightning_accel.zoo.topics import VOCAB_SIZE, decode, encode
+from lightning_accel.zoo.data.digits import PIXEL_MEAN, PIXEL_STD, SCALE, SHIFT, distort
+from lightning_accel.zoo.data.loading import EpochSampler, ResumableLoader, training_loader
+from lightning_accel.zoo.data.splits import split
+from lightning_accel.zoo.data.topics import VOCAB_SIZE, decode, encode
 
 DATA = {
     "Digits": ({}, (64, 1, 8, 8), (64,)),

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from lightning_accel import zoo
-from lightning_accel.zoo.cells import LayerNormLSTMCell, MinGRUCell, PeepholeLSTMCell
-from lightning_accel.zoo.gan import squared_mmd
-from lightning_accel.zoo.optimization import learning_rate_factor
-from lightning_accel.zoo.recurrent_layers import RecurrentLayers, unroll
-from lightning_accel.zoo.vit import Attention
+from lightning_accel.zoo.models.cells import LayerNormLSTMCell, MinGRUCell, PeepholeLSTMCell
+from lightning_accel.zoo.models.gan import squared_mmd
+from lightning_accel.zoo.models.optimization import learning_rate_factor
+from lightning_accel.zoo.models.recurrent_layers import RecurrentLayers, unroll
+from lightning_accel.zoo.models.vit import Attention
 
 IMAGES = torch.linspace(-1, 1, 3 * 64).reshape(3, 1, 8, 8)
 MODELS = {

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lightning_accel.async_sgd import TrafficEstimate, estimate_traffic
 from lightning_accel.async_sgd.estimate import copy_speed
-from lightning_accel.callbacks._trial import StepTrial
+from lightning_accel.callbacks.layer_exchange.step_trial import StepTrial
 from lightning_accel.cli.plan import Scene
 from lightning_accel.measure import time_interleaved, undisturbed
 

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_accel.callbacks._recurrent_layers import ScheduledLayers
-from lightning_accel.callbacks.intra_stream_scheduling import IntraStreamScheduling
+from lightning_accel.callbacks.recurrent.intra_stream_scheduling import IntraStreamScheduling
+from lightning_accel.callbacks.recurrent.scheduled_layers import ScheduledLayers
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.plan import Scene
-from lightning_accel.recurrent.cell_deferral import DeferredCell
-from lightning_accel.recurrent.choice import ScheduleChoice
+from lightning_accel.recurrent.deferred.deferred_cell import DeferredCell
 from lightning_accel.recurrent.drawing import schedule_svg, schedule_text
 from lightning_accel.recurrent.graph import RecurrentGraph
 from lightning_accel.recurrent.graph_rnn import GraphCell
+from lightning_accel.recurrent.schedule_choice import ScheduleChoice
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Which parameters would be kept in the l1,inf ball, and what that takes."""
 
-from lightning_accel.callbacks.l1inf_projection import L1InfProjection
+from lightning_accel.callbacks.projection.l1inf_projection import L1InfProjection
 from lightning_accel.cli.plan import Scene
 from lightning_accel.cli.plan.multilevel_projection import show
 

@@ -7,9 +7,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.table import Table
 
-from lightning_accel.callbacks._projected_training import Timing
-from lightning_accel.callbacks.l1inf_projection import L1InfProjection
-from lightning_accel.callbacks.multilevel_projection import MultilevelProjection
+from lightning_accel.callbacks.projection.l1inf_projection import L1InfProjection
+from lightning_accel.callbacks.projection.multilevel_projection import MultilevelProjection
+from lightning_accel.callbacks.projection.projected_training import Timing
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.plan import Scene
 from lightning_accel.measure import time_interleaved, undisturbed

@@ -4,7 +4,7 @@ from collections.abc import Sized
 
 from rich.table import Table
 
-from lightning_accel.callbacks.sequential_freezing import SequentialFreezing
+from lightning_accel.callbacks.sequential_freezing.callback import SequentialFreezing
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.plan import Scene
 from lightning_accel.low_rank import FreezingSchedule

@@ -7,7 +7,7 @@ from accelerators import ACCELERATORS
 from contract_models import ContractModule, classification_data, loader
 from contract_runs import assert_equal_modules, trainer
 
-from lightning_accel.callbacks._order import ORDER
+from lightning_accel.callbacks.order import ORDER
 
 WITH_CALLBACKS = [entry for entry in ACCELERATORS if entry.callbacks() and entry.conf]
 

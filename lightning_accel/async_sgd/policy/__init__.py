@@ -1,0 +1,1 @@
+"""What asynchronous workers agree on: leases, staleness rules and the server's arithmetic; no processes here."""

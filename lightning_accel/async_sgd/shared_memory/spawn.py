@@ -1,0 +1,114 @@
+"""Start worker processes with `multiprocessing`, each on its end of a socket pair."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from lightning_accel.async_sgd.settings import Settings
+from lightning_accel.async_sgd.shared_memory.channel import ChannelClosedError
+from lightning_accel.async_sgd.shared_memory.client import SharedMemoryStore
+from lightning_accel.async_sgd.shared_memory.peers import WorkerProcess
+from lightning_accel.async_sgd.shared_memory.supervisor import Ending, StartWorker, Supervisor
+from lightning_accel.async_sgd.store import Statistics
+
+StartMethod = Literal["spawn", "forkserver"]
+WorkerFunction = Callable[..., Any]  # called with the store and the caller's arguments
+
+
+def run_workers(
+    function: WorkerFunction,
+    args: tuple[Any, ...] = (),
+    *,
+    workers: int,
+    settings: Settings,
+    on_tick: Callable[[Statistics], None] | None = None,
+    start_method: StartMethod = "spawn",
+) -> tuple[Any, Ending]:
+    """Run ``function(store, *args)`` in ``workers`` spawned processes around a parameter server in this one.
+
+    The way in without a Trainer. What the coordinator's call returns must be picklable.
+
+    Args:
+        function: Importable from its module; joins the ``store``, trains, and returns. It need not `leave`.
+        args: Picklable.
+        workers: Number of processes, >= 1.
+        settings: Of the run.
+        on_tick: See `Supervisor`.
+        start_method: Of `multiprocessing`; ``forkserver`` starts quickly what its server has imported before.
+
+    Returns:
+        What the coordinator returned, and how the run ended.
+
+    Raises:
+        WorkerFailedError: If a worker raised.
+        RuntimeError: If all of them died for good.
+    """
+    supervisor = Supervisor(workers, settings, starter(function, args, settings, start_method), on_tick=on_tick)
+    ending = supervisor.run()
+    return pickle.loads(ending.result), ending
+
+
+def starter(
+    function: WorkerFunction, args: tuple[Any, ...], settings: Settings, start_method: StartMethod = "spawn"
+) -> StartWorker:
+    """Return what starts one worker process for a `Supervisor`."""
+    context: Any = multiprocessing.get_context(start_method)  # a context without processes, says its type
+
+    def start(worker: int, incarnation: int, sock: socket.socket) -> WorkerProcess:
+        process = context.Process(
+            target=_work,
+            args=(function, args, worker, incarnation, sock, settings),
+            name=f"async-sgd-worker-{worker}",
+        )
+        with _interrupts_ignored():
+            process.start()
+        return process
+
+    return start
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Let workers ignore Ctrl-C, which their whole group gets: the parent alone ends the run, and them.
+
+    A child keeps an ignored SIGINT through ``exec``; only the main thread may say so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _work(  # noqa: PLR0917  # a process is started with a flat list of arguments
+    function: WorkerFunction,
+    args: tuple[Any, ...],
+    worker: int,
+    incarnation: int,
+    sock: socket.socket,
+    settings: Settings,
+) -> None:
+    # the parent of a forked process is the fork server, which ends with the process that it serves
+    store = SharedMemoryStore(worker, incarnation, sock, settings, parent=os.getppid())
+    try:
+        result = pickle.dumps(function(store, *args))
+        coordinates = store.finish()
+        store.report(result)
+        store.leave(stop=coordinates)
+    except ChannelClosedError:
+        raise SystemExit(1) from None  # orphaned: nobody is left to report to
+    except BaseException as exception:
+        store.report_failure(exception, traceback.format_exc())
+        raise SystemExit(1) from None
+    finally:
+        store.close()

@@ -1,0 +1,1 @@
+"""What ``lightning-accel bench`` measures; nothing but that command imports it."""

@@ -1,0 +1,109 @@
+"""What the projection callback adds to a training step: a row of the suite ``projection``."""
+
+import contextlib
+import logging
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
+
+from lightning_accel.callbacks.projection.l1inf_projection import L1InfProjection
+from lightning_accel.callbacks.projection.projected_training import Timing
+from lightning_accel.evidence.rows import BenchRow
+from lightning_accel.measure import compare_paired, synchronize
+from lightning_accel.zoo.models.autoencoder import SupervisedAutoencoder
+
+_TURN = 20  # steps
+_SETTLING = 2  # steps at the beginning of a turn that are not counted
+_LIMIT = 1.03
+
+
+class _Turns(Callback):
+    """Let the projection follow each step of every other turn, and none of the others; time all of them.
+
+    So both kinds of steps are as they are in a fit of their kind: code and weights that a projection leaves in the
+    caches are there for the next step with one. Steps are timed from batch to batch.
+    """
+
+    def __init__(self, projection: L1InfProjection, clock: Callable[[], float]) -> None:
+        self.projection, self.clock, self.last = projection, clock, 0.0
+        self.turns: list[list[float]] = []
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Stop the clock for the batch before, and start it anew."""
+        synchronize(pl_module.device)
+        if batch_idx > 0 and (batch_idx - 1) % _TURN >= _SETTLING:
+            self.turns[-1].append(self.clock() - self.last)
+        if batch_idx % _TURN == 0:
+            self.turns.append([])
+            self.projection._run.timing = Timing() if len(self.turns) % 2 else Timing(at_end=True)
+        self.last = self.clock()
+
+
+def overhead_row(*, fits: int, turns: int, device: str, compile: bool, clock: Callable[[], float]) -> BenchRow:
+    """Train the papers' autoencoder, ``turns`` times 20 steps with the projection and as many without, in turns.
+
+    Where its memory happens to lie makes a fit quicker or slower, so there are several.
+    """
+    samples = 32 * (2 * _TURN * (turns + 1) + 1)  # the first pair of turns starts up
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(samples, 1_000), torch.randint(0, 2, (samples,)))
+    seconds: dict[str, list[float]] = {"projected": [], "plain": []}
+    for _ in range(fits):
+        projection = L1InfProjection(
+            radius_fraction=0.1, parameters="encoder.0.weight", groups="columns", compile=compile
+        )
+        watch = _Turns(projection, clock)
+        _fit([projection, watch], data, device)
+        medians = [statistics.median(turn) for turn in watch.turns if len(turn) == _TURN - _SETTLING][2:]
+        seconds["projected"] += medians[0::2]
+        seconds["plain"] += medians[1::2]
+    variant, baseline = f"L1InfProjection on the encoder's columns{'' if compile else ', eager'}", "step without it"
+    return BenchRow(
+        suite="projection",
+        case="autoencoder 1000-100-2-100-1000, batch 32, training step of the Trainer",
+        variant=variant,
+        baseline=baseline,
+        ratio=compare_paired(seconds["projected"], seconds["plain"]),
+        seconds={
+            baseline: statistics.median(seconds["plain"]),
+            variant: statistics.median(seconds["projected"]),
+        },
+        target=_LIMIT if compile else None,
+        better="at most",
+        note="one compiled call a projection" if compile else "nothing is compiled, as by default",
+    )
+
+
+def _fit(callbacks: list[Callback], data: TensorDataset, device: str) -> None:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")  # advice about workers
+        Trainer(
+            max_epochs=1,
+            accelerator="cpu" if device == "cpu" else "gpu",
+            devices=1,
+            callbacks=callbacks,
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(SupervisedAutoencoder(in_features=1_000), DataLoader(data, batch_size=32))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the Trainer says about devices out of the table."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,355 @@
+"""Asynchronous SGD against one process and against lock-step, with and without a worker that is three times slower.
+
+Every variant is real processes on the digits; a round runs each once, in shuffled order, and counts samples within a
+window that opens when all processes are there. Starting processes is not counted, for either side. Then workers are
+killed, stopped and slowed down.
+"""
+
+import functools
+import logging
+import multiprocessing
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+
+from lightning_accel.async_sgd import ParameterStore, Settings, Worker, run_workers
+from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPage, TensorSpec
+from lightning_accel.bench.async_chaos import chaos
+from lightning_accel.bench.async_faults import HANG_SECONDS, kill_sweep
+from lightning_accel.bench.async_task import ACCURACY, BATCH, Outcome, Task
+from lightning_accel.evidence.rows import BenchRow
+from lightning_accel.measure import PairedRatio, compare_paired, time_interleaved
+
+_WORKERS = 2
+_SLOWDOWN = 3.0
+_STOP_EVERY = 5  # steps between two agreements of the lock-step ranks on whether the window is over
+_TRANSFER_BYTES = 40_000_000
+_EACH = Settings(lease_batches=64)  # a push and a pull each step, waited for
+_OVERLAP = Settings(lease_batches=64, overlap=True)  # the next batch is not waited for
+_LOCAL = Settings(lease_batches=64, local_steps=16)  # own steps; the way made goes to the server, averaged
+_CALM_SECONDS = 15.0
+
+
+def rows(*, quick: bool, device: str, kills: int = 200, chaos_minutes: float = 1.0) -> Iterator[BenchRow]:
+    """Yield throughput, time to accuracy, the cost of a push and a pull, and what faults do.
+
+    Args:
+        quick: Fewer and shorter.
+        device: Where the throughput is measured; transfers and faults are the CPU's.
+        kills: How many processes are killed, >= 1.
+        chaos_minutes: How long workers are struck at random. Up to 5 minutes a fault comes every 3 seconds, over that
+            every 30.
+
+    Raises:
+        ValueError: If ``kills < 1`` or ``chaos_minutes <= 0``.
+    """
+    if kills < 1:
+        raise ValueError(f"`kills` must be >= 1, got {kills}.")
+    if chaos_minutes <= 0.0:
+        raise ValueError(f"`chaos_minutes` must be > 0, got {chaos_minutes}.")
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "sklearn.datasets"])  # a slow import
+    yield _transfer(rounds=15 if quick else 60)
+    yield from _training(*((2, 1.0) if quick else (8, 3.0)), device=device)
+    with _silent():
+        yield _killed(min(kills, 20) if quick else kills)
+        yield _chaotic(6.0 if quick else 60.0 * chaos_minutes, calm=3.0 if quick else _CALM_SECONDS)
+
+
+def _training(rounds: int, window: float, *, device: str) -> Iterator[BenchRow]:
+    slow = (_SLOWDOWN - 1.0) * Task(device).seconds_a_step()  # one delay for all, or the variants would not compare
+    each, local = "async, 2 workers", "async, 2 workers, local_steps=16"
+    uneven, ranks = "async, overlap, one 3x slower", "DDP, one 3x slower"
+    one, healthy_ranks = "one process", "DDP, 2 ranks"
+    variants: dict[str, Callable[[], Outcome]] = {
+        one: functools.partial(_one_process, window, device),
+        each: functools.partial(_asynchronous, window, 0.0, device, _EACH),
+        local: functools.partial(_asynchronous, window, 0.0, device, _LOCAL),
+        healthy_ranks: functools.partial(_lock_step, window, 0.0, device),
+        uneven: functools.partial(_asynchronous, window, slow, device, _OVERLAP),
+        ranks: functools.partial(_lock_step, window, slow, device),
+    }
+    found: dict[str, list[Outcome]] = {name: [] for name in variants}
+    order, generator = list(variants), random.Random(0)
+    for _ in range(rounds):
+        generator.shuffle(order)
+        for name in order:
+            found[name].append(variants[name]())
+    yield _throughput(found, local, one, target=1.8)
+    yield _throughput(found, each, one, target=None)
+    yield _throughput(found, healthy_ranks, one, target=None)
+    yield _throughput(found, uneven, ranks, target=2.0)
+    yield _time_to_accuracy(found, uneven, ranks, target=1.8)
+    for name in (local, each):
+        yield _time_to_accuracy(found, name, one, target=None)
+    for name in (local, each, uneven):
+        yield _final_accuracy(found, name, one)
+
+
+def _time_to_accuracy(found: dict[str, list[Outcome]], ours: str, theirs: str, *, target: float | None) -> BenchRow:
+    times = {name: [outcome.seconds_to_accuracy for outcome in found[name]] for name in (ours, theirs)}
+    return BenchRow(
+        suite="async_sgd",
+        case=f"digits CNN, seconds to {ACCURACY:.0%}",
+        variant=ours,
+        baseline=theirs,
+        ratio=compare_paired(times[theirs], times[ours]),
+        seconds={name: statistics.median(values) for name, values in times.items()},
+        target=target,
+        note="start-up not counted; parameters are judged every 0.1 s",
+    )
+
+
+def _final_accuracy(found: dict[str, list[Outcome]], ours: str, theirs: str) -> BenchRow:
+    values = {name: [outcome.accuracy for outcome in found[name]] for name in (ours, theirs)}
+    return BenchRow(
+        suite="async_sgd",
+        case="digits CNN, accuracy in the last half second",
+        variant=ours,
+        baseline=theirs,
+        ratio=compare_paired(values[ours], values[theirs]),  # a ratio of accuracies, not of times
+        target=0.995,
+        note=_accuracies(found, ours, theirs),
+    )
+
+
+def _killed(kills: int) -> BenchRow:
+    damage = kill_sweep(kills)
+    died = sum(damage.faults.values())
+    share = max(0.0, 1.0 - damage.harm / max(1, died))
+    return BenchRow(
+        suite="async_sgd",
+        case=f"{died} processes killed: workers, coordinators, parents",
+        variant="kills without any harm",
+        baseline="all kills",
+        ratio=PairedRatio(median=share, low=share, high=share, p_value=1.0, pairs=died),
+        target=1.0,
+        note=f"{damage.torn} torn, {damage.hangs} hangs over {HANG_SECONDS:.0f} s (longest {damage.longest:.1f} s), "
+        f"{damage.lost} batches lost, {damage.twice} twice, {damage.left} processes or shared memory left",
+    )
+
+
+def _chaotic(seconds: float, *, calm: float) -> BenchRow:
+    quiet = chaos(calm, every=float("inf"), stretch=calm / 3.0)
+    pace = sum(quiet.steps) / sum(quiet.worker_seconds)
+    every = 3.0 if seconds <= 300.0 else 30.0
+    found = chaos(seconds, every=every, stretch=max(2.0, seconds / 12.0))
+    expected = [pace * worker_seconds for worker_seconds in found.worker_seconds]
+    ratio = compare_paired([float(steps) for steps in found.steps], expected)
+    faults = ", ".join(f"{count} {kind}" for kind, count in sorted(found.damage.faults.items()))
+    damage = found.damage
+    return BenchRow(
+        suite="async_sgd",
+        case=f"4 workers, a random fault every {every:.0f} s for {seconds / 60.0:.1f} min: steps",
+        variant="done",
+        baseline="of as many live workers without faults",
+        ratio=replace(ratio, median=sum(found.steps) / sum(expected)),
+        target=0.95,
+        note=f"{faults}; {damage.torn} torn, {damage.lost} batches lost, {damage.twice} twice, {damage.left} left, "
+        f"longest standstill {damage.longest:.1f} s; a batch waits 20 ms; chaos_minutes=30 is the long run",
+    )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Leave out the warnings of deaths, which are on purpose here."""
+    logger = logging.getLogger("lightning_accel.async_sgd")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _throughput(found: dict[str, list[Outcome]], variant: str, baseline: str, *, target: float | None) -> BenchRow:
+    times = {name: [outcome.seconds_per_sample for outcome in found[name]] for name in (variant, baseline)}
+    return BenchRow(
+        suite="async_sgd",
+        case=f"digits CNN, batch {BATCH}, samples a second",
+        variant=variant,
+        baseline=baseline,
+        ratio=compare_paired(times[baseline], times[variant]),
+        seconds={name: BATCH * statistics.median(values) for name, values in times.items()},
+        target=target,
+        note=f"seconds are of {BATCH} samples, all workers together; " + _accuracies(found, variant, baseline),
+    )
+
+
+def _accuracies(found: dict[str, list[Outcome]], *names: str) -> str:
+    medians = (f"{name} {statistics.median(o.accuracy for o in found[name]):.3f}" for name in names)
+    return "accuracy: " + ", ".join(medians)
+
+
+def _transfer(rounds: int) -> BenchRow:
+    """One push and one pull of 40 MB within one process, against copying the same bytes twice."""
+    tensor = torch.randn(_TRANSFER_BYTES // 4)
+    spec = TensorSpec.of("parameters", tensor)
+    page, mailbox, target = ParameterPage([spec], 1), Mailbox([spec.nbytes], 4096), torch.empty_like(tensor)
+    page.publish([tensor], 0, [0])
+    sources = tensor.clone(), torch.empty_like(tensor)
+    sequence = 0
+
+    def push_and_pull() -> None:
+        nonlocal sequence
+        sequence += 1
+        with mailbox.writing(sequence, {"base_version": 0}, lambda _: None) as areas:
+            areas[0].view(tensor.dtype).copy_(tensor)
+        page.read_into([target])
+
+    def copy_twice() -> None:
+        sources[1].copy_(sources[0])
+        target.copy_(sources[0])
+
+    seconds = time_interleaved({"copy_": copy_twice, "push + pull": push_and_pull}, rounds=rounds, warmup=3)
+    page.segment.close()
+    mailbox.segment.close()
+    return BenchRow(
+        suite="async_sgd",
+        case="40 MB of parameters, push and pull",
+        variant="push + pull",
+        baseline="copy_",
+        ratio=compare_paired(seconds["push + pull"], seconds["copy_"]),
+        seconds={name: statistics.median(values) for name, values in seconds.items()},
+        target=2.0,
+        better="at most",
+        note="the worker's side; the server applies and publishes meanwhile",
+    )
+
+
+def _asynchronous(window: float, delay: float, device: str, settings: Settings) -> Outcome:
+    outcome: Outcome
+    outcome, _ = run_workers(
+        _async_worker,
+        (window, delay, device, settings),
+        workers=_WORKERS,
+        settings=settings,
+        start_method="forkserver",
+    )
+    return outcome
+
+
+def _async_worker(
+    store: ParameterStore, window: float, delay: float, device: str, settings: Settings
+) -> Outcome | None:
+    task = Task(device)
+    buffers = dict(task.net.named_buffers())
+    worker = Worker(store, settings, dict(task.net.named_parameters()), buffers, [task.optimizer])
+    number = worker.join(worker.opening).worker
+    worker.attach()
+    for other in (number, 1 - number):
+        store.kv(f"here {other}", b"yes" if other == number else None)
+    samples, epoch = 0, 0
+    began = time.perf_counter()
+    while time.perf_counter() - began < window:
+        block = store.lease(epoch, functools.partial(task.units, epoch))
+        if not block:
+            worker.flush()
+            epoch += 1
+        for lease in block:
+            passed = time.perf_counter() - began
+            if passed >= window:
+                break
+            if number == 0:
+                task.note(passed)
+            worker.pending.append(lease.id)
+            task.optimizer.zero_grad()
+            task.loss(torch.tensor(lease.unit)).backward()
+            task.optimizer.step()
+            time.sleep(delay if number else 0.0)
+            samples += len(lease.unit)
+    worker.flush()
+    pace = samples / (time.perf_counter() - began)
+    if number:
+        store.kv("pace", str(pace).encode())
+        return None
+    pace += float(store.kv("pace") or b"0")
+    worker.pull()
+    return task.outcome(pace)
+
+
+def _one_process(window: float, device: str) -> Outcome:
+    return _started(_lone, 1, (window, device))
+
+
+def _lock_step(window: float, delay: float, device: str) -> Outcome:
+    with tempfile.TemporaryDirectory() as folder:
+        return _started(_rank, _WORKERS, (window, delay, device, str(Path(folder) / "rendezvous")))
+
+
+def _started(function: Callable[..., None], ranks: int, args: tuple[object, ...]) -> Outcome:
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe(duplex=False)
+    processes = [context.Process(target=function, args=(rank, theirs, *args)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    theirs.close()
+    try:
+        outcome: Outcome = ours.recv()  # raises EOFError if rank 0 fails
+        return outcome
+    finally:
+        ours.close()
+        for process in processes:
+            process.join(30)
+            if process.exitcode is None:
+                process.kill()
+
+
+def _lone(rank: int, sender: "multiprocessing.connection.Connection", window: float, device: str) -> None:
+    task, samples, epoch = Task(device), 0, rank
+    began = time.perf_counter()
+    while time.perf_counter() - began < window:
+        for unit in task.units(epoch):
+            passed = time.perf_counter() - began
+            if passed >= window:
+                break
+            task.note(passed)
+            task.optimizer.zero_grad()
+            task.loss(torch.tensor(unit)).backward()
+            task.optimizer.step()
+            samples += len(unit)
+        epoch += 1
+    sender.send(task.outcome(samples / (time.perf_counter() - began)))
+
+
+def _rank(  # noqa: PLR0917  # a process is started with a flat list of arguments
+    rank: int,
+    sender: "multiprocessing.connection.Connection",
+    window: float,
+    delay: float,
+    device: str,
+    rendezvous: str,
+) -> None:
+    task = Task(device)
+    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=_WORKERS)
+    net = nn.parallel.DistributedDataParallel(task.net)
+    samples, steps, over = 0, 0, torch.zeros(1)
+    distributed.barrier()
+    began = time.perf_counter()
+    for epoch in range(1_000_000):
+        for unit in task.units(epoch)[rank::_WORKERS]:
+            if rank == 0:
+                task.note(time.perf_counter() - began)
+            task.optimizer.zero_grad()
+            task.loss(torch.tensor(unit), net).backward()
+            task.optimizer.step()
+            time.sleep(delay if rank else 0.0)
+            samples += len(unit)
+            steps += 1
+            if steps % _STOP_EVERY == 0:
+                over.fill_(float(time.perf_counter() - began >= window))
+                distributed.all_reduce(over)
+                if over.item() > 0:
+                    break
+        if over.item() > 0:
+            break
+    if rank == 0:
+        sender.send(task.outcome(samples * _WORKERS / (time.perf_counter() - began)))
+    distributed.destroy_process_group()

@@ -1,0 +1,339 @@
+"""Training steps of recurrent networks: schedules against the plain loop, ``nn.LSTM`` and the measured floor.
+
+The floor is the time of the products alone at the machine's measured rate: input and recurrent products once forward
+and twice backward, the recurrent ones step by step, so that their weights are read once a step and a direction. For
+cells of any kind it is that of all products in one piece, for a linear recurrence that of passes over its tensors.
+"""
+
+import copy
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from lightning_accel.bench.recurrent_cases import (
+    HIDDEN,
+    INPUT,
+    Decoder,
+    LoopOverGRUCell,
+    LoopOverLSTMCell,
+    LoopOverPeephole,
+    LoopOverTwoCells,
+    floor,
+    floor_in_one_piece,
+    lstm_graph,
+    peak_kib,
+    scan_floor,
+)
+from lightning_accel.bench.recurrent_trainer_rows import rows as trainer_rows
+from lightning_accel.evidence.rows import BenchRow
+from lightning_accel.machine_code.c_functions import refusal
+from lightning_accel.measure import compare_paired, time_interleaved
+from lightning_accel.recurrent.cells import (
+    CoupledGateLSTMCell,
+    FeedbackLSTMCell,
+    LayerNormLSTMCell,
+    MinGRUCell,
+    OutputGRUCell,
+    PeepholeLSTMCell,
+    ZoneoutLSTMCell,
+)
+from lightning_accel.recurrent.deferred.find_cells import DeferredCells
+from lightning_accel.recurrent.module import Recurrent
+from lightning_accel.recurrent.packed.run_padded import RunPackedPadded
+from lightning_accel.recurrent.scan import linear_scan
+from lightning_accel.recurrent.schedule_choice import Schedule
+
+_BATCHES = (1, 8, 32)
+_CELLS: dict[str, type[PeepholeLSTMCell] | type[LayerNormLSTMCell]] = {
+    "peephole LSTM": PeepholeLSTMCell,
+    "LayerNorm LSTM": LayerNormLSTMCell,
+}
+_TARGETS = {128: (4.5, 2.5, 1.3), 512: (4.0, 2.5, 1.2)}
+# Name, model, its targets, gates of its cells, input sizes of its layers, nn.LSTM or nn.GRU that computes the same.
+_LOOPS: tuple[tuple[str, type[nn.Module], tuple[float, ...], int, tuple[int, ...], Callable[[], nn.Module]], ...] = (
+    ("two nn.LSTMCells", LoopOverTwoCells, (5.5, 3.0, 1.4), 4, (INPUT, HIDDEN), lambda: nn.LSTM(INPUT, HIDDEN, 2)),
+    ("an nn.LSTMCell", LoopOverLSTMCell, _TARGETS[128], 4, (INPUT,), lambda: nn.LSTM(INPUT, HIDDEN)),
+    ("an nn.GRUCell", LoopOverGRUCell, _TARGETS[128], 3, (INPUT,), lambda: nn.GRU(INPUT, HIDDEN)),
+    ("a peephole cell", LoopOverPeephole, _TARGETS[128], 4, (INPUT,), lambda: nn.LSTM(INPUT, HIDDEN)),
+)
+_LAYERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.LSTMCell: nn.LSTM,
+    nn.GRUCell: nn.GRU,
+    nn.RNNCell: nn.RNN,
+}
+_MEMORY_BATCH = 32
+_NOTICED = 5  # batches after which a loop that gains nothing runs plain
+_NOT_SLOWER = 0.97  # what a program may measure against itself
+
+
+def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
+    """Yield the rows; ``quick`` leaves out long sequences and the largest batch and takes fewer rounds."""
+    rounds, batches = (3, _BATCHES[:2]) if quick else (6, _BATCHES)  # 6 pairs are enough for a verdict
+    for steps in (128,) if quick else (128, 512):
+        for name, kind in _CELLS.items():
+            yield from _cell_rows(name, kind, steps, batches, rounds, device)
+    yield from _graph_rows(batches, rounds, device)
+    yield from _deferred_rows(batches, rounds, device)
+    if device == "cpu":
+        yield _packed_row(128 if quick else 512, rounds)
+    yield from _scan_rows((2048,) if quick else (2048, 8192), rounds, device)
+    if device == "cpu" and not quick:
+        yield from _memory_rows()
+    yield from _auto_rows((8,) if quick else (8, 32), rounds, device)
+    yield from trainer_rows(quick=quick, device=device)
+
+
+def _cell_rows(  # noqa: PLR0917
+    name: str,
+    kind: type[PeepholeLSTMCell] | type[LayerNormLSTMCell],
+    steps: int,
+    batches: tuple[int, ...],
+    rounds: int,
+    device: str,
+) -> Iterator[BenchRow]:
+    for batch, target in zip(batches, _TARGETS[steps], strict=False):
+        cell = kind(INPUT, HIDDEN).to(device)
+        x = torch.randn(steps, batch, INPUT, device=device)
+        auto = _layer(cell, "auto")
+        variants = {
+            "loop": _training_step(_layer(cell, "loop"), x),
+            "auto": _training_step(auto, x),
+            "in Python": _training_step(_layer(cell, "intra_stream"), x),
+            "nn.LSTM": _training_step(nn.LSTM(INPUT, HIDDEN).to(device), x),
+            "floor": floor(steps, batch, device),
+        }
+        case = f"{name}, H={HIDDEN}, T={steps}, B={batch}"
+        yield _row(case, "loop", "auto", variants, rounds, device, target, _chosen(auto))
+
+
+def _graph_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
+    for batch, target in zip(batches, (2.0, 1.8, 1.3), strict=False):
+        x = torch.randn(128, batch, INPUT, device=device)
+        network = lstm_graph("auto").to(device)
+        loop = copy.deepcopy(network)
+        loop.rnn.schedules[0].schedule = "loop"
+        variants = {
+            "nn.LSTM": _training_step(nn.LSTM(INPUT, HIDDEN).to(device), x),
+            "GraphRNN": _training_step(network, x),
+            "loop": _training_step(loop, x),
+            "floor": floor(128, batch, device),
+        }
+        seconds = time_interleaved(variants, rounds=rounds, warmup=1, device=device)
+        yield BenchRow(
+            suite="recurrent",
+            case=f"LSTM as a graph, H={HIDDEN}, T=128, B={batch}",
+            variant="GraphRNN",
+            baseline="nn.LSTM",
+            ratio=compare_paired(seconds["GraphRNN"], seconds["nn.LSTM"]),
+            seconds=_medians(seconds),
+            target=target,
+            better="at most",
+            note=_beside(seconds, "nn.LSTM", "GraphRNN", _chosen(network.rnn)),
+        )
+
+
+def _deferred_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
+    for name, kind, targets, gates, inputs, native in _LOOPS:
+        for batch, target in zip(batches, targets, strict=False):
+            x = torch.randn(128, batch, INPUT, device=device)
+            beside = {
+                "torch's layer": _training_step(native().to(device), x),
+                "floor": floor(128, batch, device, gates=gates, inputs=inputs),
+            }
+            yield _deferred_row(f"unchanged loop over {name}", kind().to(device), x, beside, rounds, target)
+    x = torch.randn(128, 8, INPUT, device=device)
+    beside = {"floor": floor(128, 8, device)}
+    yield _deferred_row("decoder that is fed its own output", Decoder().to(device), x, beside, rounds, _NOT_SLOWER)
+
+
+def _deferred_row(  # noqa: PLR0917
+    name: str, model: nn.Module, x: Tensor, beside: dict[str, Callable[[], object]], rounds: int, target: float
+) -> BenchRow:
+    plain = _training_step(copy.deepcopy(model), x)
+    recorded = _training_step(model, x)
+    deferred = DeferredCells(model)
+    with deferred.watch():
+        recorded()
+
+    def scheduled() -> None:
+        with deferred.active():
+            recorded()
+
+    for _ in range(_NOTICED if beside.keys() == {"floor"} else 1):
+        scheduled()
+    case = f"{name}, H={HIDDEN}, T={len(x)}, B={x.shape[1]}"
+    variants = {"loop": plain, "deferred cells": scheduled, **beside}
+    row = _row(case, "loop", "deferred cells", variants, rounds, x.device.type, target)
+    deferred.remove()
+    return row
+
+
+def _packed_row(steps: int, rounds: int) -> BenchRow:
+    batch = 16
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(steps // 2, steps + 1, (batch,), generator=generator)
+    lengths[0] = steps
+    rnn, x = nn.LSTM(INPUT, HIDDEN), torch.randn(steps, batch, INPUT)
+
+    def packed() -> None:
+        rnn.zero_grad()
+        y, _ = rnn(pack_padded_sequence(x, lengths, enforce_sorted=False))
+        pad_packed_sequence(y)[0].sum().backward()
+
+    def padded() -> None:
+        with RunPackedPadded():
+            packed()
+
+    variants = {
+        "packed kernel": packed,
+        "padded": padded,
+        "nn.LSTM without lengths": _training_step(rnn, x),
+        "floor": floor(steps, batch, "cpu"),
+    }
+    case = f"packed nn.LSTM, H={HIDDEN}, T={steps}, B={batch}"
+    return _row(case, "packed kernel", "padded", variants, rounds, "cpu", 8.0 if steps == 512 else None)
+
+
+def _scan_rows(lengths: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
+    for steps, target in zip(lengths, (9.0, 12.0), strict=False):
+        a = torch.rand(steps, 1, HIDDEN, device=device).requires_grad_()
+        b = torch.randn(steps, 1, HIDDEN, device=device).requires_grad_()
+        gradient = torch.randn(steps, 1, HIDDEN, device=device)
+        inputs = (a, b)
+        variants = {
+            "unbind loop": _gradients(_unbind_loop, inputs, gradient),
+            "scan": _gradients(linear_scan, inputs, gradient),
+            "floor": scan_floor(a, b, gradient),
+        }
+        yield _row(f"h = a h + b, D={HIDDEN}, T={steps}, B=1", "unbind loop", "scan", variants, rounds, device, target)
+
+
+def _gradients(
+    recurrence: Callable[..., Tensor], inputs: tuple[Tensor, Tensor], gradient: Tensor
+) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(recurrence(*inputs), inputs, gradient)
+
+
+def _unbind_loop(a: Tensor, b: Tensor) -> Tensor:
+    state, outputs = None, []
+    for a_t, b_t in zip(a.unbind(0), b.unbind(0), strict=True):
+        state = b_t if state is None else torch.addcmul(b_t, a_t, state)
+        outputs.append(state)
+    return torch.stack(outputs)
+
+
+def _auto_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
+    cells: tuple[type[nn.Module], ...] = (
+        nn.LSTMCell, nn.GRUCell, nn.RNNCell, PeepholeLSTMCell, LayerNormLSTMCell, CoupledGateLSTMCell,
+        ZoneoutLSTMCell, FeedbackLSTMCell, OutputGRUCell, MinGRUCell,
+    )  # fmt: skip
+    for kind in cells:
+        for batch in batches:
+            cell = kind(INPUT, HIDDEN).to(device)
+            x = torch.randn(64, batch, INPUT, device=device)
+            masks = (torch.rand(64, batch, 2 * HIDDEN, device=device) < 0.1).float()
+            given = (x, masks) if kind is ZoneoutLSTMCell else x
+            auto = _layer(cell, "auto")
+            variants = {
+                "loop": _training_step(_layer(cell, "loop"), given),
+                "auto": _training_step(auto, given),
+                "floor": floor_in_one_piece(cell, len(x), batch, device),
+            }
+            if kind in _LAYERS:
+                variants["torch's layer"] = _training_step(_LAYERS[kind](INPUT, HIDDEN).to(device), x)
+            case = f"auto, {kind.__name__}, H={HIDDEN}, T=64, B={batch}"
+            yield _row(case, "loop", "auto", variants, rounds, device, 1.0, _chosen(auto))
+
+
+def _memory_rows() -> Iterator[BenchRow]:
+    best: Schedule = "intra_stream" if refusal() else "compiled"
+    for name in _CELLS:
+        peaks = {s: _peak_memory(name, s) for s in ("loop", best)}
+        yield BenchRow(
+            suite="recurrent",
+            case=f"peak memory, {name}, H={HIDDEN}, T=128, B={_MEMORY_BATCH}",
+            variant=best,
+            baseline="loop",
+            ratio=compare_paired([float(peaks[best])], [float(peaks["loop"])]),
+            target=1.1,
+            better="at most",
+            note=f"growth of memory in two steps, {peaks[best]} over {peaks['loop']} KiB; no times",
+        )
+
+
+def _peak_memory(name: str, schedule: str) -> int:
+    """Return the KiB by which a process of its own grows in two training steps."""
+    code = f"from lightning_accel.bench.suites.recurrent import print_peak; print_peak({name!r}, {schedule!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    return int(done.stdout.split()[-1])
+
+
+def print_peak(name: str, schedule: Schedule) -> None:
+    """Print the growth of this process in two training steps, in KiB; called in a process of its own."""
+    torch.set_num_threads(1)
+    cell = _CELLS[name](INPUT, HIDDEN)
+    layer = _layer(cell, schedule)
+    _training_step(layer, torch.randn(4, _MEMORY_BATCH, INPUT))()  # plans and libraries are loaded
+    before = peak_kib()
+    step = _training_step(layer, torch.randn(128, _MEMORY_BATCH, INPUT))
+    step()
+    step()
+    print(max(1, peak_kib() - before))
+
+
+def _layer(cell: nn.Module, schedule: Schedule) -> Recurrent:
+    return Recurrent(copy.deepcopy(cell), schedule=schedule)
+
+
+def _training_step(layer: nn.Module, x: Tensor | tuple[Tensor, ...]) -> Callable[[], object]:
+    def step() -> None:
+        layer.zero_grad()
+        result = layer(x)
+        y = result[0] if isinstance(result, tuple) else result
+        y.sum().backward()
+
+    return step
+
+
+def _row(  # noqa: PLR0917
+    case: str,
+    baseline: str,
+    variant: str,
+    variants: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    target: float | None,
+    chosen: Callable[[], str] | None = None,
+) -> BenchRow:
+    seconds = time_interleaved(variants, rounds=rounds, warmup=1, device=device)
+    return BenchRow(
+        suite="recurrent",
+        case=case,
+        variant=variant,
+        baseline=baseline,
+        ratio=compare_paired(seconds[baseline], seconds[variant]),
+        seconds=_medians(seconds),
+        target=target,
+        note=_beside(seconds, baseline, variant, chosen),
+    )
+
+
+def _chosen(layer: Recurrent) -> Callable[[], str]:
+    """Return what says which schedule was chosen, once it was."""
+    return lambda: f"chose {', '.join(sorted(set(layer.schedules[0].choices.values())))}"
+
+
+def _beside(seconds: dict[str, list[float]], baseline: str, variant: str, chosen: Callable[[], str] | None) -> str:
+    """Write the times of what ran beside the two."""
+    said = [] if chosen is None else [chosen()]
+    others = {name: time for name, time in _medians(seconds).items() if name not in (baseline, variant)}
+    return "; ".join([*said, *(f"{name} {1e3 * time:.1f} ms" for name, time in others.items())])
+
+
+def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(times) for name, times in seconds.items()}

@@ -1,0 +1,1 @@
+"""The projection callbacks and what they share."""

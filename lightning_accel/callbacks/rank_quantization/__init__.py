@@ -1,0 +1,5 @@
+"""Rank quantization as a Lightning callback."""
+
+from lightning_accel.callbacks.rank_quantization.callback import RankQuantization
+
+__all__ = ["RankQuantization"]

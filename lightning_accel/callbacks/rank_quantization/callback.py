@@ -1,0 +1,244 @@
+"""Rank quantization as a Lightning callback."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.seed import isolate_rng
+from typing_extensions import override
+
+from lightning_accel.callbacks.layer_exchange.structure import (
+    can_switch_in_fit,
+    exchange_layers_in_fit,
+    follows_others,
+    load_factors,
+    refuse_sharded,
+    refuse_sharded_states,
+    refuse_unprepared,
+    structure_hook,
+)
+from lightning_accel.callbacks.order import correct_order
+from lightning_accel.callbacks.rank_quantization.decision import Decision, When
+from lightning_accel.callbacks.rank_quantization.factoring import (
+    check_something_to_factor,
+    explain_failure,
+    factor_as_planned,
+    keep_orphans_dense,
+)
+from lightning_accel.callbacks.rank_quantization.rank_choice import Choice
+from lightning_accel.callbacks.rank_quantization.rank_search import RankSearch
+from lightning_accel.lightning_private import averaged_modules, restore_hooks, skip_idle_hooks
+from lightning_accel.low_rank import RankPlan, default_cache_dir, low_rank_layers
+from lightning_accel.low_rank.rank_plan.plan import Method, Weighting
+
+_log = logging.getLogger(__name__)
+
+
+class RankQuantization(pl.Callback):
+    """Replace layers by low-rank ones of measured ranks while ``fit`` runs, where that makes this run faster.
+
+    Chooses *matrix ranks* that the hardware likes; it has nothing to do with numeric precision. Acts on the first
+    batch of the run (or of epoch ``when``), where module, optimizers and a real batch are at hand: layers are measured,
+    whole training steps are tried on a copy, and the factors take the dense weights' places in the optimizer's groups,
+    moments included. Weights are kept, up to the energy that the ranks retain. DDP is wrapped anew, weight averages
+    follow. What was decided, and the numbers, go to the log of ``lightning_accel`` and to `plan`.
+
+    A checkpoint's keys and shapes tell its layers: resumed runs and ``test(ckpt_path=...)`` measure nothing. Without
+    the callback see `lightning_accel.load_from_checkpoint` and `lightning_accel.enable_low_rank_loading`. Steps of
+    manual optimization can not be tried; there, times of single layers decide, one batch later.
+
+    Args:
+        ratio: Target, see `lightning_accel.low_rank.make_plan`: dense weight entries over factor entries, > 1. Without
+            any target 2.0.
+        energy: Target: mean retained energy, in (0, 1].
+        speedup: Target: dense over low-rank time of the layers, > 1.
+        method: How ranks are chosen, see `make_plan`.
+        when: ``"setup"``: at the first batch, for models with trained weights. An integer: at the start of that epoch
+            (zero-based), for training from scratch. ``"auto"``: at the first batch if the weights look trained, else
+            after a tenth of the epochs, at least one.
+        plan: Apply this `RankPlan` (or the JSON file of one) and measure nothing.
+        on_loss: ``"revert"``: stay dense where low rank does not pay in the steps that remain. ``"keep"``: only say so.
+        max_overhead: Share of the remaining time that measuring may take before a gain is proven, >= 0. Where measuring
+            ranks would not be paid back but whole steps with the theoretical ranks of ``ratio`` are faster, those are
+            taken.
+        min_energy: Least energy each layer retains, in [0, 1].
+        weighting: ``"activation"`` weighs energies by the layers' inputs.
+        include: Shell patterns of module names to consider.
+        exclude: Shell patterns of module names to leave alone.
+        cache_dir: Folder for measured times; None is `lightning_accel.low_rank.default_cache_dir`.
+
+    Attributes:
+        plan: What was decided (None before), to be saved and passed to a later run.
+
+    Raises:
+        ValueError: If a value is out of range or more than one target is given.
+        MisconfigurationException: When ``fit`` starts: no layer that can be factored, a sharding strategy or optimizer,
+            or a strategy that can not switch layers and gets no plan.
+
+    References:
+        Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824. *Deviations*: ranks of all layers are chosen together for the
+        most retained energy, and dense stays a candidate throughout.
+    """
+
+    def __init__(
+        self,
+        ratio: float | None = None,
+        energy: float | None = None,
+        speedup: float | None = None,
+        *,
+        method: Method = "knapsack",
+        when: When = "auto",
+        plan: RankPlan | str | Path | None = None,
+        on_loss: Literal["revert", "keep"] = "revert",
+        max_overhead: float = 0.03,
+        min_energy: float = 0.5,
+        weighting: Weighting = "none",
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        for patterns in (include, exclude):
+            if isinstance(patterns, str):
+                raise ValueError(f"`include` and `exclude` must be lists of patterns, got {patterns!r}.")
+        search = RankSearch(
+            ratio=2.0 if ratio is energy is speedup is None else ratio,
+            energy=energy,
+            speedup=speedup,
+            method=method,
+            min_energy=min_energy,
+            weighting=weighting,
+            include=tuple(include),
+            exclude=tuple(exclude),
+            cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir),
+        )
+        given = plan if plan is None or isinstance(plan, RankPlan) else RankPlan.load(plan)
+        self.decision = Decision(search, given, when, on_loss, max_overhead)
+        self.plan: RankPlan | None = None
+        self._outcome: Literal["low rank", "dense"] | None = None
+        self._switch_epoch: int | None = None
+        self._untried: Sequence[str] = ()  # made low rank in the step under way
+
+    def structure_state(self) -> str:
+        """Return ``"pending"``, ``"low rank"`` or ``"dense"``."""
+        return self._outcome or "pending"
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Let the module follow checkpoints' layers; refuse strategies that can not."""
+        if stage != "fit":
+            structure_hook(pl_module)
+            return
+        refuse_sharded(trainer.strategy, "RankQuantization")
+        refuse_unprepared(trainer, pl_module, "RankQuantization")
+        hook = structure_hook(pl_module)
+        correct_order(trainer)
+        for average in averaged_modules(trainer):  # copied before this hook was there
+            structure_hook(average)
+        if not can_switch_in_fit(trainer.strategy):
+            self.plan = self.decision.unmeasured_plan(trainer, pl_module)
+            with isolate_rng():
+                names = factor_as_planned(self.plan, None, pl_module)
+            self._settle(trainer, pl_module, names, "unmeasured, because the strategy can not switch layers")
+            return
+        hook.defer()
+        restore_hooks(self)
+        skip_idle_hooks(self)
+        if self._outcome != "low rank" or not low_rank_layers(pl_module):  # else a second fit of what was replaced
+            self._outcome, self._switch_epoch = None, None
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Put a checkpoint's factors in their places, before the optimizers' states are restored."""
+        refuse_sharded_states(trainer.optimizers, "RankQuantization")
+        held = structure_hook(pl_module).release()
+        if held:
+            with isolate_rng():
+                exchange_layers_in_fit(trainer, pl_module, functools.partial(load_factors, held))
+            self._outcome = "low rank"
+        if self._outcome is None:
+            check_something_to_factor(pl_module, self.decision.search.include, self.decision.search.exclude)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Decide and switch, once, when the time has come."""
+        if self._outcome is not None or follows_others(trainer):
+            return
+        if batch_idx % trainer.accumulate_grad_batches:  # gradients of the dense weights are under way
+            return
+        if self._switch_epoch is None:
+            if (short := self.decision.too_short(trainer, batch_idx)) is not None:
+                self._switch(trainer, pl_module, short)
+                return
+            self._switch_epoch = self.decision.first_epoch(trainer, pl_module)
+        if trainer.current_epoch < self._switch_epoch:
+            return
+        with isolate_rng():
+            choice = self.decision.choose(trainer, pl_module, batch, batch_idx)
+        if choice is not None:
+            self._switch(trainer, pl_module, choice)
+
+    def on_structure_change(self, trainer: "pl.Trainer", *_: Any) -> None:
+        """Know that another process has decided, where one decides for all."""
+        if follows_others(trainer):
+            self._outcome = "low rank"
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop watching the step that could not be tried; nothing is left to do at any batch after the switch."""
+        self.decision.step_ended()
+        self._untried = ()
+        if self._outcome is not None:
+            skip_idle_hooks(self, "on_train_batch_start", "on_train_batch_end")
+
+    @override
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Be ready for another run."""
+        restore_hooks(self)
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Say so where the switch never came."""
+        if self._outcome is None and trainer.is_global_zero:
+            _log.warning("training ended before epoch %s, where layers would have been replaced.", self._switch_epoch)
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        """Leave no hook behind; say what to do if the new layers may be the reason."""
+        self.decision.step_ended()
+        if self._untried and isinstance(exception, Exception):
+            explain_failure(pl_module, self._untried, exception)
+        self._untried = ()
+        structure_hook(pl_module).release()
+        restore_hooks(self)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return decision and plan; the layers themselves are told by the weights."""
+        plan = None if self.plan is None else self.plan.to_json()
+        return {"outcome": self._outcome, "switch_epoch": self._switch_epoch, "plan": plan}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`: a resumed run decides nothing anew."""
+        self._outcome, self._switch_epoch = state_dict["outcome"], state_dict["switch_epoch"]
+        self.plan = None if state_dict["plan"] is None else RankPlan.from_json(state_dict["plan"])
+
+    def _switch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", choice: Choice) -> None:
+        self.plan = keep_orphans_dense(choice.plan, pl_module, trainer.optimizers)
+        change = functools.partial(factor_as_planned, self.plan, self.decision.inputs)
+        with isolate_rng():
+            names = exchange_layers_in_fit(trainer, pl_module, change)
+        self.decision.inputs = None
+        self._untried = names
+        self._settle(trainer, pl_module, names, choice.why)
+
+    def _settle(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: Sequence[str], why: str) -> None:
+        self._outcome = "low rank" if low_rank_layers(pl_module) else "dense"
+        if trainer.is_global_zero:
+            head = f"{len(names)} layers are low rank now" if names else "the model stays dense"
+            _log.info("%s: %s.", head, why)

@@ -1,0 +1,67 @@
+"""What becomes low rank in a running fit, and what can not."""
+
+import logging
+import traceback
+from collections.abc import Sequence
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_accel.callbacks.layer_exchange.recorded_inputs import RecordedInputs
+from lightning_accel.low_rank import RankPlan, decompose, eligible_layers, input_second_moments, low_rank_layers
+
+_log = logging.getLogger(__name__)
+
+
+def check_something_to_factor(module: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Refuse a module without layers that could be low rank.
+
+    Raises:
+        MisconfigurationException: Says what was looked for and what was found.
+    """
+    eligible, skipped = eligible_layers(module, include=include, exclude=exclude)
+    if not eligible:
+        found = "; ".join(f"`{name}`: {reason}" for name, reason in skipped.items()) or "no such layer at all"
+        raise MisconfigurationException(
+            f"no layer of {type(module).__name__} can be factored. Looked for nn.Linear, nn.Conv1d and nn.Conv2d whose "
+            f"name matches include={list(include)} and not exclude={list(exclude)}; found: {found}. "
+            "Widen `include`, or leave RankQuantization out."
+        )
+
+
+def keep_orphans_dense(plan: RankPlan, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> RankPlan:
+    """Return the plan without trainable layers that no optimizer holds: their factors would never be trained."""
+    held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    orphans = set()
+    for layer in plan.layers:
+        if layer.ranks is not None:
+            weight = module.get_submodule(layer.name).weight
+            if weight.requires_grad and weight not in held:
+                orphans.add(layer.name)
+    if orphans:
+        _log.warning("no optimizer holds the weights of %s: these layers stay dense.", sorted(orphans))
+    return plan.dense(orphans, "its weight is in no optimizer's groups")
+
+
+def factor_as_planned(plan: RankPlan, inputs: RecordedInputs | None, module: nn.Module) -> list[str]:
+    """Decompose ``module``; ``inputs`` weigh it where the plan says so."""
+    if plan.weighting != "activation" or inputs is None:
+        return decompose(module, plan)
+    eligible, _ = eligible_layers(module)
+    planned = {layer.name: eligible[layer.name] for layer in plan.layers if layer.ranks is not None}
+    return decompose(module, plan, second_moments=input_second_moments(module, planned, inputs.replay))
+
+
+def explain_failure(module: nn.Module, names: Sequence[str], problem: BaseException) -> None:
+    """Log what to do where the first step with the layers ``names`` low rank failed, and in which one it did."""
+    layers = {id(layer): name for name, layer in low_rank_layers(module).items()}
+    frames = (frame for frame, _ in traceback.walk_tb(problem.__traceback__))
+    culprit = next((layers[id(f.f_locals["self"])] for f in frames if id(f.f_locals.get("self")) in layers), None)
+    _log.error(
+        "the first step with low-rank layers failed%s: %s. Models that ask for a layer's type or read its weight need "
+        "it as it was: give RankQuantization exclude=[...] with such layers. Low rank are: %s",
+        f" in {culprit}" if culprit else "",
+        problem,
+        ", ".join(names),
+    )

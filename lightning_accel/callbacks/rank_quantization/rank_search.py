@@ -1,0 +1,84 @@
+"""What ranks are asked for, and what finding them costs."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_accel.callbacks.layer_exchange.layer_trial import Ranks
+from lightning_accel.low_rank import RankPlan, eligible_layers, make_plan, theoretical_ranks
+from lightning_accel.low_rank.rank_plan.plan import UNMEASURED, Method, Weighting, factor_parameters
+
+_UNDER_FLOOR = ("retains less than", "no candidate keeps an energy of")  # reasons given here and by `make_plan`
+_STEPS_TO_PLAN = 250.0  # what `make_plan` takes where layers are quick
+_SECONDS_A_LAYER = 3.0  # what it takes at most for one kind of layer
+
+
+@dataclass(frozen=True)
+class RankSearch:
+    """What is asked of `make_plan`; the fields are explained there."""
+
+    ratio: float | None
+    energy: float | None
+    speedup: float | None
+    method: Method
+    min_energy: float
+    weighting: Weighting
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    cache_dir: Path | None
+    phase_weights: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        # The core judges its own arguments, now and not at the first batch; a layer that is never called costs nothing.
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        settings |= {"include": ("*",), "exclude": (), "cache_dir": None}
+        with torch.random.fork_rng(devices=()):  # a layer draws its weights
+            make_plan(nn.Sequential(nn.Linear(2, 2)), lambda _: None, **settings)
+
+    def plan(self, module: nn.Module, run_batch: Callable[[Any], object] | None) -> RankPlan:
+        """Make the plan."""
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return make_plan(module, run_batch, **settings)
+
+    def unmeasured_plan(self, module: nn.Module, run_batch: Callable[[Any], object] | None) -> RankPlan:
+        """Make a plan of theoretical ranks on plateaus, for want of time to measure.
+
+        Layers that would keep less than `min_energy` stay dense.
+        """
+        plan = dataclasses.replace(self, method="snapped").plan(module, run_batch)
+        poor = {layer.name for layer in plan.layers if layer.ranks is not None and layer.energy < self.min_energy}
+        return plan.dense(poor, f"{_UNDER_FLOOR[0]} {self.min_energy:.0%} of its energy")
+
+    def lost_to_the_floor(self, plan: RankPlan) -> str:
+        """Say how many layers `min_energy` kept dense, and what to do; nothing if it kept none."""
+        lost = [layer for layer in plan.layers if any(words in layer.reason for words in _UNDER_FLOOR)]
+        if not lost:
+            return ""
+        return (
+            f" ({len(lost)} of {len(plan.layers)} layers stay dense because they would retain less than "
+            f"min_energy={self.min_energy:g} of their energy: lower it, take a smaller ratio, or warm up for longer)"
+        )
+
+    def unmeasured_ranks(self, module: nn.Module) -> Ranks:
+        """Return theoretical ranks, for a first look at what could be gained."""
+        layers, _ = eligible_layers(module, include=self.include, exclude=self.exclude)
+        ranks: dict[str, tuple[int, ...]] = {}
+        for name, layer in layers.items():
+            shape = tuple(layer.weight.shape)
+            candidate = theoretical_ranks(shape, self.ratio or self.speedup or 2.0)
+            if factor_parameters(shape, candidate) < layer.weight.numel():
+                ranks[name] = candidate
+        return ranks
+
+    def planning_seconds(self, module: nn.Module, step_seconds: float) -> float:
+        """Estimate, from above, what `plan` will take with nothing cached."""
+        if self.method in UNMEASURED:
+            return 0.0
+        layers, _ = eligible_layers(module, include=self.include, exclude=self.exclude)
+        kinds = {(type(layer), tuple(layer.weight.shape)) for layer in layers.values()}
+        return min(_STEPS_TO_PLAN * step_seconds, _SECONDS_A_LAYER * len(kinds))

@@ -1,0 +1,90 @@
+"""Applying phases of sequential freezing to a module, and taking them back."""
+
+import logging
+from dataclasses import dataclass, field
+
+import lightning.pytorch as pl
+from torch import nn
+
+from lightning_accel.callbacks.layer_exchange.structure import rewrap_ddp
+from lightning_accel.low_rank import AdaptiveFreezing, FreezingSchedule, factor_parameter_names, freeze
+
+_log = logging.getLogger(__name__)
+
+Phase = int | frozenset[str] | None
+"""Group that rests, parameters that are settled (adaptive mode), or None where nothing rests."""
+
+
+@dataclass
+class FactorTurns:
+    """Which phase a module is in.
+
+    Attributes:
+        schedule: Of the phases.
+        adaptive: Decides in ``mode="adaptive"``, where the schedule does not.
+        frozen: Full names of what was frozen here, never of what the user froze.
+        applied: The present phase in a tuple; None before the first one.
+    """
+
+    schedule: FreezingSchedule
+    adaptive: AdaptiveFreezing
+    frozen: set[str] = field(default_factory=set)
+    applied: tuple[Phase] | None = None
+
+    def phase(self, trainer: "pl.Trainer") -> Phase:
+        """Return the phase that the run should be in: a pure function of its progress, but for the adaptive mode."""
+        if self.schedule.mode == "adaptive":
+            return frozenset(self.adaptive.frozen)
+        return self.schedule.frozen_group(
+            epoch=trainer.current_epoch, step=trainer.global_step, total=self.total(trainer)
+        )
+
+    def follow(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Bring the module into the phase that the run should be in, and wrap DDP anew if anything changed."""
+        phase = self.phase(trainer)
+        if self.applied == (phase,):
+            return
+        before = _trainable(pl_module)
+        by_user = {name for name, trains in before.items() if not trains} - self.frozen
+        if self.schedule.mode == "adaptive":
+            now = set(self.adaptive.apply(pl_module, user_frozen=by_user))
+        else:
+            now = set(freeze(pl_module, phase if isinstance(phase, int) else None, user_frozen=by_user))
+        self.frozen, self.applied = now - by_user, (phase,)
+        if before != _trainable(pl_module):
+            rewrap_ddp(trainer)
+        if trainer.is_global_zero:
+            _log.info(
+                "epoch %d, step %d: %s; %d of %d factors are frozen.",
+                trainer.current_epoch,
+                trainer.global_step,
+                f"group {phase} rests" if isinstance(phase, int) else "no group takes turns",
+                len(self.frozen),
+                len(factor_parameter_names(pl_module)),
+            )
+
+    def thaw(self, module: nn.Module) -> None:
+        """Make everything trainable again that was frozen here."""
+        for name, parameter in module.named_parameters():
+            if name in self.frozen:
+                parameter.requires_grad_(True)
+        self.frozen, self.applied = set(), None
+
+    def total(self, trainer: "pl.Trainer") -> int | None:
+        """Return the epochs (or steps, the schedule's unit) that the run lasts; None if unknown."""
+        if not self.schedule.counts_steps:
+            return None if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        if trainer.max_steps != -1:
+            return trainer.max_steps
+        steps = trainer.estimated_stepping_batches
+        return None if steps == float("inf") else int(steps)
+
+    def values(self, module: nn.Module) -> dict[str, float]:
+        """Return the phase in numbers, to be logged."""
+        phase = self.applied[0] if self.applied is not None else None
+        count = sum(parameter.numel() for name, parameter in module.named_parameters() if name in self.frozen)
+        return {"group": float(phase) if isinstance(phase, int) else -1.0, "frozen_parameters": float(count)}
+
+
+def _trainable(module: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in module.named_parameters()}

@@ -1,0 +1,1 @@
+"""The study of feature selection by projection: its runs, pictures and page."""

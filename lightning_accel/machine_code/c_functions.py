@@ -1,0 +1,161 @@
+"""Machine code of generated C, and the product of matrices that it calls.
+
+The text includes nothing but the C library, so that a compiler takes a third of a second for it. Products of matrices
+are those of torch's own library, by its exported symbols.
+"""
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_accel.machine_code.toolchain import CannotCompileError, find_compiler, load
+
+REALS = {torch.float32: "float", torch.float64: "double"}
+_PRODUCTS = {torch.float32: "sgemm_", torch.float64: "dgemm_"}
+
+# exp, sigmoid and tanh that a compiler can vectorize, within 2 units in the last place; in float64 the C library's.
+# Coefficients of exp and tanh as in the Cephes library (Moshier). NaN passes every comparison and stays.
+_PRELUDE = """
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+typedef void (*product_t)(const char *, const char *, const int *, const int *, const int *, const real *, const real *,
+    const int *, const real *, const int *, const real *, real *, const int *);
+static inline float exp_float(float x) {
+    x = x < -86.9f ? -86.9f : x;
+    x = x > 88.8f ? 88.8f : x;
+    float k = x * 1.44269504f + 12582912.0f;
+    int32_t bits;
+    memcpy(&bits, &k, 4);
+    k -= 12582912.0f;
+    float r = x - k * 0.693359375f + k * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t scale = (int32_t)(((uint32_t)bits + 126u) << 23);
+    float factor;
+    memcpy(&factor, &scale, 4);
+    return p * factor * 2.0f; /* 2^128 is no float, so the largest ones need two factors */
+}
+static inline float tanh_float(float x) {
+    float a = fabsf(x), z = x * x;
+    float large = copysignf(1.0f - 2.0f / (exp_float(2.0f * a) + 1.0f), x);
+    float p = -5.70498872745e-3f;
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    float small = p * z * x + x;
+    return a < 0.625f ? small : (x != x ? x : large);
+}
+static inline real exp_real(real x) {
+    return sizeof(real) == 4 ? (real)exp_float((float)x) : (real)exp((double)x);
+}
+static inline real sigmoid_real(real x) {
+    return (real)1 / ((real)1 + exp_real(-x));
+}
+static inline real tanh_real(real x) {
+    return sizeof(real) == 4 ? (real)tanh_float((float)x) : (real)tanh((double)x);
+}
+/* C (rows, columns) = A (rows, inner) W (inner, columns) + keep * C, all row by row. */
+static inline void product(product_t call, long rows, long columns, long inner, const real *A, long ahead,
+    const real *W, real *C, long chead, real keep) {
+    const int m = (int)columns, n = (int)rows, k = (int)inner, lda = (int)ahead, ldc = (int)chead;
+    const real one = 1;
+    call("N", "N", &m, &n, &k, &one, W, &m, A, &lda, &keep, C, &ldc);
+}
+"""
+
+
+class MachineCode:
+    """Compiled functions, each called as ``run(name, n, blocks, constants)``.
+
+    Args:
+        source: C functions ``void name(int64_t n, int64_t B, const int64_t *at, product_t call)`` on numbers of the
+            type ``real``; ``at`` holds, for each tensor, its address and its strides in time and in streams.
+        dtype: Of the numbers, float32 or float64.
+
+    Raises:
+        CannotCompileError: If there is no compiler, or the text does not compile.
+    """
+
+    def __init__(self, source: str, dtype: torch.dtype) -> None:
+        self._library = _load(source, dtype)
+        self._product = product_address(dtype)
+
+    def run(self, name: str, steps: int, streams: int, blocks: Sequence[Tensor], constants: Sequence[Tensor]) -> None:
+        """Call a function.
+
+        Args:
+            name: Of the function.
+            steps: Time steps.
+            streams: Size of the batch.
+            blocks: Values of every time step, in the order of the text.
+            constants: Values that no time step changes, after them.
+        """
+        held, at = [], []
+        for block in blocks:
+            tensor = _rows(block)
+            held.append(tensor)
+            at += [tensor.data_ptr(), tensor.stride(0), _stride_of_streams(tensor, 1)]
+        for constant in constants:
+            tensor = _rows(constant)
+            held.append(tensor)
+            at += [tensor.data_ptr(), 0, _stride_of_streams(tensor, 0)]
+        getattr(self._library, name)(
+            ctypes.c_int64(steps), ctypes.c_int64(streams), (ctypes.c_int64 * len(at))(*at), self._product
+        )
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Return why this machine compiles nothing; ``None`` if it does."""
+    if find_compiler() is None:
+        return "there is no C compiler (looked for $CC, cc, gcc and clang)"
+    if any(not hasattr(_torch_library(), name) for name in _PRODUCTS.values()):
+        return "torch's library exports no products of matrices"
+    try:
+        _load("int64_t answer(void) { return 42; }", torch.float32)
+    except CannotCompileError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def product_address(dtype: torch.dtype) -> ctypes.c_void_p:
+    """Return the address of torch's product of matrices."""
+    return ctypes.cast(getattr(_torch_library(), _PRODUCTS[dtype]), ctypes.c_void_p)
+
+
+@functools.cache
+def _torch_library() -> ctypes.CDLL | None:
+    paths = sorted((Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"))
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(str(paths[0])) if paths else None
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _load(source: str, dtype: torch.dtype) -> ctypes.CDLL:
+    return load(f"typedef {REALS[dtype]} real;\n{_PRELUDE}\n{source}\n")
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return the tensor with its last dimension dense."""
+    if tensor.dim() and tensor.shape[-1] != 1 and tensor.stride(-1) != 1:
+        return tensor.contiguous()
+    return tensor
+
+
+def _stride_of_streams(tensor: Tensor, dim: int) -> int:
+    """Return the distance of streams; 0 where all share one row."""
+    return tensor.stride(dim) if tensor.dim() == dim + 2 and tensor.shape[dim] != 1 else 0

@@ -1,0 +1,1 @@
+"""C text of a loop: expressions, rows, and the whole function."""

@@ -1,0 +1,279 @@
+"""Write a loop as one C function: all time steps, products of matrices included."""
+
+import torch
+
+from lightning_accel.recurrent.compiler import emit_aten_call
+from lightning_accel.recurrent.compiler.buffer_assignment import LoopPlaces
+from lightning_accel.recurrent.compiler.emit_c.emit_c_row import NotInCError, Place, RowWriter, passes, width
+from lightning_accel.recurrent.compiler.emit_c.fusion import PRODUCTS, RowOrder, is_view, owner_of
+from lightning_accel.recurrent.compiler.function_text import FunctionText, buffer_text, dtype_text, parts, shape_text
+from lightning_accel.recurrent.compiler.rewrite import Node, aten, shape
+from lightning_accel.recurrent.compiler.stage import Segment
+
+_INDENT = "        "
+
+
+class CText:
+    """C functions that belong to one schedule; equal numbers, counted through forward and backward."""
+
+    def __init__(self) -> None:
+        self.functions: list[str] = []
+        self.refusals: list[str] = []
+        self.dtype: torch.dtype | None = None
+
+    @property
+    def source(self) -> str:
+        """All of them."""
+        return "\n\n".join(self.functions)
+
+    def add(self, body: str, dtype: torch.dtype) -> str:
+        """Add a function with this body; return its name."""
+        if self.dtype not in (None, dtype):
+            raise NotInCError("loops of two types of numbers")
+        self.dtype = dtype
+        name = f"loop_{len(self.functions)}"
+        header = f"void {name}(int64_t n, int64_t B, const int64_t *at, product_t call)"
+        self.functions.append(f"{header} {{\n{body}\n}}")
+        return name
+
+
+class CLoop:
+    """A loop as a call of a C function.
+
+    Args:
+        text: The Python function it belongs to.
+        segment: The loop.
+        c: Takes the C function.
+        reverse: Whether the loop runs backwards in time.
+        extra: Calls before the loop that it takes over.
+
+    Raises:
+        NotInCError: If the loop holds an operation that has no C form; nothing is written then.
+    """
+
+    def __init__(self, text: FunctionText, segment: Segment, c: CText, *, reverse: bool, extra: list[Node]) -> None:
+        self.text, self.c, self.reverse = text, c, reverse
+        self.places = LoopPlaces(text, segment, reverse=reverse)
+        self.calls = sorted([*self.places.nodes, *extra], key=text.stages.order.__getitem__)
+        self.inside = {*self.places.members, *extra}
+        self.order = RowOrder(text.stages, self.calls, self.inside, extra)
+        self.rows, self.dtype = self.order.rows, self.order.dtype
+        self.outside = self._needed_outside()
+        self.place: dict[Node, Place] = {}
+        self.also: dict[Node, list[Place]] = {}
+        self.blocks: dict[str, str] = {}
+        self.constants: dict[str, str] = {}
+        self.setup: list[str] = []
+        self.over: dict[Node, Node] = {}
+        self._put_states()
+        self._put_concatenations()
+        for node in self.rows:
+            for value in parts(node) or [node]:
+                self._put(value)
+        self.name = self.c.add(self._body(), self.dtype)
+
+    def write(self) -> None:
+        """Write what calls the C function."""
+        say = self.text.say
+        for line in self.setup:
+            say(line)
+        blocks, constants = ", ".join(self.blocks.values()), ", ".join(self.constants.values())
+        say(f"machine.run('{self.name}', n, B, [{blocks}], [{constants}])")
+        self._name_results()
+
+    def _needed_outside(self) -> set[Node]:
+        outside = self.places.needed_outside()
+        for node in reversed(self.places.nodes):
+            if node in outside and is_view(node) and node.args[0] in self.places.members:
+                outside.add(node.args[0])
+        for node in self.places.nodes:
+            if node.target is aten.cat.default and any(
+                part in outside and part not in self.places.next_of for part in node.args[0]
+            ):
+                outside.add(node)
+        return outside
+
+    # ---- where values lie ----
+
+    def _put_states(self) -> None:
+        for j, place, following in self.places.delays:
+            if self.reverse:
+                slab = f"slab_{j}"
+                size, dtype = shape_text(place), dtype_text(place)
+                self.setup.append(f"{slab} = ws_get(ws, 'delay_{j}', (n + 1, {size}), {dtype})")
+                self.setup.append(f"{slab}[n].copy_(dbounds[{j}])")
+                ends = (f"{slab}[1:]", f"{slab}[:-1]")
+            else:
+                ends = (f"state_{j}[:-1]", f"state_{j}[1:]")
+            for node, tensor in zip((place, following), ends, strict=True):
+                self.blocks[node.name] = tensor
+                self.place[node] = Place(node.name)
+
+    def _put_concatenations(self) -> None:
+        for node in self.rows:
+            if node.target is not aten.cat.default:
+                continue
+            self._make_room(node)
+            start = 0
+            for part in node.args[0]:
+                owner = owner_of(part)
+                if owner in self.order.begin and not is_view(part):
+                    there = Place(self.place[node].name, self.place[node].start + start)
+                    if part in self.place:
+                        self.also.setdefault(part, []).append(there)
+                    else:
+                        self.place[part] = there
+                start += width(part)
+
+    def _put(self, node: Node) -> None:
+        if node in self.place:
+            if node in self.text.outputs and self.place[node].name != node.name and node not in self.places.next_of:
+                own = self._room(node)
+                self.also.setdefault(node, []).append(own)
+            return
+        if node.target in PRODUCTS:
+            summand = None if node in self.text.outputs else self.places.summand_to_add_to(node)
+            if summand is not None and summand not in self.inside and summand.target in PRODUCTS:
+                self.over[node] = summand
+                self.blocks[node.name] = self.text.name(summand)
+                self.place[node] = Place(node.name)
+                return
+            self._make_room(node)
+        elif self._is_read_elsewhere(node):
+            self._make_room(node)
+
+    def _is_read_elsewhere(self, node: Node) -> bool:
+        """Whether someone beyond the pass that makes a value reads it."""
+        if node in self.outside or any(u in self.outside for u in node.users if is_view(u)):
+            return True
+        owner = owner_of(node)
+        for user in node.users:
+            if user not in self.inside:
+                continue
+            if is_view(user) or user.target in PRODUCTS or self.order.region[user] != self.order.region[owner]:
+                return True
+            if self.order.end[node][1] == 0:
+                continue  # a number of the whole row is kept beside its memory
+            if self.order.end[node] != (self.order.begin[user], self.order.row_width(user)) or passes(user):
+                return True
+        return False
+
+    def _make_room(self, node: Node) -> None:
+        self.place[node] = self._room(node)
+
+    def _room(self, node: Node) -> Place:
+        if node in self.text.outputs:
+            self.setup.append(f"block_{node.name} = slabs['{node.name}']")
+        elif node in self.outside or any(u in self.outside for u in node.users if is_view(u)):
+            self.setup.append(f"block_{node.name} = {buffer_text(node, 'n, ')}")
+        else:
+            self.setup.append(f"room_{node.name} = {buffer_text(node)}")
+            self.constants[node.name] = f"room_{node.name}"
+            return Place(node.name)
+        self.blocks[node.name] = f"block_{node.name}"
+        return Place(node.name)
+
+    def _place_of(self, node: Node) -> Place | None:
+        """Find a value's memory; one from outside the loop is handed to the function."""
+        if node in self.place or node in self.inside:
+            return self.place.get(node)
+        if node in self.text.stages.invariant:
+            if len(shape(node)) == 2:
+                self.text.contiguous.add(node)
+            self.constants[node.name] = self.text.name(node)
+        else:
+            self.blocks[node.name] = self.text.name(node)
+        self.place[node] = Place(node.name)
+        self.types[node.name] = node.meta["val"].dtype
+        return self.place[node]
+
+    def _stored(self, node: Node) -> list[Place]:
+        own = [self.place[node]] if node in self.place else []
+        return [*own, *self.also.get(node, ())]
+
+    # ---- the text ----
+
+    def _body(self) -> str:
+        self.types: dict[str, torch.dtype] = {}
+        for node in self.place:
+            self.types[node.name] = node.meta["val"].dtype
+        steps: list[str] = []
+        for region in sorted(set(self.order.region.values())):
+            calls = [n for n in self.rows if self.order.region[n] == region]
+            steps += self._products(calls) if region % 2 else self._row_region(calls)
+        lines = []
+        for k, name in enumerate([*self.blocks, *self.constants]):
+            number = "unsigned char" if self.types.get(name) is torch.bool else "real"
+            lines.append(f"    {number} *const p_{name} = ({number} *)at[{3 * k}];")
+            lines.append(f"    const int64_t t_{name} = at[{3 * k + 1}], b_{name} = at[{3 * k + 2}];")
+        count = "int64_t t = n - 1; t >= 0; --t" if self.reverse else "int64_t t = 0; t < n; ++t"
+        lines.append(f"    for ({count}) {{")
+        for name in [*self.blocks, *self.constants]:
+            number = "unsigned char" if self.types.get(name) is torch.bool else "real"
+            lines.append(f"{_INDENT}{number} *const s_{name} = p_{name} + t * t_{name};")
+        return "\n".join([*lines, *steps, "    }"])
+
+    def _row_region(self, calls: list[Node]) -> list[str]:
+        writer = RowWriter(calls, self.order.begin, self._place_of, self._stored, self.order.resolve)
+        inner = writer.text(f"{_INDENT}    ")
+        lines = [f"{_INDENT}for (int64_t b = 0; b < B; ++b) {{"]
+        for name in writer.rows:
+            number = "unsigned char" if self.types.get(name) is torch.bool else "real"
+            lines.append(f"{_INDENT}    {number} *const r_{name} = s_{name} + b * b_{name};")
+        return [*lines, *inner, f"{_INDENT}}}"]
+
+    def _products(self, calls: list[Node]) -> list[str]:
+        lines = []
+        for node in calls:
+            out = self.place[node].name
+            left, right = node.args[-2:]
+            source, start = self.order.resolve(left)
+            a, w = self._place_of(source), self._place_of(right)
+            assert a is not None
+            assert w is not None
+            keep = "0"
+            if node.target is aten.addmm.default:
+                keep = "1"
+                if node not in self.over:
+                    lines += self._copy(node.args[0], node)
+            first = f"s_{a.name} + {a.start + start}"
+            sizes = f"B, {width(node)}, {width(left)}"
+            lines.append(
+                f"{_INDENT}product(call, {sizes}, {first}, b_{a.name} > 0 ? b_{a.name} : {width(left)}, s_{w.name}, "
+                f"s_{out} + {self.place[node].start}, b_{out} > 0 ? b_{out} : {width(node)}, {keep});"
+            )
+        return lines
+
+    def _copy(self, source: Node, node: Node) -> list[str]:
+        value, start = self.order.resolve(source)
+        place, out = self._place_of(value), self.place[node]
+        assert place is not None
+        index = f"{place.start + start} + b * b_{place.name}" + (" + k" if width(source) > 1 else "")
+        return [
+            f"{_INDENT}for (int64_t b = 0; b < B; ++b)",
+            f"{_INDENT}    for (long k = 0; k < {width(node)}; ++k)",
+            f"{_INDENT}        s_{out.name}[{out.start} + b * b_{out.name} + k] = s_{place.name}[{index}];",
+        ]
+
+    def _name_results(self) -> None:
+        say, text = self.text.say, self.text
+        for j, place, following in self.places.delays:
+            first, second = (
+                (f"slab_{j}[1:]", f"slab_{j}[:-1]") if self.reverse else (f"state_{j}[:-1]", f"state_{j}[1:]")
+            )
+            say(f"v_{place.name} = {first}")
+            say(f"v_{following.name} = {second}")
+            if self.reverse:
+                say(f"start_{place.name} = slab_{j}[0]")
+        for node in sorted(self.outside, key=text.stages.order.__getitem__):
+            if node in self.places.next_of or node.op == "placeholder":
+                continue
+            if is_view(node):
+                say(f"v_{node.name} = {emit_aten_call.call_view(node, f'v_{node.args[0].name}', block=True)}")
+            elif f"block_{node.name}" in self.blocks.values():
+                say(f"v_{node.name} = block_{node.name}")
+            elif node in self.over:
+                say(f"v_{node.name} = v_{self.over[node].name}")
+            else:
+                place = self.place[node]
+                say(f"v_{node.name} = block_{place.name}[:, :, {place.start}:{place.start + width(node)}]")
