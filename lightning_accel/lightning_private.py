@@ -32,45 +32,6 @@ def averaged_modules(trainer: "pl.Trainer") -> list[nn.Module]:
     return [a.module if isinstance(a, AveragedModel) else a for a in averages if isinstance(a, nn.Module)]
 
 
-_REPEATED_HOOKS = (
-    "on_train_epoch_start",
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-    "on_train_epoch_end",
-    "on_validation_start",
-    "on_validation_epoch_start",
-    "on_validation_batch_start",
-    "on_validation_batch_end",
-    "on_validation_epoch_end",
-    "on_validation_end",
-)
-
-
-def skip_idle_hooks(callback: "pl.Callback", *done: str) -> None:
-    """Let Lightning pass over the hooks of every batch and epoch that do nothing: those nobody overrides, and ``done``.
-
-    Each call costs some microseconds for its profiler context, six of them a step and callback; a hook that is not
-    callable is left out. Hooks that a subclass overrides or that were set on the instance stay. `restore_hooks` takes
-    it back.
-    """
-    for name in _REPEATED_HOOKS:
-        hook = getattr(type(callback), name)
-        ours = name in done and hook.__module__.startswith("lightning_accel.")
-        if name not in vars(callback) and (ours or hook is getattr(pl.Callback, name)):
-            setattr(callback, name, None)
-
-
-def restore_hooks(callback: "pl.Callback") -> None:
-    """Make the hooks callable that `skip_idle_hooks` took away."""
-    for name in _REPEATED_HOOKS:
-        if name in vars(callback) and vars(callback)[name] is None:
-            delattr(callback, name)
-
-
 @contextlib.contextmanager
 def uncompiled(module: "pl.LightningModule") -> Iterator[Callable[[Any], Any] | None]:
     """Show a compiled LightningModule without its compiled methods; yield what compiles a function like them.

@@ -11,7 +11,6 @@ from typing_extensions import override
 from lightning_accel.callbacks.order import correct_order
 from lightning_accel.callbacks.projection.arguments import check_kinds, dimensions, rewind_source, words
 from lightning_accel.callbacks.projection.projected_training import Mode, ProjectedTraining, Timing, selection
-from lightning_accel.lightning_private import restore_hooks, skip_idle_hooks
 from lightning_accel.projection.budget import Ball, Scope
 from lightning_accel.projection.compiled import Compile
 from lightning_accel.projection.multilevel import Nonfinite
@@ -152,13 +151,11 @@ class MultilevelProjection(pl.Callback):
         if stage == "fit":
             self._run.refuse_strategies(trainer.strategy)
             correct_order(trainer)
-            skip_idle_hooks(self)
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Find the parameters and watch the optimizers."""
         self._run.start(trainer, pl_module)
-        skip_idle_hooks(self, *self._run.idle_hooks(trainer))
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -198,15 +195,9 @@ class MultilevelProjection(pl.Callback):
         self._run.at_end(trainer)
 
     @override
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Be ready for another run."""
-        restore_hooks(self)
-
-    @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Stop watching the optimizers."""
         self._run.stop()
-        restore_hooks(self)
 
     def on_structure_change(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
         """Find the parameters anew after layers were exchanged."""

@@ -152,14 +152,6 @@ class ProjectedTraining:
         empty: dict[str, Any] = {"projector": None, "_owned": {}, "_handles": [], "_averages": [], "_begun": set()}
         return self.__dict__ | empty
 
-    def idle_hooks(self, trainer: "pl.Trainer") -> list[str]:
-        """Name the callback's hooks that have nothing to do in this run, once it has begun."""
-        if trainer.scaler is not None:  # which skips steps
-            return []
-        on_cpu = self.projector is not None and all(t.view().device.type == "cpu" for t in self.projector.targets)
-        looks = self._waits or self.timing.every_n_epochs is not None or not on_cpu
-        return ["on_before_optimizer_step"] + ([] if looks else ["on_train_batch_end"])
-
     def refuse_strategies(self, strategy: object) -> None:
         """Refuse strategies that flatten or partition parameters out of their shapes."""
         found = _REFUSED & {kind.__name__ for kind in type(strategy).__mro__}

@@ -30,7 +30,7 @@ from lightning_accel.callbacks.rank_quantization.factoring import (
 )
 from lightning_accel.callbacks.rank_quantization.rank_choice import Choice
 from lightning_accel.callbacks.rank_quantization.rank_search import RankSearch
-from lightning_accel.lightning_private import averaged_modules, restore_hooks, skip_idle_hooks
+from lightning_accel.lightning_private import averaged_modules
 from lightning_accel.low_rank import RankPlan, default_cache_dir, low_rank_layers
 from lightning_accel.low_rank.rank_plan.plan import Method, Weighting
 
@@ -144,8 +144,6 @@ class RankQuantization(pl.Callback):
             self._settle(trainer, pl_module, names, "unmeasured, because the strategy can not switch layers")
             return
         hook.defer()
-        restore_hooks(self)
-        skip_idle_hooks(self)
         if self._outcome != "low rank" or not low_rank_layers(pl_module):  # else a second fit of what was replaced
             self._outcome, self._switch_epoch = None, None
 
@@ -192,13 +190,6 @@ class RankQuantization(pl.Callback):
         """Stop watching the step that could not be tried; nothing is left to do at any batch after the switch."""
         self.decision.step_ended()
         self._untried = ()
-        if self._outcome is not None:
-            skip_idle_hooks(self, "on_train_batch_start", "on_train_batch_end")
-
-    @override
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Be ready for another run."""
-        restore_hooks(self)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -214,7 +205,6 @@ class RankQuantization(pl.Callback):
             explain_failure(pl_module, self._untried, exception)
         self._untried = ()
         structure_hook(pl_module).release()
-        restore_hooks(self)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from lightning_accel.callbacks.recurrent.scheduled_layers import ScheduledLayers
-from lightning_accel.lightning_private import restore_hooks, skip_idle_hooks
 from lightning_accel.recurrent.schedule_choice import SCHEDULES
 
 _log = logging.getLogger(__name__)
@@ -63,7 +62,6 @@ class IntraStreamScheduling(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Attach the schedules; layers that were made late exist now."""
         self._leave()
-        skip_idle_hooks(self)
         self.report, self._seen_a_step = [], False
         self._layers = ScheduledLayers(
             pl_module,
@@ -137,4 +135,3 @@ class IntraStreamScheduling(Callback):
         if self._layers is not None:
             self._layers.remove()
             self._layers = None
-        restore_hooks(self)

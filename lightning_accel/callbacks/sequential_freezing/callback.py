@@ -13,7 +13,7 @@ from lightning_accel.callbacks.layer_exchange.recorded_inputs import RunningOrde
 from lightning_accel.callbacks.layer_exchange.structure import ChangesStructure, refuse_sharded, refuse_sharded_states
 from lightning_accel.callbacks.order import correct_order
 from lightning_accel.callbacks.sequential_freezing.factor_turns import FactorTurns
-from lightning_accel.lightning_private import callbacks_of, restore_hooks, skip_idle_hooks
+from lightning_accel.lightning_private import callbacks_of
 from lightning_accel.low_rank import AdaptiveFreezing, FreezingSchedule, low_rank_layers
 
 _log = logging.getLogger(__name__)
@@ -97,8 +97,6 @@ class SequentialFreezing(pl.Callback):
             return
         refuse_sharded(trainer.strategy, "SequentialFreezing")
         correct_order(trainer)
-        restore_hooks(self)
-        skip_idle_hooks(self)
         self.turns.frozen, self.turns.applied, self._aside = set(), None, False
 
     @override
@@ -159,18 +157,12 @@ class SequentialFreezing(pl.Callback):
         self.turns.thaw(pl_module)
 
     @override
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Be ready for another run."""
-        restore_hooks(self)
-
-    @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Leave the module as it was."""
         if self._order is not None:
             self._order.stop()
             self._order = None
         self.turns.thaw(pl_module)
-        restore_hooks(self)
 
     def on_structure_change(self, *_: Any) -> None:
         """Begin the phase anew with the new layers."""
@@ -201,7 +193,6 @@ class SequentialFreezing(pl.Callback):
         ]
         if "pending" not in states:
             self._aside = True
-            skip_idle_hooks(self, "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end")
             if trainer.is_global_zero:
                 _log.info("sequential freezing steps aside: RankQuantization left the model dense.")
         return False
