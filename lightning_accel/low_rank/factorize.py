@@ -125,7 +125,7 @@ def to_dense(layer: LowRankLayer) -> DenseLayer:
     example = layer.factor_in
     with torch.no_grad():
         factors = {name: _precise(getattr(layer, name)) for name in layer.factor_names}
-        weight = nn.Parameter(layer.product(factors).to(example.dtype))
+        weight = nn.Parameter(layer.product(factors).to(example.dtype).contiguous())  # an einsum leaves odd strides
     if isinstance(layer, LowRankLinear):
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=example.dtype)
     else:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_accel.async_sgd import PUSH_STAGES, Settings, SharedMemoryStore, Supervisor, Worker
-from lightning_accel.async_sgd.policy import replay
+from lightning_accel.async_sgd.policy.replay import replay
 
 UNITS = torch.arange(48).view(12, 4).tolist()
 SETTINGS = {"record_log": True, "lease_batches": 2, "staleness": "none"}

@@ -92,11 +92,11 @@ def test_loss_falls_and_metrics_are_logged(pair):
 
 def test_gan_draws_images_closer_to_the_digits():
     module, data = build("GAN", {}, "Digits", {})
-    run = trainer(max_epochs=20)
+    run = trainer(max_epochs=40)  # after 20 the two networks still chase each other: 0.46 to 0.91 of the first loss
     before = run.validate(module, data, verbose=False)[0]["val/loss"]
     run.fit(module, data)
     assert {"train/generator_loss", "train/discriminator_loss", "train/loss"} <= set(run.callback_metrics)
-    assert run.test(module, data, verbose=False)[0]["test/loss"] < 0.7 * before
+    assert run.test(module, data, verbose=False)[0]["test/loss"] < 0.5 * before
     assert all(parameter.requires_grad for parameter in module.parameters())
 
 

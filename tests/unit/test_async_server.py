@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_accel.async_sgd import LogEntry, Opening, ParameterServer, Push, Settings
-from lightning_accel.async_sgd.policy import replay
+from lightning_accel.async_sgd.policy.replay import replay
 from lightning_accel.async_sgd.policy.server import (
     ASSIGN,
     NO_UPDATE,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.machine_code import c_functions
 from lightning_accel.machine_code.c_functions import MachineCode
 from lightning_accel.machine_code.toolchain import CannotCompileError
 from lightning_accel.recurrent import (
@@ -14,10 +15,9 @@ from lightning_accel.recurrent import (
     PeepholeLSTMCell,
     Recurrent,
     ZoneoutLSTMCell,
-    choice,
-    executor,
-    machine_code,
+    schedule_choice,
 )
+from lightning_accel.recurrent.compiler import executor
 from lightning_accel.recurrent.scan import linear_scan
 
 F, H, T, B = 5, 20, 9, 3
@@ -136,11 +136,11 @@ def test_functions_at_their_ends():
 
 
 def test_nothing_is_compiled_where_it_does_not_pay(monkeypatch):
-    monkeypatch.setattr(choice, "_COMPILE_SECONDS", math.inf)
+    monkeypatch.setattr(schedule_choice, "_COMPILE_SECONDS", math.inf)
     rnn = Recurrent(PeepholeLSTMCell(F, H))
     rnn(torch.randn(T, B, F))[0].sum().backward()
     assert {key[0] for key in rnn.schedules[0]._made} == {"intra_stream", "scan"}
-    monkeypatch.setattr(choice, "_COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr(schedule_choice, "_COMPILE_SECONDS", 0.0)
     rnn.schedules[0].choices.clear()
     rnn.schedules[0].calls_left = 0
     rnn(torch.randn(T, B, F))
@@ -153,12 +153,12 @@ def test_nothing_is_compiled_where_it_does_not_pay(monkeypatch):
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    monkeypatch.setattr(machine_code, "find_compiler", lambda: None)
-    machine_code.refusal.cache_clear()
-    choice._say_once.cache_clear()
+    monkeypatch.setattr(c_functions, "find_compiler", lambda: None)
+    c_functions.refusal.cache_clear()
+    schedule_choice._say_once.cache_clear()
     yield
-    machine_code.refusal.cache_clear()
-    choice._say_once.cache_clear()
+    c_functions.refusal.cache_clear()
+    schedule_choice._say_once.cache_clear()
 
 
 @pytest.mark.usefixtures("no_compiler")

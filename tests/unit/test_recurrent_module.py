@@ -18,8 +18,8 @@ from lightning_accel.recurrent import (
     PeepholeLSTMCell,
     Recurrent,
     ZoneoutLSTMCell,
-    executor,
 )
+from lightning_accel.recurrent.compiler import executor
 
 F, H, T, B = 5, 4, 7, 3
 ZOO = [PeepholeLSTMCell, LayerNormLSTMCell, CoupledGateLSTMCell, FeedbackLSTMCell, OutputGRUCell, MinGRUCell]
