@@ -12,7 +12,7 @@ from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import compare_paired, time_interleaved
 from lightning_accel.projection import Shrunk, project_l1inf, radius_for_sparsity
 from lightning_accel.projection.shrink import shrink
-from lightning_accel.projection.targets import find_targets
+from lightning_accel.projection.training.targets import find_targets
 from lightning_accel.zoo.models.autoencoder import SupervisedAutoencoder
 from lightning_accel.zoo.models.mlp import MLP
 from lightning_accel.zoo.models.resnet import ResNet18

@@ -11,7 +11,7 @@ See README.md in this folder for the mathematics, what each method costs and how
 """
 
 from lightning_accel.projection.ball import L1InfBall, MultilevelBall
-from lightning_accel.projection.exact import ExactState
+from lightning_accel.projection.balls.exact import ExactState
 from lightning_accel.projection.multilevel import (
     project_l1,
     project_l1inf,

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.projection.layout import normalize_dims
+from lightning_accel.projection.balls.norm_pyramid import Level, check_levels
+from lightning_accel.projection.kernels.layout import normalize_dims
+from lightning_accel.projection.kernels.rounding import check_radius
 from lightning_accel.projection.multilevel import Method, project_l1inf, project_multilevel
-from lightning_accel.projection.pyramid import Level, check_levels
-from lightning_accel.projection.rounding import check_radius
 
 
 class MultilevelBall(nn.Module):

@@ -6,13 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.compiled import Compile, check_compile, compiling
-from lightning_accel.projection.exact import ExactState, project_exact
-from lightning_accel.projection.fresh_memory import empty_like_dense
-from lightning_accel.projection.joint import Team, cut, cut_alone
-from lightning_accel.projection.layout import normalize_dims
-from lightning_accel.projection.pyramid import Level, check_levels, pyramid
-from lightning_accel.projection.rounding import check_input, check_nonfinite, check_out, check_radius
+from lightning_accel.projection.balls.exact import ExactState, project_exact
+from lightning_accel.projection.balls.norm_pyramid import Level, check_levels, pyramid
+from lightning_accel.projection.balls.shared_radius import Team, cut, cut_alone
+from lightning_accel.projection.kernels.compiled import Compile, check_compile, compiling
+from lightning_accel.projection.kernels.huge_pages import empty_like_dense
+from lightning_accel.projection.kernels.layout import normalize_dims
+from lightning_accel.projection.kernels.rounding import check_input, check_nonfinite, check_out, check_radius
 
 Nonfinite = Literal["raise", "skip"]
 Method = Literal["bilevel", "exact"]
@@ -95,12 +95,10 @@ def project_l1inf(
         out: As in `project_multilevel`.
         nonfinite: As in `project_multilevel`.
         state: Of the exact method: where the last call for this tensor ended, to start from; it is updated.
-        compile: Let `torch.compile` make the passes over memory, which costs about 6 s once: ``True`` from now on,
-            ``"auto"`` once large tensors have been projected so often that it pays, and only passes whose results
-            stay the same bit for bit (bi-level: all of them; exact: the last), ``False`` never. With ``True`` bi-level
-            projections of up to 64 MiB are one call, and exact ones have passes of their own, compiled for some 5 s a
-            shape; results are the same to a unit in the last place of the largest entry (bi-level in float64: to
-            1e-12 of it). Where there is no compiler, warn once and go on without.
+        compile: Let `torch.compile` make the passes over memory whose results stay the same bit for bit (bi-level: all
+            of them; exact: the last), which costs about 6 s once: ``True`` from now on, ``"auto"`` once large tensors
+            have been projected so often that it pays, ``False`` never. Where there is no compiler, warn once and go
+            on without.
 
     Returns:
         As `project_multilevel`.

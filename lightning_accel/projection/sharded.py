@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from lightning_accel.projection.pyramid import Pyramid
-from lightning_accel.projection.rounding import round_bound
+from lightning_accel.projection.balls.norm_pyramid import Pyramid
+from lightning_accel.projection.kernels.rounding import round_bound
 
 
 class ShardedMaxPyramid:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.kernels import group_norms
-from lightning_accel.projection.layout import Blocks, normalize_dims
-from lightning_accel.projection.newton import Newton
-from lightning_accel.projection.pyramid import check_levels, pyramid
-from lightning_accel.projection.rounding import check_input, require_finite
+from lightning_accel.projection.balls.newton import Newton
+from lightning_accel.projection.balls.norm_pyramid import check_levels, pyramid
+from lightning_accel.projection.kernels.eager import group_norms
+from lightning_accel.projection.kernels.layout import Blocks, normalize_dims
+from lightning_accel.projection.kernels.rounding import check_input, require_finite
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ import torch.multiprocessing
 from projection_sharded_fits import CASES, leave, train, train_shards, whole
 from torch import nn
 
-from lightning_accel.projection.budget import Ball
-from lightning_accel.projection.projector import Projector
 from lightning_accel.projection.sharded import check_placements
-from lightning_accel.projection.targets import find_targets
+from lightning_accel.projection.training.ball_specification import Ball
+from lightning_accel.projection.training.projector import Projector
+from lightning_accel.projection.training.targets import find_targets
 
 BALLS = [
     Ball(radius=0.5),

@@ -14,7 +14,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.profilers import SimpleProfiler
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -186,27 +185,6 @@ def test_projections_equal_global_step_when_amp_skips_steps(kind, optimization, 
     assert trainer.global_step == (12 if optimization == "automatic" else 18)
     if optimization == "automatic":
         assert kept == [True, True]
-
-
-@pytest.mark.parametrize(
-    ("settings", "scales", "called"),
-    [
-        ({}, False, set()),
-        ({"every_n_epochs": 1}, False, {"on_train_batch_end"}),
-        ({}, True, {"on_train_batch_end", "on_before_optimizer_step"}),
-    ],
-)
-@BOTH
-def test_lightning_calls_a_hook_a_batch_only_where_it_has_something_to_do(kind, settings, scales, called):
-    callback, profiler = kind(1.0, **settings), SimpleProfiler()
-    plugins = [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))] if scales else []
-    trainer = fit(Net(), callback, plugins=plugins, profiler=profiler)
-    head = f"[Callback]{callback.state_key}."
-    often = {name for name, seconds in profiler.recorded_durations.items() if head in name and len(seconds) > 2}
-    assert {name.removeprefix(head) for name in often} == called
-    assert callback.projections == (0 if "every_n_epochs" in settings else trainer.global_step)
-    assert callable(callback.on_train_batch_end)
-    assert callable(callback.on_before_optimizer_step)
 
 
 BALLS = {

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from lightning_accel.projection import ExactState, project_l1inf, radius_for_sparsity
-from lightning_accel.projection.budget import Ball
-from lightning_accel.projection.exact import project_exact
-from lightning_accel.projection.projector import Projector
+from lightning_accel.projection.balls.exact import project_exact
 from lightning_accel.projection.sparsity import gap_middle
-from lightning_accel.projection.targets import find_targets
+from lightning_accel.projection.training.ball_specification import Ball
+from lightning_accel.projection.training.projector import Projector
+from lightning_accel.projection.training.targets import find_targets
 
 
 def made(*shape, seed=0, dtype=torch.float32):

@@ -18,10 +18,10 @@ from lightning_accel.projection import (
     project_multilevel,
     radius_for_sparsity,
 )
-from lightning_accel.projection.budget import Ball
-from lightning_accel.projection.projector import Projector
-from lightning_accel.projection.targets import find_targets
-from lightning_accel.projection.thresholds import SORT_UP_TO, l1_thresholds, simplex_threshold, threshold_near
+from lightning_accel.projection.balls.l1_thresholds import SORT_UP_TO, l1_thresholds, simplex_threshold, threshold_near
+from lightning_accel.projection.training.ball_specification import Ball
+from lightning_accel.projection.training.projector import Projector
+from lightning_accel.projection.training.targets import find_targets
 
 METHODS = ("bilevel", "exact")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -11,10 +11,10 @@ from torch import nn
 
 from lightning_accel.callbacks import GroupSparsity, L1InfProjection, MultilevelProjection
 from lightning_accel.projection import project_l1inf
-from lightning_accel.projection.budget import Ball
-from lightning_accel.projection.projector import Projector
-from lightning_accel.projection.ramp import Ramp
-from lightning_accel.projection.targets import find_targets
+from lightning_accel.projection.training.ball_specification import Ball
+from lightning_accel.projection.training.projector import Projector
+from lightning_accel.projection.training.ramp import Ramp
+from lightning_accel.projection.training.targets import find_targets
 
 
 class Model(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_accel.projection.layout import normalize_dims
+from lightning_accel.projection.kernels.layout import normalize_dims
 
 
 class GroupSparsity(Metric):

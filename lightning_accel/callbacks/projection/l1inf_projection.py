@@ -11,10 +11,10 @@ from typing_extensions import override
 from lightning_accel.callbacks.order import correct_order
 from lightning_accel.callbacks.projection.arguments import check_kinds, dimensions, rewind_source, words
 from lightning_accel.callbacks.projection.projected_training import Mode, ProjectedTraining, Timing, selection
-from lightning_accel.projection.budget import Ball, Scope
-from lightning_accel.projection.compiled import Compile
+from lightning_accel.projection.kernels.compiled import Compile
 from lightning_accel.projection.multilevel import Method, Nonfinite
-from lightning_accel.projection.ramp import Curve, Ramp
+from lightning_accel.projection.training.ball_specification import Ball, Scope
+from lightning_accel.projection.training.ramp import Curve, Ramp
 
 
 class L1InfProjection(pl.Callback):

@@ -11,10 +11,10 @@ from typing_extensions import override
 from lightning_accel.callbacks.order import correct_order
 from lightning_accel.callbacks.projection.arguments import check_kinds, dimensions, rewind_source, words
 from lightning_accel.callbacks.projection.projected_training import Mode, ProjectedTraining, Timing, selection
-from lightning_accel.projection.budget import Ball, Scope
-from lightning_accel.projection.compiled import Compile
+from lightning_accel.projection.kernels.compiled import Compile
 from lightning_accel.projection.multilevel import Nonfinite
-from lightning_accel.projection.ramp import Curve, Ramp
+from lightning_accel.projection.training.ball_specification import Ball, Scope
+from lightning_accel.projection.training.ramp import Curve, Ramp
 
 
 class MultilevelProjection(pl.Callback):
@@ -54,9 +54,7 @@ class MultilevelProjection(pl.Callback):
         freeze_zero_groups: Never let a cleared group come back. What the first projection clears is then gone for good:
             give a ``schedule`` or a ``start_step`` with it, else the initial weights choose the groups.
         nonfinite: ``"raise"`` or ``"skip"`` where a parameter holds NaN or infinity.
-        compile: As in `lightning_accel.projection.project_l1inf`. ``True`` also makes the whole projection of a small
-            float32, float64 or bfloat16 matrix one call, for a ball of a given radius; its results are those of other
-            values to a unit in the last place (float64: to 1e-12 of the largest entry).
+        compile: As in `lightning_accel.projection.project_l1inf`.
 
     Attributes:
         projections: Optimizer steps that were followed by a projection; equals ``trainer.global_step`` where all

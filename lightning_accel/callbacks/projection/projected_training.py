@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from lightning_accel.callbacks.projection.group_sparsity import GroupSparsity
 from lightning_accel.callbacks.projection.nothing_found import nothing_found
 from lightning_accel.lightning_private import averaged_modules, callbacks_of, load_checkpoint_file
-from lightning_accel.projection.budget import Ball
-from lightning_accel.projection.compiled import Compile, check_compile
-from lightning_accel.projection.projector import Projector
-from lightning_accel.projection.ramp import Ramp
+from lightning_accel.projection.kernels.compiled import Compile, check_compile
 from lightning_accel.projection.sharded import alike, gather
-from lightning_accel.projection.targets import NAMED_GROUPS, Target, find_targets
+from lightning_accel.projection.training.ball_specification import Ball
+from lightning_accel.projection.training.projector import Projector
+from lightning_accel.projection.training.ramp import Ramp
+from lightning_accel.projection.training.targets import NAMED_GROUPS, Target, find_targets
 
 _log = logging.getLogger(__name__)
 _REFUSED = {"FSDPStrategy", "DeepSpeedStrategy"}
@@ -31,7 +31,7 @@ Mode = Literal["project", "project_then_retrain"]
 
 @dataclass(frozen=True)
 class Selection:
-    """Which parameters; the arguments of `lightning_accel.projection.targets.find_targets`."""
+    """Which parameters; the arguments of `lightning_accel.projection.training.targets.find_targets`."""
 
     parameters: tuple[str, ...]
     module_types: tuple[str, ...] | None

@@ -13,7 +13,7 @@ from lightning_accel.cli.errors import UsageError
 from lightning_accel.measure import compare_paired, time_interleaved
 from lightning_accel.projection import Shrunk
 from lightning_accel.projection.shrink import shrink
-from lightning_accel.projection.targets import find_targets
+from lightning_accel.projection.training.targets import find_targets
 
 ZERO_GROUPS = (None, "remove", "keep")
 _ROUNDS = 15  # timed forward passes of each model

@@ -13,10 +13,10 @@ from lightning_accel.callbacks.projection.projected_training import Timing
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.plan import Scene
 from lightning_accel.measure import time_interleaved, undisturbed
-from lightning_accel.projection.budget import Ball
-from lightning_accel.projection.projector import Projector
-from lightning_accel.projection.pyramid import check_levels, fibre_norms, pyramid
-from lightning_accel.projection.targets import Target
+from lightning_accel.projection.balls.norm_pyramid import check_levels, fibre_norms, pyramid
+from lightning_accel.projection.training.ball_specification import Ball
+from lightning_accel.projection.training.projector import Projector
+from lightning_accel.projection.training.targets import Target
 
 _ROUNDS = 7  # timed projections, after one that is not
 

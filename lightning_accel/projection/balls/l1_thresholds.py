@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.rounding import EPSILON, inner_radius
+from lightning_accel.projection.kernels.rounding import EPSILON, inner_radius
 
 SORT_UP_TO = 5_000  # groups; above, dropping what cannot survive is quicker than sorting
 _EVALUATIONS = 12  # near a good start three are enough
@@ -122,7 +122,7 @@ def threshold_near(norms: Tensor, radius: float, terms: int, start: float) -> tu
     if radius < start:
         return None
     target = inner_radius(radius, terms)
-    slack = slack_of(target, len(norms))
+    slack = 8.0 * EPSILON * len(norms) * target  # more than rounding may add to the sum
     tau = start
     for _ in range(_EVALUATIONS):
         kept = torch.nn.functional.softshrink(norms, tau)
@@ -136,11 +136,6 @@ def threshold_near(norms: Tensor, radius: float, terms: int, start: float) -> tu
         if not 0.0 < tau <= radius:
             return None
     return None
-
-
-def slack_of(target: float, count: int) -> float:
-    """Return more than rounding may add to a sum of ``count`` norms that is near ``target``."""
-    return 8.0 * EPSILON * count * target
 
 
 def simplex_threshold(values: Tensor, total: Tensor) -> Tensor:

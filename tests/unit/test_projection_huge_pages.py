@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_accel.projection import fresh_memory, project_l1inf
-from lightning_accel.projection.fresh_memory import empty_like_dense
+from lightning_accel.projection import project_l1inf
+from lightning_accel.projection.kernels import huge_pages
+from lightning_accel.projection.kernels.huge_pages import empty_like_dense
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such memory")
@@ -19,9 +20,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems have n
 @pytest.fixture(autouse=True)
 def nothing_idle():
     gc.collect()
-    fresh_memory._idle.clear()
+    huge_pages._idle.clear()
     yield
-    fresh_memory._idle.clear()
+    huge_pages._idle.clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,13 +47,13 @@ def test_a_dropped_result_lends_its_memory_to_the_next():
     place = y.data_ptr()
     row = y[7]
     del y
-    assert not fresh_memory._idle  # the view still needs it
+    assert not huge_pages._idle  # the view still needs it
     expected = row.clone()
     z = project_l1inf(x, 5.0)
     assert z.data_ptr() != place
     assert torch.equal(row, expected)
     del row
-    assert len(fresh_memory._idle) == 1
+    assert len(huge_pages._idle) == 1
     again = project_l1inf(x, 5.0)
     assert again.data_ptr() == place
     assert torch.equal(again, z)
@@ -64,9 +65,9 @@ def test_at_most_one_block_waits_and_another_size_frees_it():
     results = [empty_like_dense(x) for _ in range(3)]
     assert len({r.data_ptr() for r in results}) == 3
     results.clear()
-    assert len(fresh_memory._idle) == 1
+    assert len(huge_pages._idle) == 1
     larger = empty_like_dense(torch.empty(2_000, 2_001)).fill_(1.0)
-    assert not fresh_memory._idle
+    assert not huge_pages._idle
     assert larger.sum() == larger.numel()
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.cuts import Cut
-from lightning_accel.projection.kernels import clamp, group_norms, quick_group_norms
-from lightning_accel.projection.layout import Blocks
-from lightning_accel.projection.newton import Newton, joined
-from lightning_accel.projection.rounding import inner_radius, require_finite, round_bound
+from lightning_accel.projection.balls.newton import Newton, joined
+from lightning_accel.projection.balls.outcome import Cut
+from lightning_accel.projection.kernels.eager import clamp, group_norms, quick_group_norms
+from lightning_accel.projection.kernels.layout import Blocks
+from lightning_accel.projection.kernels.rounding import inner_radius, require_finite, round_bound
 
 
 @dataclass
@@ -91,7 +91,7 @@ def project_exact(
         if unchanged and bool(torch.isinf(bound).all()):
             block.leave()
         else:
-            clamp(block.source, round_bound(bound, block.source.dtype), block.target, one_shape=True)
+            clamp(block.source, round_bound(bound, block.source.dtype), block.target)
             block.finish()
     return Cut(norm, theta, pieces)
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.cuts import Cut, LoneCut
-from lightning_accel.projection.pyramid import MaxPyramid, Norm, Pyramid, fibre_norms, project_fibres
-from lightning_accel.projection.rounding import inner_radius, require_finite
-from lightning_accel.projection.thresholds import Thresholds, l1_thresholds, single_threshold, threshold_near
+from lightning_accel.projection.balls.l1_thresholds import Thresholds, l1_thresholds, single_threshold, threshold_near
+from lightning_accel.projection.balls.norm_pyramid import Norm, Pyramid, fibre_norms, project_fibres
+from lightning_accel.projection.balls.outcome import Cut, LoneCut
+from lightning_accel.projection.kernels.rounding import inner_radius, require_finite
 
 _LARGE = 1e-20
 
@@ -77,17 +77,11 @@ def cut_alone(
     start: float = 0.0,
     nonfinite: str = "raise",
     name: str = "x",
-    at_once: bool = True,
 ) -> LoneCut:
     """Do what `cut` does for a single tensor on CPU and the outermost norm l1, in as few small operations as possible.
 
     ``radius`` may be what gives it for the norms of the groups. ``start`` is the tau of a similar tensor, or 0.
-    ``at_once`` allows one compiled call.
     """
-    if at_once and isinstance(part, MaxPyramid) and not callable(radius):
-        found = part.at_once(radius, start)
-        if found is not None:
-            return found
     tops = part.tops()
     if callable(radius):
         radius = radius(tops)

@@ -1,19 +1,15 @@
 """Pyramids of norms: up by reducing, down by projecting every fibre onto the ball that the level above left for it."""
 
-import functools
 from collections.abc import Sequence
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_accel.projection import compiled
-from lightning_accel.projection.cuts import LoneCut
-from lightning_accel.projection.kernels import clamp, group_max, small_matrices
-from lightning_accel.projection.layout import Blocks, normalize_dims
-from lightning_accel.projection.one_call import OneCall
-from lightning_accel.projection.rounding import round_bound, round_toward_zero
-from lightning_accel.projection.thresholds import l1_thresholds
+from lightning_accel.projection.balls.l1_thresholds import l1_thresholds
+from lightning_accel.projection.kernels.eager import clamp, group_max, small_matrices
+from lightning_accel.projection.kernels.layout import Blocks, normalize_dims
+from lightning_accel.projection.kernels.rounding import round_bound, round_toward_zero
 
 Norm = Literal["l1", "l2", "linf"]
 Level = tuple[Norm, tuple[int, ...]]
@@ -86,19 +82,6 @@ class MaxPyramid:
         self.blocks = Blocks.of(x, group_dims, out)
         matrices = small_matrices(self.blocks.source, self.blocks.target)
         self.small = None if matrices is None else (*matrices, torch.zeros((), dtype=x.dtype))
-
-    @functools.cached_property
-    def one_call(self) -> OneCall | None:
-        """What projects onto the l1,inf ball in one compiled call, where there can be such."""
-        return OneCall.of(self.blocks.source, self.blocks.target)
-
-    def at_once(self, radius: float, start: float) -> LoneCut | None:
-        """Project onto the l1,inf ball in one compiled call, where that is possible and wanted."""
-        call = self.one_call if compiled.wanted() else None
-        if call is None or not call(radius, start):
-            return None
-        self.blocks.finish()
-        return LoneCut(call.tops, call.tau)
 
     def tops(self) -> Tensor:
         """Return the largest magnitudes."""

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -27,16 +26,13 @@ class LoneCut(NamedTuple):
     Attributes:
         tops: float64 ``(groups,)``, norms of the groups before.
         tau: Taken off each of them; 0 where nothing was done.
-        left: float64 ``(groups,)``, what is left of each; ``None`` where it is no more than ``tau`` less.
+        left: float64 ``(groups,)``, what is left of each; infinite where a group was left alone.
     """
 
     tops: Tensor
     tau: float
-    left: Tensor | None = None
+    left: Tensor
 
     def cut(self) -> Cut:
         """Return the same as a `Cut`."""
-        tops, bounds = self.tops, self.left
-        if bounds is None:
-            bounds = (tops - self.tau).clamp_min(0.0) if self.tau > 0.0 else torch.full_like(tops, torch.inf)
-        return Cut(tops.sum(), tops.new_full((), self.tau), [bounds])
+        return Cut(self.tops.sum(), self.tops.new_full((), self.tau), [self.left])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lightning_accel.projection.layout import normalize_dims
+from lightning_accel.projection.kernels.layout import normalize_dims
 
 NAMED_GROUPS = ("rows", "columns", "heads")
 DEFAULT_MODULE_TYPES = ("Linear", "Conv1d", "Conv2d", "Conv3d")

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_accel.projection.balls.norm_pyramid import Norm, check_levels
+from lightning_accel.projection.kernels.rounding import check_nonfinite, check_radius
 from lightning_accel.projection.multilevel import Method, Nonfinite
-from lightning_accel.projection.pyramid import Norm, check_levels
-from lightning_accel.projection.rounding import check_nonfinite, check_radius
 from lightning_accel.projection.sparsity import check_sparsity
 
 Scope = Literal["parameter", "global"]

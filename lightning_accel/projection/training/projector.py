@@ -10,21 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_accel.projection import compiled
-from lightning_accel.projection.again import Again, Place, place_of, project_again
-from lightning_accel.projection.budget import Ball
-from lightning_accel.projection.compiled import Compile, compiling
-from lightning_accel.projection.cuts import Cut, LoneCut
-from lightning_accel.projection.exact import ExactState, project_exact
-from lightning_accel.projection.joint import Team, cut, cut_alone
-from lightning_accel.projection.memory import Memory
-from lightning_accel.projection.one_call import OneCall
-from lightning_accel.projection.pyramid import MaxPyramid, Pyramid, check_levels, fibre_norms, pyramid
-from lightning_accel.projection.ramp import Ramp
-from lightning_accel.projection.rounding import require_finite
+from lightning_accel.projection.balls.exact import ExactState, project_exact
+from lightning_accel.projection.balls.norm_pyramid import MaxPyramid, Pyramid, check_levels, fibre_norms, pyramid
+from lightning_accel.projection.balls.outcome import Cut, LoneCut
+from lightning_accel.projection.balls.shared_radius import Team, cut, cut_alone
+from lightning_accel.projection.kernels.compiled import Compile, compiling
+from lightning_accel.projection.kernels.rounding import require_finite
 from lightning_accel.projection.sharded import GatheredPyramid, ShardedMaxPyramid, alike, gather, scatter
 from lightning_accel.projection.sparsity import bilevel_radius, gap_middle
-from lightning_accel.projection.targets import Target
+from lightning_accel.projection.training.ball_specification import Ball
+from lightning_accel.projection.training.parameter_state import Memory
+from lightning_accel.projection.training.ramp import Ramp
+from lightning_accel.projection.training.targets import Target
+
+Place = tuple[int, torch.Size, tuple[int, ...]]
 
 _ALL = "all parameters"
 
@@ -52,8 +51,7 @@ class Projector:
     memories: dict[str, Memory] = field(default_factory=dict)
     unchecked: list[Tensor] = field(default_factory=list)
     _layouts: dict[str, tuple[nn.Parameter, Place, MaxPyramid]] = field(default_factory=dict, repr=False)
-    _last: dict[str, Cut | LoneCut | OneCall] = field(default_factory=dict, repr=False)
-    _again: Again | None = field(default=None, repr=False)
+    _last: dict[str, Cut | LoneCut] = field(default_factory=dict, repr=False)
 
     @property
     def last(self) -> dict[str, Cut]:
@@ -80,20 +78,13 @@ class Projector:
                 instead, so that steps need not wait.
         """
         asked = self.targets if targets is None else targets
-        again = self._again
-        if again is not None:
-            if project_again(again, asked, step):
-                return
-            self._again = None
         part = self.ramp.at(step)
         chosen = self.targets if self.ball.scope == "global" else asked
         if part == 0.0 or not chosen:
             return
         with compiling(self.compile):
-            if len(chosen) != 1 or not self._project_alone(chosen[0], part, at_once=again is None):
+            if len(chosen) != 1 or not self._project_alone(chosen[0], part):
                 self._project_together(chosen, part)
-            elif part == 1.0:
-                self._again = self._repeat(chosen[0], asked, step)
 
     @torch.no_grad()
     def _project_together(self, chosen: Sequence[Target], part: float) -> None:
@@ -121,12 +112,8 @@ class Projector:
                     memory = self.memory(target)
                     memory.dead = bounds == 0.0 if memory.dead is None else memory.dead | (bounds == 0.0)
 
-    def _project_alone(self, target: Target, part: float, *, at_once: bool) -> bool:
-        """Take the short way where one plain parameter on CPU is all there is to project; say whether it was.
-
-        ``at_once`` allows one compiled call, where there is somewhere to start. All of it works on the data of the
-        parameter, so it needs not tell autograd.
-        """
+    def _project_alone(self, target: Target, part: float) -> bool:
+        """Take the short way where one plain parameter on CPU is all there is to project; say whether it was."""
         ball = self.ball
         if self.freeze_zero_groups or ball.method == "exact" or ball.norms[0] != "l1":
             return False
@@ -144,23 +131,9 @@ class Projector:
             size = self._size([target], part)
         else:
             size = functools.partial(_sparse_radius, sparsity=ball.target_sparsity * part)
-        at_once = at_once and (memory.tau > 0.0 or target.name in self._last)
-        found = cut_alone(whole, size, start=memory.tau, nonfinite=ball.nonfinite, name=target.name, at_once=at_once)
+        found = cut_alone(whole, size, start=memory.tau, nonfinite=ball.nonfinite, name=target.name)
         self._last[target.name], memory.tau = found, found.tau
         return True
-
-    def _repeat(self, target: Target, asked: Sequence[Target], step: int) -> Again | None:
-        """Return what does the same again, if it was one compiled call."""
-        known = self._known_layout(target)
-        if known is None or self.ball.target_sparsity is not None or not compiled.wanted():
-            return None
-        parameter, place, _ = self._layouts[target.name]
-        call, parameters = known.one_call, target.module._parameters
-        if call is None or not call.tau >= 0.0:  # NaN: it has not been called, or could not do it
-            return None
-        self._last[target.name] = call
-        memory = self.memory(target)
-        return Again(asked, step, parameters, target.leaf, parameter, *place, call, *call.parts(), memory)
 
     @torch.no_grad()
     def hold(self, targets: Sequence[Target] | None = None) -> None:
@@ -227,7 +200,6 @@ class Projector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where `state_dict` was called."""
         devices = {t.name: t.view().device for t in self.targets}
-        self._again = None
         self.memories = {name: Memory.of(saved, devices.get(name)) for name, saved in state.items()}
 
     def _pyramid(self, x: Tensor, target: Target) -> Pyramid:
@@ -238,7 +210,7 @@ class Projector:
         built = self._build(x, target)
         parameter = target.parameter
         if parameter is not None and isinstance(built, MaxPyramid) and built.blocks.copied_dims is None:
-            self._layouts[target.name] = parameter, place_of(parameter), built
+            self._layouts[target.name] = parameter, _place_of(parameter), built
         return built
 
     def _known_layout(self, target: Target) -> MaxPyramid | None:
@@ -247,7 +219,7 @@ class Projector:
         if known is None:
             return None
         parameter, place, layout = known
-        if target.module._parameters.get(target.leaf) is not parameter or place_of(parameter) != place:
+        if target.module._parameters.get(target.leaf) is not parameter or _place_of(parameter) != place:
             return None
         return layout
 
@@ -299,3 +271,8 @@ class Projector:
 
 def _sparse_radius(norms: Tensor, sparsity: float) -> float:
     return float(bilevel_radius(norms, sparsity))
+
+
+def _place_of(x: Tensor) -> Place:
+    """Return what stays the same as long as a tensor's layout is good."""
+    return x.data_ptr(), x.shape, x.stride()

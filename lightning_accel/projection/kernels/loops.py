@@ -51,28 +51,3 @@ def clamp_pairs(bits: Tensor, level: Tensor, sign: Tensor) -> Tensor:
 def clamp_pairs_to(bits: Tensor, level: Tensor, sign: Tensor, target: Tensor) -> Tensor:
     """Write what `clamp_pairs` writes to ``target``."""
     return target.copy_(_clamped_pairs(bits, level, sign))
-
-
-def norms_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest magnitude and the l1 norm of each row."""
-    magnitude = rows.abs()
-    return magnitude.amax(1), magnitude.sum(1)
-
-
-def norms_of_columns(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same of each column of ``(blocks, height, columns)``."""
-    magnitude = blocks.abs()
-    return magnitude.amax(1).amax(0), magnitude.sum(1).sum(0, dtype=torch.float64)
-
-
-def excess_of_rows(rows: Tensor, chosen: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sums above ``level``, and counts, of chosen rows."""
-    above = (rows.index_select(0, chosen).abs() - level.unsqueeze(1)).clamp_min(0.0)
-    return above.sum(1), (above > 0.0).to(rows.dtype).sum(1)
-
-
-def excess_of_columns(blocks: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same of all columns of ``(blocks, height, columns)``."""
-    above = (blocks.abs() - level).clamp_min(0.0)
-    count = (above > 0.0).to(blocks.dtype)
-    return above.sum(1).sum(0, dtype=torch.float64), count.sum(1).sum(0, dtype=torch.float64)

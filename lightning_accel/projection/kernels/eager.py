@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_accel.projection import compiled
+from lightning_accel.projection.kernels import compiled
 
 _CHUNK = 1 << 17  # entries a thread works on at once with a copy beside them: 512 KiB of float32
 _BARE = 1 << 18  # the same without a copy
@@ -71,10 +71,6 @@ def quick_group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.device.type != "cpu":
         magnitude = x.abs()
         return magnitude.amax((0, 2)).double(), magnitude.sum((0, 2), dtype=torch.float64)
-    found = compiled.norms(x)
-    if found is not None:
-        most, total = found
-        return most.view(groups, -1).amax(1).double(), total.view(groups, -1).sum(1, dtype=torch.float64)
     if before == 1:
         magnitudes = (_wide(x[0, rows]).abs() for rows in _slices(groups, after, _SUMMED))
         pairs = [(m.amax(1), m.sum(1)) for m in magnitudes]
@@ -121,9 +117,6 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
         above = few.to(wide).abs_().sub_(level.unsqueeze(1)).clamp_min_(0.0)
         return above.sum(1, dtype=torch.float64), above.sign_().sum(1).double()
     if before == 1:
-        found = compiled.excess(x, groups, level)
-        if found is not None:
-            return found[0].double(), found[1].double()
         sums, counts = [], []
         for rows in _slices(len(groups), after, _SUMMED):
             above = x[0].index_select(0, groups[rows]).to(wide).abs_().sub_(level[rows].unsqueeze(1)).clamp_min_(0.0)
@@ -135,10 +128,6 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
         level = torch.full((total_groups,), torch.inf, dtype=wide).index_copy_(0, groups, level)
     width = len(level) * after
     level = level.repeat_interleave(after)
-    found = compiled.excess(x, None, level) if every else None
-    if found is not None:
-        total, count = (t.view(-1, after).sum(1, dtype=torch.float64)[groups] for t in found)
-        return total, count
     total, count = torch.zeros(2, width, dtype=torch.float64).unbind()
     slices = list(_slices(before, width, _BARE))
     scratch = torch.empty_like(x[slices[0]]) if every and wide == x.dtype else None
@@ -154,17 +143,16 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
     return (total[groups], count[groups]) if every else (total, count)
 
 
-def clamp(source: Tensor, bounds: Tensor, target: Tensor, *, one_shape: bool = False) -> None:
+def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> None:
     """Write ``source`` clamped to plus and minus ``bounds`` to ``target``; entries within stay bit for bit.
 
     Args:
         source: ``(before, groups, after)``.
         bounds: ``(groups,)`` in the type of ``source``, >= 0; infinite leaves a group alone.
         target: As ``source``, or ``source`` itself.
-        one_shape: As in `compiled.clamp`.
     """
     before, groups, after = source.shape
-    if compiled.clamp(source, bounds, target, one_shape=one_shape):
+    if compiled.clamp(source, bounds, target):
         return
     few = after == 1 and before > 1 and source.numel() <= _FLAT and source.dtype not in _HALVES
     if few or source.device.type != "cpu":

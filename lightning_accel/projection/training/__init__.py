@@ -1,0 +1,1 @@
+"""What a training needs beside the functions: which parameters, which ball, how much of it at which step."""
