@@ -41,7 +41,14 @@ class Settings:
         validate: ``coordinator``: the others train on while the coordinator validates; ``pause``: they wait.
         compression: Of pushes, with error feedback.
         max_restarts: How often a worker that died is started again, each, >= 0.
-        heartbeat_seconds: Silence after which a worker's leases go to others, > 0.
+        heartbeat_seconds: Silence after which a worker whose process is stopped is ended and its leases go to others,
+            > 0. One that is silent because a call into C holds the interpreter is not stopped, see ``stall_seconds``.
+        straggler_grace: Seconds that the end of an epoch waits for batches which other workers still hold, >= 0; then
+            the coordinator takes them over one by one, and what their holders push for them is refused. The same after
+            the end of training, for workers that still train.
+        stall_seconds: Time without progress after which a worker in the middle of a batch (loading one, or in its
+            step) is ended and replaced, > 0. None: twenty times its longest step or load so far and at least 30 s, ten
+            times that while its process computes, and no limit before its first step.
         record_log: Whether the server keeps the log that `replay` needs.
 
     Raises:
@@ -65,7 +72,9 @@ class Settings:
     validate: Validate = "coordinator"
     compression: Compression = field(default_factory=Compression)
     max_restarts: int = 3
-    heartbeat_seconds: float = 10.0
+    heartbeat_seconds: float = 30.0
+    straggler_grace: float = 5.0
+    stall_seconds: float | None = None
     record_log: bool = False
 
     def __post_init__(self) -> None:
@@ -77,6 +86,8 @@ class Settings:
             raise ValueError(f"`max_staleness` must be >= 0 or None for no bound, got {self.max_staleness}.")
         if self.heartbeat_seconds <= 0.0:
             raise ValueError(f"`heartbeat_seconds` must be > 0, got {self.heartbeat_seconds}.")
+        if self.stall_seconds is not None and self.stall_seconds <= 0.0:
+            raise ValueError(f"`stall_seconds` must be > 0, or None for a measured limit, got {self.stall_seconds}.")
         if not 0.0 <= self.outer_momentum < 1.0:
             raise ValueError(f"`outer_momentum` must be in [0, 1), got {self.outer_momentum}.")
         for name, choices in _CHOICES.items():
@@ -101,6 +112,7 @@ _LEAST: dict[str, float] = {
     "cooldown_steps": 0,
     "lease_batches": 1,
     "max_restarts": 0,
+    "straggler_grace": 0.0,
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "staleness": STALENESS_RULES,

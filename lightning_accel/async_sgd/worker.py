@@ -1,6 +1,7 @@
 """The optimizer steps of one worker: what is pushed and pulled, and when."""
 
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import MethodType
@@ -10,14 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_accel.async_sgd.optimizer_steps import (
+    Closure,
+    places_in,
+    post_hooks,
+    pushing_step,
+    refuse_unsupported,
+    with_hooks,
+)
 from lightning_accel.async_sgd.policy.leases import LeaseId
 from lightning_accel.async_sgd.policy.server import ASSIGN, NO_UPDATE, OUTER, OVERWRITE
 from lightning_accel.async_sgd.policy.stepping import get_groups
 from lightning_accel.async_sgd.recompute import Recomputation
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.store import Membership, Opening, ParameterStore, Snapshot
-
-Closure = Callable[[], Any]
 
 
 class Worker:
@@ -78,7 +85,7 @@ class Worker:
         self.parameters, self.buffers = parameters, buffers
         self._tensors: list[nn.Parameter] = list(parameters.values())
         places = {id(p): i for i, p in enumerate(self._tensors)}
-        self._owned = [_places_of(optimizer, places) for optimizer in self.optimizers]
+        self._owned = [places_in(optimizer, places) for optimizer in self.optimizers]
         self._sums: list[dict[int, Tensor]] = [{} for _ in self.optimizers]
         self._counts: defaultdict[int, int] = defaultdict(int)
         self._since_pull = 0
@@ -148,8 +155,8 @@ class Worker:
                 "use `compression='none'`, or remove the hook."
             )
         for index, optimizer in enumerate(self.optimizers):
-            step = _step_of(self, index)
-            hooked = step if self.settings.local_steps else _with_hooks(self, step)
+            step = pushing_step(functools.partial(self.step, index))
+            hooked = step if self.settings.local_steps else with_hooks(step, self.settle)
             hooked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # schedulers ask this to warn of no step
             optimizer.step = MethodType(hooked, optimizer)  # type: ignore[method-assign]
 
@@ -186,7 +193,7 @@ class Worker:
 
         Counts only if nobody has stepped meanwhile; else the hooks run again on what is new. Alone it always counts.
         """
-        hooks = _post_hooks(optimizer)
+        hooks = post_hooks(optimizer)
         for attempt in range(attempts if hooks and self._base else 0):
             pairs = zip(self._tensors, self._base, strict=True)
             changed = [None if torch.equal(p, base) else p.detach() for p, base in pairs]
@@ -203,12 +210,12 @@ class Worker:
         """Run the step hooks once more, when the others have stopped: their last steps went without."""
         self.pull()
         for optimizer in self.optimizers:
-            for hook in _post_hooks(optimizer):
+            for hook in post_hooks(optimizer):
                 hook(optimizer, (), {})
             self.settle(optimizer)
 
     def _has_hooks(self) -> bool:
-        return any(_post_hooks(optimizer) for optimizer in self.optimizers)
+        return any(post_hooks(optimizer) for optimizer in self.optimizers)
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
@@ -316,55 +323,3 @@ class Worker:
         self.store.wait_for(self._send(ways, OUTER))
         self.own_steps = [steps + 1 for steps in self.own_steps]
         self.pull()
-
-
-def _step_of(worker: Worker, index: int) -> Callable[..., Any]:
-    def step(optimizer: Optimizer, closure: Closure | None = None) -> Any:
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # learning-rate schedulers ask this to warn
-        return worker.step(index, closure)
-
-    return step
-
-
-def _with_hooks(worker: Worker, step: Callable[..., Any]) -> Callable[..., Any]:
-    # `profile_hook_step` is what makes torch call the step hooks that are registered on an optimizer
-    hooked = Optimizer.profile_hook_step(step)
-
-    def step_and_settle(optimizer: Optimizer, closure: Closure | None = None) -> Any:
-        result = hooked(optimizer, closure)
-        worker.settle(optimizer)
-        return result
-
-    return step_and_settle
-
-
-def _post_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
-    # what `register_step_post_hook` fills; torch has no way to ask
-    return list(optimizer._optimizer_step_post_hooks.values())
-
-
-def _places_of(optimizer: Optimizer, places: dict[int, int]) -> list[int]:
-    owned = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) not in places:
-                raise ValueError(
-                    f"{type(optimizer).__name__} holds a parameter of shape {tuple(parameter.shape)} that the module "
-                    "does not have; register it in the module, or drop it from the optimizer."
-                )
-            owned.append(places[id(parameter)])
-    return owned
-
-
-def refuse_unsupported(optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers that evaluate the loss several times a step: the server has no loss.
-
-    Raises:
-        ValueError: For `torch.optim.LBFGS` and its subclasses.
-    """
-    for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS evaluates the loss several times in one step, which a parameter server cannot; "
-                "use SGD, AdamW or another first-order optimizer, or another strategy."
-            )

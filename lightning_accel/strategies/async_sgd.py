@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 
 from lightning_accel.async_sgd import Compression, Settings, SharedMemoryStore, Statistics
 from lightning_accel.async_sgd.compression import CompressionName
+from lightning_accel.async_sgd.optimizer_steps import refuse_unsupported
 from lightning_accel.async_sgd.policy.rules import StalenessRule
 from lightning_accel.async_sgd.settings import Buffers, Outer, Validate
 from lightning_accel.async_sgd.shared_memory.spawn import StartMethod
-from lightning_accel.async_sgd.worker import refuse_unsupported
 from lightning_accel.lightning_private import attach_launcher, keep_written_metrics
 from lightning_accel.strategies.leased_data import lease_training_data
 from lightning_accel.strategies.refusals import refuse_lock_step
@@ -65,6 +65,8 @@ class AsyncSGDBody(_Base):
         kept: Fraction of the elements that ``topk`` keeps, in (0, 1].
         max_restarts: See there.
         heartbeat_seconds: See there.
+        straggler_grace: See there.
+        stall_seconds: See there.
         deterministic_replay: Keep the server's log, in ``ending.log`` after ``fit``, for `replay`.
         snapshot_every_n_steps: Write ``async_sgd.ckpt`` into the Trainer's ``default_root_dir`` each time that the
             server took so many steps, so that a killed parent loses no more; None for never.
@@ -94,25 +96,27 @@ class AsyncSGDBody(_Base):
     def __init__(
         self,
         *,
-        n_push: int = 1,
-        n_fetch: int = 1,
-        local_steps: int = 0,
-        outer: Outer = "mean",
-        outer_momentum: float = 0.9,
-        overlap: bool = False,
-        staleness: StalenessRule = "inverse",
-        drop_beyond: int = 16,
-        compensation: float = 0.04,
-        max_staleness: int | None = None,
-        warm_start_steps: int = 0,
-        cooldown_steps: int = 0,
-        lease_batches: int = 4,
-        buffers: Buffers = "mean",
-        validate: Validate = "coordinator",
-        compression: CompressionName = "none",
-        kept: float = 0.01,
-        max_restarts: int = 3,
-        heartbeat_seconds: float = 30.0,
+        n_push: int = Settings.n_push,
+        n_fetch: int = Settings.n_fetch,
+        local_steps: int = Settings.local_steps,
+        outer: Outer = Settings.outer,
+        outer_momentum: float = Settings.outer_momentum,
+        overlap: bool = Settings.overlap,
+        staleness: StalenessRule = Settings.staleness,
+        drop_beyond: int = Settings.drop_beyond,
+        compensation: float = Settings.compensation,
+        max_staleness: int | None = Settings.max_staleness,
+        warm_start_steps: int = Settings.warm_start_steps,
+        cooldown_steps: int = Settings.cooldown_steps,
+        lease_batches: int = Settings.lease_batches,
+        buffers: Buffers = Settings.buffers,
+        validate: Validate = Settings.validate,
+        compression: CompressionName = Compression.name,
+        kept: float = Compression.kept,
+        max_restarts: int = Settings.max_restarts,
+        heartbeat_seconds: float = Settings.heartbeat_seconds,
+        straggler_grace: float = Settings.straggler_grace,
+        stall_seconds: float | None = Settings.stall_seconds,
         deterministic_replay: bool = False,
         snapshot_every_n_steps: int | None = None,
         live: bool = False,
@@ -142,6 +146,8 @@ class AsyncSGDBody(_Base):
             compression=Compression(compression, kept),
             max_restarts=max_restarts,
             heartbeat_seconds=heartbeat_seconds,
+            straggler_grace=straggler_grace,
+            stall_seconds=stall_seconds,
             record_log=deterministic_replay,
         )
         if snapshot_every_n_steps is not None and snapshot_every_n_steps < 1:

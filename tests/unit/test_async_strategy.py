@@ -54,6 +54,22 @@ def test_constructor_refuses_and_survives_pickling():
         assert other.settings == strategy.settings
 
 
+def test_defaults_of_core_strategy_and_command_line_are_the_same():
+    import dataclasses
+    import inspect
+
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("lightning_accel.conf", version_base="1.3"):
+        chosen = dict(compose("train", overrides=["strategy=async_sgd"]).trainer.strategy)
+    assert lightning_accel.AsyncSGDStrategy().settings == Settings()
+    taken = inspect.signature(lightning_accel.AsyncSGDStrategy.__init__).parameters
+    del chosen["_target_"]
+    assert {name: taken[name].default for name in chosen} == chosen
+    wanted = {field.name for field in dataclasses.fields(Settings)} - {"record_log"}
+    assert wanted <= set(chosen)
+
+
 def test_collectives_in_training_are_refused_and_harmless_in_evaluation():
     class Stage:
         training = True
