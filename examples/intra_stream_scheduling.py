@@ -18,11 +18,11 @@ class StepTimes(Callback):
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def on_train_batch_start(self, *_: object) -> None:
+    def on_train_batch_start(self, *_: object, **__: object) -> None:
         """Begin."""
         self._begin = time.process_time()
 
-    def on_train_batch_end(self, *_: object) -> None:
+    def on_train_batch_end(self, *_: object, **__: object) -> None:
         """End."""
         self.seconds.append(time.process_time() - self._begin)
 

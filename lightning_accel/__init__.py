@@ -5,8 +5,20 @@ Importing this package imports neither torch nor Lightning; public names load on
 
 from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from lightning_accel.strategies.registration import register_by_name
+
+if TYPE_CHECKING:  # what type checkers and editors see; at run time names load on first use
+    from lightning_accel.callbacks import IntraStreamScheduling as IntraStreamScheduling
+    from lightning_accel.callbacks import L1InfProjection as L1InfProjection
+    from lightning_accel.callbacks import MultilevelProjection as MultilevelProjection
+    from lightning_accel.callbacks import RankQuantization as RankQuantization
+    from lightning_accel.callbacks import SequentialFreezing as SequentialFreezing
+    from lightning_accel.callbacks import StatefulStreams as StatefulStreams
+    from lightning_accel.callbacks import enable_low_rank_loading as enable_low_rank_loading
+    from lightning_accel.callbacks import load_from_checkpoint as load_from_checkpoint
+    from lightning_accel.strategies import AsyncSGDStrategy as AsyncSGDStrategy
 
 _HOMES = {
     "AsyncSGDStrategy": "lightning_accel.strategies",

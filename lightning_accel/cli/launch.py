@@ -61,6 +61,9 @@ def launch(name: str, overrides: Sequence[str]) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except (Exception, _JobFailed) as error:
         failure = error.failure if isinstance(error, _JobFailed) else error
+        if isinstance(failure, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if wants_traceback:
             raise failure from None
         message, code = explain(failure, overrides)

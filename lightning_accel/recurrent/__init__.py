@@ -4,6 +4,28 @@ The graph part imports the standard library only, so public names load on first 
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers and editors see; at run time names load on first use
+    from lightning_accel.recurrent.cells import CoupledGateLSTMCell as CoupledGateLSTMCell
+    from lightning_accel.recurrent.cells import FeedbackLSTMCell as FeedbackLSTMCell
+    from lightning_accel.recurrent.cells import LayerNormLSTMCell as LayerNormLSTMCell
+    from lightning_accel.recurrent.cells import MinGRUCell as MinGRUCell
+    from lightning_accel.recurrent.cells import OutputGRUCell as OutputGRUCell
+    from lightning_accel.recurrent.cells import PeepholeLSTMCell as PeepholeLSTMCell
+    from lightning_accel.recurrent.cells import ZoneoutLSTMCell as ZoneoutLSTMCell
+    from lightning_accel.recurrent.compiler.executor import StepSchedule as StepSchedule
+    from lightning_accel.recurrent.drawing import schedule_svg as schedule_svg
+    from lightning_accel.recurrent.drawing import schedule_text as schedule_text
+    from lightning_accel.recurrent.graph import Edge as Edge
+    from lightning_accel.recurrent.graph import Node as Node
+    from lightning_accel.recurrent.graph import RecurrentGraph as RecurrentGraph
+    from lightning_accel.recurrent.graph import Stage as Stage
+    from lightning_accel.recurrent.graph_rnn import GraphCell as GraphCell
+    from lightning_accel.recurrent.graph_rnn import GraphRNN as GraphRNN
+    from lightning_accel.recurrent.module import Recurrent as Recurrent
+    from lightning_accel.recurrent.packed.run_padded import RunPackedPadded as RunPackedPadded
+    from lightning_accel.recurrent.scan import linear_scan as linear_scan
 
 _HOMES = {
     "CoupledGateLSTMCell": "cells",

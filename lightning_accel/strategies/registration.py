@@ -4,12 +4,13 @@ Lightning has no entry point for strategies. Where it is imported already, the n
 finder waits for the import of its ``strategies`` package, registers right after, and is gone.
 """
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 NAME = "async_sgd"
 DESCRIPTION = "asynchronous SGD with a parameter server in the parent process"
@@ -53,25 +54,39 @@ class _Waiting(MetaPathFinder):
     def find_spec(
         self,
         fullname: str,
-        path: Sequence[str] | None = None,  # noqa: ARG002  # the protocol's
-        target: ModuleType | None = None,  # noqa: ARG002
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         """Return the package's own specification with a loader that registers afterwards; None for all others."""
         if fullname != self.package:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader, self._home)
-        return spec
+        for finder in list(sys.meta_path):
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:  # somebody may only ask where it is, so this finder stays till it is loaded
+                    spec.loader = _Registering(spec.loader, self)
+                return spec
+        return None
+
+    def registered(self, module: ModuleType) -> None:
+        """Register in the package that has been loaded, and be gone."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        _register(module, self._home)
 
 
 class _Registering(Loader):
     """A loader that registers after the real one has run."""
 
-    def __init__(self, loader: Loader, home: str) -> None:
+    def __init__(self, loader: Loader, waiting: _Waiting) -> None:
         self._loader = loader
-        self._home = home
+        self._waiting = waiting
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the real loader whatever else is asked, such as the source."""
+        if name.startswith("__") or name == "_loader":
+            raise AttributeError(name)
+        return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """Leave it to the real loader."""
@@ -83,4 +98,4 @@ class _Registering(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
-        _register(module, self._home)
+        self._waiting.registered(module)

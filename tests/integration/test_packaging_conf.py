@@ -1,6 +1,8 @@
 """Every configuration file composes, and everything it names exists."""
 
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,22 @@ def test_every_option_composes_and_names_things_that_exist(option, monkeypatch):
 def test_every_file_says_what_it_is_for(path):
     lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
     assert lines[0].startswith("# "), path
+
+
+def test_another_app_sees_the_groups_of_accelerators_alone(tmp_path):
+    (tmp_path / "conf" / "callbacks").mkdir(parents=True)
+    (tmp_path / "conf" / "callbacks" / "mine.yaml").write_text("mine: {patience: 3}\n")
+    (tmp_path / "conf" / "train.yaml").write_text("defaults:\n  - callbacks: mine\n  - optional strategy: null\n")
+    (tmp_path / "app.py").write_text(
+        "import hydra\n\n\n@hydra.main(version_base='1.3', config_path='conf', config_name='train')\n"
+        "def main(cfg):\n    print(sorted(cfg.callbacks), cfg.trainer.strategy._target_)\n\n\nmain()\n"
+    )
+
+    def app(*arguments):
+        command = [sys.executable, "app.py", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120).stdout
+
+    groups = [line.split(":")[0] for line in app("--help").split("==")[2].splitlines() if ": " in line]
+    assert groups == ["callbacks", "strategy"]
+    said = app("callbacks=[mine,rank_quantization]", "strategy=async_sgd", "hydra.run.dir=.")
+    assert said == "['mine', 'rank_quantization'] lightning_accel.strategies.AsyncSGDStrategy\n"
