@@ -19,6 +19,9 @@ def _one_thread():
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "pytorch_lightning"):  # what accelerators decide, as `caplog` collects it
+        logging.getLogger(name).propagate = True
+        logging.getLogger(f"{name}.lightning_accel").setLevel(logging.INFO)
 
 
 @pytest.fixture(autouse=True)

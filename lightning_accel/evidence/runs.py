@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 
+from lightning_accel.decision_line import CHANNELS
 from lightning_accel.evidence.step_clock import PHASES, StepClock
 
 Fit: TypeAlias = tuple[Trainer, LightningModule, LightningDataModule | None]
@@ -172,18 +173,23 @@ class _Messages(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.INFO)
         self.messages: list[str] = []
-        self._logger = logging.getLogger("lightning_accel")
-        self._level = self._logger.level
+        self._loggers = [logging.getLogger(name) for name in ("lightning_accel", *CHANNELS)]
+        self._before: list[tuple[int, bool]] = []
 
     def __enter__(self) -> "_Messages":
-        self._level = self._logger.level
-        self._logger.setLevel(logging.INFO)
-        self._logger.addHandler(self)
+        self._before = [(logger.level, logger.propagate) for logger in self._loggers]
+        for logger in self._loggers:
+            if logger.name in CHANNELS and not logger.isEnabledFor(logging.INFO):
+                logger.propagate = False  # whoever silenced Lightning shall not see the lines because we want them
+            logger.setLevel(logging.INFO)
+            logger.addHandler(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._logger.removeHandler(self)
-        self._logger.setLevel(self._level)
+        for logger, (level, propagate) in zip(self._loggers, self._before, strict=True):
+            logger.removeHandler(self)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep the text of one record."""

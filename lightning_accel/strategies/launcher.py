@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lightning_accel.async_sgd import SharedMemoryStore, run_workers
+from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import launcher_module, make_averages_picklable
 from lightning_accel.strategies.layer_exchange import prepare_to_come_back
 from lightning_accel.strategies.live import live_table
@@ -44,6 +45,7 @@ class AsyncSGDLauncherBody:
         states = parts._GlobalStateSnapshot.capture()
         # sums in another number of threads have other last bits; several workers share what this process may use
         threads = max(1, torch.get_num_threads() // strategy.num_processes)
+        say_decision(trainer, "AsyncSGDStrategy", _decision(strategy))
         with live_table(strategy) as on_tick:
             output, ending = run_workers(
                 _fit_in_worker,
@@ -81,6 +83,17 @@ class AsyncSGDLauncherBody:
 
     def kill(self, signum: Any) -> None:
         """Nothing to do: workers end when this process does."""
+
+
+def _decision(strategy: Any) -> str:
+    """Return how the workers of ``strategy`` are going to train."""
+    settings, workers = strategy.settings, strategy.num_processes
+    who = "1 asynchronous worker pushes" if workers == 1 else f"{workers} asynchronous workers push"
+    pushed = f"what {settings.local_steps} local steps changed" if settings.local_steps else "gradients"
+    return (
+        f"{who} {pushed} to a server in this process "
+        f"(staleness={settings.staleness}, at most {settings.lease_batches} batches a lease)."
+    )
 
 
 def _fit_in_worker(  # noqa: PLR0917  # a process is started with a flat list of arguments

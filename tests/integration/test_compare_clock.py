@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
 
+from lightning_accel.decision_line import say_decision
 from lightning_accel.evidence.runs import measure_fit
 from lightning_accel.evidence.step_clock import PHASES, StepClock
 
@@ -175,6 +176,7 @@ def test_counting_ends_with_a_failing_fit(tmp_path):
 class _Speaks(Callback):
     def on_fit_start(self, trainer, pl_module):
         logging.getLogger("lightning_accel.callbacks.x").info("stays dense: %s", "too short")
+        say_decision(trainer, "Accelerator", "leaves the model alone.")
         logging.getLogger("elsewhere").warning("not ours")
 
 
@@ -188,7 +190,7 @@ def test_what_accelerators_say_is_kept(tmp_path):
     run = _measure(
         lambda seed, folder: (fits.trainer(folder, callbacks=[_Speaks()]), fits.Line(), fits.Blobs()), tmp_path
     )
-    assert run.messages == ["stays dense: too short"]
+    assert run.messages == ["stays dense: too short", "Accelerator: leaves the model alone."]
     assert logging.getLogger("lightning_accel").level == level
 
 

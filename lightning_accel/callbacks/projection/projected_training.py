@@ -1,7 +1,6 @@
 """What both projection callbacks do while a Trainer runs."""
 
 import functools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_accel.callbacks.projection.group_sparsity import GroupSparsity
 from lightning_accel.callbacks.projection.nothing_found import nothing_found
+from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import averaged_modules, callbacks_of, load_checkpoint_file
 from lightning_accel.projection.kernels.compiled import Compile, check_compile
 from lightning_accel.projection.sharded import alike, gather
@@ -22,7 +22,6 @@ from lightning_accel.projection.training.projector import Projector
 from lightning_accel.projection.training.ramp import Ramp
 from lightning_accel.projection.training.targets import NAMED_GROUPS, Target, find_targets
 
-_log = logging.getLogger(__name__)
 _REFUSED = {"FSDPStrategy", "DeepSpeedStrategy"}
 _RAW_AVERAGE = "lightning_accel_average_before_projection"
 
@@ -199,8 +198,8 @@ class ProjectedTraining:
         trained = {id(t) for mine in self._owned.values() for t in mine}
         self.projector.targets = [t for t in found if id(t) in trained]
         names = ", ".join(t.name for t in self.projector.targets)
-        if trainer.is_global_zero and (names or had):
-            _log.info("%s projects %s.", self.name, names or "nothing any more")
+        if names or had:
+            say_decision(trainer, self.name, f"projects {names or 'nothing any more'}.")
 
     def change_layers(self, trainer: "pl.Trainer", module: nn.Module) -> None:
         """Follow an exchange of layers in the middle of a run."""
