@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_accel.arguments import check_choice, check_number
+
 CompressionName = Literal["none", "fp16", "int8", "topk"]
 COMPRESSIONS: tuple[str, ...] = get_args(CompressionName)
 
@@ -30,10 +32,8 @@ class Compression:
     kept: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.name not in COMPRESSIONS:
-            raise ValueError(f"`compression` must be one of {', '.join(COMPRESSIONS)}, got {self.name!r}.")
-        if not 0.0 < self.kept <= 1.0:
-            raise ValueError(f"`kept` must be in (0, 1], got {self.kept}.")
+        check_choice("compression", self.name, COMPRESSIONS)
+        check_number("kept", self.kept, above=0.0, at_most=1.0)
 
     def nbytes(self, numel: int, dtype: torch.dtype) -> int:
         """Return how many bytes the gradient of a tensor of ``numel`` elements takes."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from lightning_accel.arguments import check_choice, check_integer, check_number, check_switch
 from lightning_accel.async_sgd.compression import Compression
 from lightning_accel.async_sgd.policy.rules import STALENESS_RULES, StalenessRule
 
@@ -52,6 +53,7 @@ class Settings:
         record_log: Whether the server keeps the log that `replay` needs.
 
     Raises:
+        TypeError: If a value is of another kind, such as text for a number.
         ValueError: If a value is out of its range or two exclude each other.
     """
 
@@ -79,21 +81,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"`{name}` must be >= {least}, got {value}.")
-        if self.max_staleness is not None and self.max_staleness < 0:
-            raise ValueError(f"`max_staleness` must be >= 0 or None for no bound, got {self.max_staleness}.")
-        if self.heartbeat_seconds <= 0.0:
-            raise ValueError(f"`heartbeat_seconds` must be > 0, got {self.heartbeat_seconds}.")
-        if self.stall_seconds is not None and self.stall_seconds <= 0.0:
-            raise ValueError(f"`stall_seconds` must be > 0, or None for a measured limit, got {self.stall_seconds}.")
-        if not 0.0 <= self.outer_momentum < 1.0:
-            raise ValueError(f"`outer_momentum` must be in [0, 1), got {self.outer_momentum}.")
+            check_integer(name, getattr(self, name), at_least=least)
+        check_integer("max_staleness", self.max_staleness, at_least=0, optional=True)
+        check_number("compensation", self.compensation, at_least=0.0)
+        check_number("heartbeat_seconds", self.heartbeat_seconds, above=0.0, infinite=True)
+        check_number("straggler_grace", self.straggler_grace, at_least=0.0, infinite=True)
+        check_number("stall_seconds", self.stall_seconds, above=0.0, optional=True, infinite=True)
+        check_number("outer_momentum", self.outer_momentum, at_least=0.0, below=1.0)
+        for name in ("overlap", "record_log"):
+            check_switch(name, getattr(self, name))
         for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+            check_choice(name, getattr(self, name), choices)
         if self.local_steps and max(self.n_push, self.n_fetch) > 1:
             raise ValueError("`local_steps` already says when to push and pull; leave `n_push` and `n_fetch` at 1.")
         if self.local_steps and self.overlap:
@@ -102,17 +100,15 @@ class Settings:
             raise ValueError("`delay_compensation` needs gradients; choose another `staleness` with `local_steps`.")
 
 
-_LEAST: dict[str, float] = {
+_LEAST: dict[str, int] = {
     "n_push": 1,
     "n_fetch": 1,
     "local_steps": 0,
     "drop_beyond": 0,
-    "compensation": 0.0,
     "warm_start_steps": 0,
     "cooldown_steps": 0,
     "lease_batches": 1,
     "max_restarts": 0,
-    "straggler_grace": 0.0,
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "staleness": STALENESS_RULES,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.arguments import check_integer, check_number
 from lightning_accel.low_rank.freezing import factor_parameter_names, set_trainable
 
 
@@ -27,6 +28,7 @@ class AdaptiveFreezing:
             the model itself); empty freezes none.
 
     Raises:
+        TypeError: If a value is of another kind.
         ValueError: If a value is out of range.
 
     References:
@@ -35,12 +37,9 @@ class AdaptiveFreezing:
     """
 
     def __init__(self, *, threshold: float, window_steps: int, max_events: int = 3, order: Sequence[str] = ()) -> None:
-        if not threshold > 0.0:
-            raise ValueError(f"`threshold` must be > 0, got {threshold}.")
-        if window_steps < 1:
-            raise ValueError(f"`window_steps` must be >= 1, got {window_steps}.")
-        if max_events < 1:
-            raise ValueError(f"`max_events` must be >= 1, got {max_events}.")
+        check_number("threshold", threshold, above=0.0)
+        check_integer("window_steps", window_steps, at_least=1)
+        check_integer("max_events", max_events, at_least=1)
         self.threshold = threshold
         self.window_steps = window_steps
         self.max_events = max_events

@@ -1,12 +1,14 @@
 """Sequential freezing: which factor group rests in which phase, and making it rest."""
 
 import itertools
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
+from lightning_accel.arguments import check_integer, check_number
 from lightning_accel.low_rank.eligibility import low_rank_layers
 
 NUM_GROUPS = 2
@@ -26,27 +28,51 @@ def frozen_factor_index(
         period_epochs: Mean length of a phase in epochs, >= 1.
         num_groups: Groups that take turns, >= 2.
         weights: Relative length of the phase in which each group is frozen, > 0; equal if None. A cycle lasts
-            ``period_epochs * num_groups`` and every phase at least 1.
+            ``period_epochs * num_groups`` on average. Phases are whole epochs, so lengths that are none alternate
+            between the two next to them, 0 included: at any time each group has rested for its share of the epochs so
+            far, to within the cycle under way.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If ``epoch < 0``, ``period_epochs < 1``, ``num_groups < 2``, or the weights are not ``num_groups``
             positive numbers.
     """
-    if epoch < 0:
-        raise ValueError(f"`epoch` must be >= 0, got {epoch}.")
-    if period_epochs < 1:
-        raise ValueError(f"`period_epochs` must be >= 1, got {period_epochs}.")
+    check_integer("epoch", epoch, at_least=0)
+    check_integer("period_epochs", period_epochs, at_least=1)
     if num_groups < 2:
         raise ValueError(f"`num_groups` must be >= 2 to take turns, got {num_groups}.")
     if weights is None:
         return (epoch // period_epochs) % num_groups
-    if len(weights) != num_groups or min(weights) <= 0.0:
+    check_weights(weights, num_groups)
+    mean_lengths = [period_epochs * num_groups * weight / sum(weights) for weight in weights]
+
+    def rested(cycles: int) -> list[int]:
+        """Epochs that each group has rested for in the first ``cycles`` cycles."""
+        return [math.floor(cycles * length + 0.5) for length in mean_lengths]
+
+    cycle = epoch // (period_epochs * num_groups)
+    while sum(rested(cycle)) > epoch:
+        cycle -= 1
+    while sum(rested(cycle + 1)) <= epoch:
+        cycle += 1
+    before, after = rested(cycle), rested(cycle + 1)
+    ends = itertools.accumulate((end - begin for begin, end in zip(before, after, strict=True)), initial=sum(before))
+    return next(index for index, end in enumerate(itertools.islice(ends, 1, None)) if epoch < end)
+
+
+def check_weights(weights: object, num_groups: int = NUM_GROUPS) -> None:
+    """Check that there is one positive number a group.
+
+    Raises:
+        TypeError: If ``weights`` are no list of numbers.
+        ValueError: If there are more or fewer, or one is not > 0.
+    """
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        raise TypeError(f"`weights` must be {num_groups} numbers > 0, got {weights!r}.")
+    if len(weights) != num_groups:
         raise ValueError(f"`weights` must be {num_groups} numbers > 0, got {tuple(weights)}.")
-    cycle = period_epochs * num_groups
-    lengths = [max(1, round(cycle * weight / sum(weights))) for weight in weights]
-    position = epoch % sum(lengths)
-    ends = itertools.accumulate(lengths)
-    return next(index for index, end in enumerate(ends) if position < end)
+    for index, weight in enumerate(weights):
+        check_number(f"weights[{index}]", weight, above=0.0)
 
 
 @dataclass(frozen=True)
@@ -61,13 +87,15 @@ class FreezingSchedule:
         period_epochs: Mean length of a phase in epochs, >= 1. Give this or ``period_steps``; 1 epoch if neither.
         period_steps: Mean length of a phase in optimizer steps, >= 1.
         weights: Relative lengths of the phases in which group 0 and group 1 are frozen, > 0. A larger first one saves
-            more time and trains the costlier factor less.
+            more time and trains the costlier factor less. The shares come out however short the period is, see
+            `frozen_factor_index`.
         start: First epoch (or step, the unit of the period) in which anything is frozen, >= 0.
         end: First epoch (or step) from which nothing is frozen any more; None for never.
         final_trainable: Epochs (or steps) at the end of training in which nothing is frozen, >= 0; needs ``total``.
         fixed_group: Group that ``mode="fixed"`` freezes, 0 or 1.
 
     Raises:
+        TypeError: If a value is of another kind, such as text for a number.
         ValueError: If a value is out of range, both periods are given, or ``end <= start``.
 
     References:
@@ -90,18 +118,16 @@ class FreezingSchedule:
         if self.period_epochs is not None and self.period_steps is not None:
             raise ValueError("give one of `period_epochs` and `period_steps`, not both.")
         for name in ("period_epochs", "period_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be >= 1, got {value}.")
-        if len(self.weights) != NUM_GROUPS or min(self.weights) <= 0.0:
-            raise ValueError(f"`weights` must be {NUM_GROUPS} numbers > 0, got {tuple(self.weights)}.")
+            check_integer(name, getattr(self, name), at_least=1, optional=True)
+        check_weights(self.weights)
         for name in ("start", "final_trainable"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)}.")
+            check_integer(name, getattr(self, name), at_least=0)
+        check_integer("end", self.end, optional=True)
         if self.end is not None and self.end <= self.start:
             raise ValueError(
                 f"`end` must be > `start`, got {self.end} and {self.start}; use mode='none' to freeze never."
             )
+        check_integer("fixed_group", self.fixed_group)
         if self.fixed_group not in range(NUM_GROUPS):
             raise ValueError(f"`fixed_group` must be 0 or 1, got {self.fixed_group}.")
 

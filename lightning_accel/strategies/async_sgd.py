@@ -17,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_accel.arguments import check_choice, check_integer, check_switch
 from lightning_accel.async_sgd import Compression, Settings, SharedMemoryStore, Statistics
 from lightning_accel.async_sgd.compression import CompressionName
 from lightning_accel.async_sgd.optimizer_steps import refuse_unsupported
@@ -81,6 +82,7 @@ class AsyncSGDBody(_Base):
         precision_plugin: As of any strategy.
 
     Raises:
+        TypeError: If a setting is of another kind, such as text for a number.
         ValueError: If a setting is out of range; in ``setup`` for LBFGS.
 
     References:
@@ -127,6 +129,7 @@ class AsyncSGDBody(_Base):
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
     ) -> None:
+        check_switch("deterministic_replay", deterministic_replay)
         self.settings = Settings(
             n_push=n_push,
             n_fetch=n_fetch,
@@ -150,11 +153,10 @@ class AsyncSGDBody(_Base):
             stall_seconds=stall_seconds,
             record_log=deterministic_replay,
         )
-        if snapshot_every_n_steps is not None and snapshot_every_n_steps < 1:
-            raise ValueError(f"`snapshot_every_n_steps` must be >= 1, or None for never, got {snapshot_every_n_steps}.")
+        check_integer("snapshot_every_n_steps", snapshot_every_n_steps, at_least=1, optional=True)
+        check_switch("live", live)
+        check_choice("start_method", start_method, get_args(StartMethod))
         self.snapshot_every_n_steps = snapshot_every_n_steps
-        if start_method not in get_args(StartMethod):
-            raise ValueError(f"`start_method` must be one of {', '.join(get_args(StartMethod))}, got {start_method!r}.")
         self.live = live
         self.start_method: StartMethod = start_method
         self.statistics = Statistics()  # in the parent, after (and during) `fit`

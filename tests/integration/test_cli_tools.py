@@ -86,7 +86,7 @@ def test_plan_shows_ranks_and_trains_nothing(capsys):
     ("words", "message"),
     [
         (["callbacks=[]"], "No callback is chosen"),
-        (["callbacks.rank_quantization.ratio=0.5"], "`ratio` must be > 1, got 0.5"),
+        (["callbacks.rank_quantization.ratio=0.5"], "`ratio` must be > 1 or None, got 0.5"),
         (["--config-dir", "own", "callbacks=[timer]"], "`timer` has nothing to show before training."),
     ],
 )

@@ -138,7 +138,7 @@ def test_ranks_are_planned_and_tried_for_the_phases_of_freezing(freezing, weight
 
 def test_patterns_must_not_be_one_string():
     for settings in ({"include": "net.*"}, {"exclude": "net.6"}):
-        with pytest.raises(ValueError, match="must be lists of patterns, got 'net"):
+        with pytest.raises(TypeError, match="must be a list of patterns, such as"):
             RankQuantization(**settings)
 
 

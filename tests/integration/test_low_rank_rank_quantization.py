@@ -551,6 +551,20 @@ def test_defaults_are_those_of_the_configuration_file():
     assert vars(composed) == vars(plain)
 
 
+@pytest.mark.parametrize("override", ["ratio=3.0", "energy=0.9", "speedup=1.5"])
+def test_one_override_of_the_target_is_enough(override):
+    from hydra import compose, initialize_config_module
+    from hydra.utils import instantiate
+
+    with initialize_config_module("lightning_accel.conf", version_base="1.3"):
+        config = compose(overrides=["+callbacks=[rank_quantization]", f"callbacks.rank_quantization.{override}"])
+    search = instantiate(config.callbacks.rank_quantization).decision.search
+    name, _, value = override.partition("=")
+    assert {n: getattr(search, n) for n in ("ratio", "energy", "speedup") if getattr(search, n) is not None} == {
+        name: float(value)
+    }
+
+
 def test_every_planned_layer_is_eligible():
     module = Classifier()
     plan = make_plan(module, None, ratio=2.0, method="fixed")

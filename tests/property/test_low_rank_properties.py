@@ -133,10 +133,7 @@ def test_svd_factors_beat_random_ones_of_the_same_rank(rank):
     period=st.integers(1, 20),
     weights=st.one_of(st.none(), st.tuples(st.floats(0.1, 10.0), st.floats(0.1, 10.0))),
 )
-def test_every_group_rests_once_a_cycle(epoch, period, weights):
-    def index(e):
-        return frozen_factor_index(e, period_epochs=period, weights=weights)
-
-    cycle = 2 * period if weights is None else sum(max(1, round(2 * period * w / sum(weights))) for w in weights)
-    assert index(epoch) == index(epoch + cycle)
-    assert {index(e) for e in range(epoch, epoch + cycle)} == {0, 1}
+def test_each_group_rests_for_its_share_of_the_epochs(epoch, period, weights):
+    rests = [frozen_factor_index(e, period_epochs=period, weights=weights) for e in range(epoch)]
+    share = 0.5 if weights is None else weights[0] / sum(weights)
+    assert abs(rests.count(0) - share * epoch) <= 2 * period, "to within the cycle under way"

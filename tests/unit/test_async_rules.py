@@ -163,7 +163,7 @@ def test_compression_refuses_unknown_names_and_fractions():
         ({"n_push": 0}, r"`n_push` must be >= 1, got 0"),
         ({"n_fetch": 0}, r"`n_fetch` must be >= 1, got 0"),
         ({"local_steps": -1}, r"`local_steps` must be >= 0, got -1"),
-        ({"max_staleness": -1}, r"`max_staleness` must be >= 0 or None for no bound, got -1"),
+        ({"max_staleness": -1}, r"`max_staleness` must be >= 0 or None, got -1"),
         ({"heartbeat_seconds": 0.0}, r"`heartbeat_seconds` must be > 0, got 0.0"),
         ({"straggler_grace": -1.0}, r"`straggler_grace` must be >= 0.0, got -1.0"),
         ({"stall_seconds": 0.0}, r"`stall_seconds` must be > 0, or None for a measured limit, got 0.0"),

@@ -43,7 +43,7 @@ def test_constructor_refuses_and_survives_pickling():
     import copy
     import pickle
 
-    with pytest.raises(ValueError, match=r"`snapshot_every_n_steps` must be >= 1, or None for never, got 0"):
+    with pytest.raises(ValueError, match=r"`snapshot_every_n_steps` must be >= 1 or None, got 0"):
         lightning_accel.AsyncSGDStrategy(snapshot_every_n_steps=0)
     with pytest.raises(ValueError, match=r"`n_push` must be >= 1, got 0"):
         lightning_accel.AsyncSGDStrategy(n_push=0)

@@ -1,6 +1,7 @@
 """Phases are pure functions of time; what is frozen does not move, what is not does."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -45,7 +46,16 @@ def test_groups_take_turns():
 def test_phases_may_be_unequal():
     weighted = [frozen_factor_index(e, period_epochs=2, weights=(3.0, 1.0)) for e in range(8)]
     assert weighted == [0, 0, 0, 1, 0, 0, 0, 1]
-    assert {frozen_factor_index(e, period_epochs=1, weights=(99.0, 1.0)) for e in range(4)} == {0, 1}
+
+
+@pytest.mark.parametrize("weights", [(9, 1), (1, 9), (1.2, 1), (99.0, 1.0), (3, 1), (2.73, 2.14), (1, 2, 4)])
+@pytest.mark.parametrize("period", [1, 2, 5])
+def test_phases_have_their_shares_however_short_the_period_is(weights, period):
+    rests = [frozen_factor_index(e, period_epochs=period, num_groups=len(weights), weights=weights) for e in range(900)]
+    for epochs in (90, 300, 900):
+        for group, weight in enumerate(weights):
+            rested = rests[:epochs].count(group)
+            assert abs(rested - epochs * weight / sum(weights)) <= period * len(weights)
 
 
 def groups(schedule, epochs=8, **more):
@@ -79,9 +89,10 @@ def test_steps_count_instead_of_epochs():
     [
         ({"mode": "often"}, "`mode` must be none, fixed, sequential or adaptive, got 'often'"),
         ({"period_epochs": 1, "period_steps": 1}, "one of `period_epochs` and `period_steps`"),
-        ({"period_epochs": 0}, "`period_epochs` must be >= 1, got 0"),
-        ({"period_steps": -1}, "`period_steps` must be >= 1, got -1"),
-        ({"weights": (1.0, 0.0)}, "`weights` must be 2 numbers > 0"),
+        ({"period_epochs": 0}, "`period_epochs` must be >= 1 or None, got 0"),
+        ({"period_steps": -1}, "`period_steps` must be >= 1 or None, got -1"),
+        ({"weights": (1.0, 0.0)}, r"`weights\[1\]` must be > 0, got 0.0"),
+        ({"weights": (1.0, math.nan)}, r"`weights\[1\]` must be > 0 and finite, got nan"),
         ({"start": -1}, "`start` must be >= 0, got -1"),
         ({"final_trainable": -1}, "`final_trainable` must be >= 0, got -1"),
         ({"start": 3, "end": 3}, "`end` must be > `start`, got 3 and 3"),
@@ -90,6 +101,25 @@ def test_steps_count_instead_of_epochs():
 )
 def test_schedule_checks_its_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
+        FreezingSchedule(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"period_epochs": math.nan}, "`period_epochs` must be an integer >= 1 or None, got nan"),
+        ({"period_steps": "3"}, "`period_steps` must be an integer .* got '3'. Write it without quotation marks"),
+        ({"period_epochs": True}, "`period_epochs` must be an integer"),
+        ({"weights": "11"}, "`weights` must be 2 numbers > 0, got '11'"),
+        ({"weights": (1.0, "2")}, r"`weights\[1\]` must be a number > 0, got '2'"),
+        ({"start": 1.5}, "`start` must be an integer >= 0, got 1.5"),
+        ({"end": "last"}, "`end` must be an integer or None, got 'last'"),
+        ({"final_trainable": None}, "`final_trainable` must be an integer >= 0, got None"),
+        ({"fixed_group": "0"}, "`fixed_group` must be an integer"),
+    ],
+)
+def test_schedule_refuses_other_kinds_of_values(arguments, message):
+    with pytest.raises(TypeError, match=message):
         FreezingSchedule(**arguments)
 
 

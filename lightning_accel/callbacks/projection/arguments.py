@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
+
+from lightning_accel.arguments import check_integer, check_number, check_switch
 
 
 def check_kinds(
@@ -22,19 +24,16 @@ def check_kinds(
 
     Raises:
         TypeError: If one is not.
+        ValueError: If a number is NaN.
     """
     for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise TypeError(f"`{name}` must be a number or None, got {value!r}.{_unquote(value)}")
+        check_number(name, value, optional=True, infinite=True)
     for name, value in optional_counts.items():
-        if value is not None and not _is_integer(value):
-            raise TypeError(f"`{name}` must be an integer or None, got {value!r}.{_unquote(value)}")
+        check_integer(name, value, optional=True)
     for name, value in counts.items():
-        if not _is_integer(value):
-            raise TypeError(f"`{name}` must be an integer, got {value!r}.{_unquote(value)}")
+        check_integer(name, value)
     for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+        check_switch(name, value)
 
 
 def words(name: str, given: str | Sequence[str], what: str) -> tuple[str, ...]:
@@ -57,19 +56,30 @@ def words(name: str, given: str | Sequence[str], what: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def dimensions(name: str, given: Sequence[int]) -> tuple[int, ...]:
+def dimensions(name: str, given: object) -> tuple[int, ...]:
     """Return dimensions as a tuple.
 
     Raises:
         TypeError: If they are no integers.
         ValueError: If one is named twice.
     """
-    several = isinstance(given, Sequence) and not isinstance(given, str)
-    if not several or not all(map(_is_integer, given)):
+    if not isinstance(given, Sequence) or isinstance(given, str) or not all(map(_is_integer, given)):
         raise TypeError(f"`{name}` must name dimensions as integers, such as (0,), got {given!r}.")
     if len(set(given)) < len(given):
         raise ValueError(f"`{name}` must name each dimension once, got {tuple(given)}.")
     return tuple(int(d) for d in given)
+
+
+def levels(given: object) -> tuple[tuple[int, ...], ...]:
+    """Return the dimensions of each level as tuples.
+
+    Raises:
+        TypeError: If they are no lists of integers.
+        ValueError: If a level names a dimension twice.
+    """
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"`dims` must list the dimensions of each level, such as [(0,), (1,)], got {given!r}.")
+    return tuple(dimensions("dims", level) for level in given)
 
 
 def rewind_source(given: str | os.PathLike[str]) -> str:
@@ -85,7 +95,3 @@ def rewind_source(given: str | os.PathLike[str]) -> str:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _unquote(value: object) -> str:
-    return " Write it without quotation marks." if isinstance(value, str) else ""

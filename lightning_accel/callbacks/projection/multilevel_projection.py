@@ -9,7 +9,7 @@ import torch
 from typing_extensions import override
 
 from lightning_accel.callbacks.order import correct_order
-from lightning_accel.callbacks.projection.arguments import check_kinds, dimensions, rewind_source, words
+from lightning_accel.callbacks.projection.arguments import check_kinds, dimensions, levels, rewind_source, words
 from lightning_accel.callbacks.projection.projected_training import Mode, ProjectedTraining, Timing, selection
 from lightning_accel.projection.kernels.compiled import Compile
 from lightning_accel.projection.multilevel import Nonfinite
@@ -118,7 +118,7 @@ class MultilevelProjection(pl.Callback):
             radius_fraction=radius_fraction,
             target_sparsity=target_sparsity,
             norms=words("norms", norms, "a level, from the outermost in"),  # type: ignore[arg-type]  # checked in `Ball`
-            dims=None if dims is None else tuple(dimensions("dims", level) for level in dims),
+            dims=None if dims is None else levels(dims),
             scope=scope,
             nonfinite=nonfinite,
         )

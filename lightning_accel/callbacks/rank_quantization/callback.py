@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
+from lightning_accel.arguments import check_path, check_patterns
 from lightning_accel.callbacks.layer_exchange.structure import (
     can_switch_in_fit,
     exchange_layers_in_fit,
@@ -74,6 +75,7 @@ class RankQuantization(pl.Callback):
         plan: What was decided (None before), to be saved and passed to a later run.
 
     Raises:
+        TypeError: If a value is of another kind, such as text for a number.
         ValueError: If a value is out of range or more than one target is given.
         MisconfigurationException: When ``fit`` starts: no layer that can be factored, a sharding strategy or optimizer,
             or a strategy that can not switch layers and gets no plan.
@@ -100,9 +102,11 @@ class RankQuantization(pl.Callback):
         exclude: Sequence[str] = (),
         cache_dir: str | Path | None = None,
     ) -> None:
-        for patterns in (include, exclude):
-            if isinstance(patterns, str):
-                raise ValueError(f"`include` and `exclude` must be lists of patterns, got {patterns!r}.")
+        check_patterns("include", include)
+        check_patterns("exclude", exclude)
+        check_path("cache_dir", cache_dir, optional=True)
+        if not isinstance(plan, RankPlan):
+            check_path("plan", plan, optional=True)
         search = RankSearch(
             ratio=2.0 if ratio is energy is speedup is None else ratio,
             energy=energy,

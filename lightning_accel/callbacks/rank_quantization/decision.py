@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_accel.arguments import check_choice, check_number
 from lightning_accel.callbacks.layer_exchange.recorded_inputs import RecordedInputs
 from lightning_accel.callbacks.layer_exchange.step_trial import StepTrial
 from lightning_accel.callbacks.layer_exchange.structure import RestsFactors
@@ -45,14 +46,11 @@ class Decision:
     _seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.when, bool) or not (self.when in ("auto", "setup") or isinstance(self.when, int)):
+        words = self.when in ("auto", "setup")
+        if not words and (isinstance(self.when, bool) or not isinstance(self.when, int) or self.when < 0):
             raise ValueError(f"`when` must be 'auto', 'setup' or an epoch >= 0, got {self.when!r}.")
-        if isinstance(self.when, int) and self.when < 0:
-            raise ValueError(f"`when` must be 'auto', 'setup' or an epoch >= 0, got {self.when!r}.")
-        if self.on_loss not in ("revert", "keep"):
-            raise ValueError(f"`on_loss` must be 'revert' or 'keep', got {self.on_loss!r}.")
-        if not self.max_overhead >= 0.0:
-            raise ValueError(f"`max_overhead` must be >= 0, got {self.max_overhead}.")
+        check_choice("on_loss", self.on_loss, ("revert", "keep"))
+        check_number("max_overhead", self.max_overhead, at_least=0.0)
 
     def first_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> int:
         """Return the epoch at whose first batch to decide; warn where untrained weights are to be decomposed."""

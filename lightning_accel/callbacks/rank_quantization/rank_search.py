@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from lightning_accel.arguments import check_choice, check_number
 from lightning_accel.callbacks.layer_exchange.layer_trial import Ranks
 from lightning_accel.low_rank import RankPlan, eligible_layers, make_plan, theoretical_ranks
 from lightning_accel.low_rank.rank_plan.plan import UNMEASURED, Method, Weighting, factor_parameters
@@ -34,7 +35,13 @@ class RankSearch:
     phase_weights: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        # The core judges its own arguments, now and not at the first batch; a layer that is never called costs nothing.
+        for name in ("ratio", "speedup"):
+            check_number(name, getattr(self, name), above=1.0, optional=True)
+        check_number("energy", self.energy, above=0.0, at_most=1.0, optional=True)
+        check_number("min_energy", self.min_energy, at_least=0.0, at_most=1.0)
+        check_choice("method", self.method, get_args(Method))
+        check_choice("weighting", self.weighting, get_args(Weighting))
+        # The core judges what excludes each other, now and not at the first batch; a layer nobody calls costs nothing.
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         settings |= {"include": ("*",), "exclude": (), "cache_dir": None}
         with torch.random.fork_rng(devices=()):  # a layer draws its weights

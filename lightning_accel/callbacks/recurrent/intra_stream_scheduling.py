@@ -2,7 +2,6 @@
 
 # ruff: noqa: ARG002  # Lightning fixes the hooks' arguments
 
-import logging
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -10,10 +9,10 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
+from lightning_accel.arguments import check_choice, check_switch
 from lightning_accel.callbacks.recurrent.scheduled_layers import ScheduledLayers
+from lightning_accel.decision_line import say_decision
 from lightning_accel.recurrent.schedule_choice import SCHEDULES
-
-_log = logging.getLogger(__name__)
 
 
 class IntraStreamScheduling(Callback):
@@ -32,6 +31,7 @@ class IntraStreamScheduling(Callback):
         deferred_cells: Whether Python loops over cells are recorded and run with schedules.
 
     Raises:
+        TypeError: If ``packed`` or ``deferred_cells`` is not True or False.
         ValueError: If ``schedule`` is unknown.
         MisconfigurationException: After the first training step, if the model has no recurrent layer.
 
@@ -48,8 +48,9 @@ class IntraStreamScheduling(Callback):
         deferred_cells: bool = True,
     ) -> None:
         super().__init__()
-        if schedule not in SCHEDULES:
-            raise ValueError(f"`schedule` must be one of {SCHEDULES}, got {schedule!r}.")
+        check_choice("schedule", schedule, SCHEDULES)
+        check_switch("packed", packed)
+        check_switch("deferred_cells", deferred_cells)
         self.schedule: Literal["auto", "loop", "intra_stream", "compiled", "scan", "native"] = schedule
         self.packed, self.deferred_cells = packed, deferred_cells
         self.report: list[str] = []
@@ -99,9 +100,7 @@ class IntraStreamScheduling(Callback):
         """Say what ran how and leave the model as it was."""
         if self._layers is not None:
             self.report = self._layers.report()
-            if trainer.is_global_zero:
-                for line in self.report:
-                    _log.info("intra-stream scheduling: %s", line)
+            say_decision(trainer, "IntraStreamScheduling", "; ".join(self.report) or "no recurrent layer ran.")
         self._leave()
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:

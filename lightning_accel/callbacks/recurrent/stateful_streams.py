@@ -11,6 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from lightning_accel.arguments import check_integer
+from lightning_accel.decision_line import say_decision
 from lightning_accel.recurrent.carried_state import CarriedState, recurrent_layers
 
 
@@ -28,6 +30,7 @@ class StatefulStreams(Callback):
             prefix_batches) h' steps back; 0 truncates at the batch. Gradients into the layers below end at the batch.
 
     Raises:
+        TypeError: If ``prefix_batches`` is no integer, or ``resets`` neither text nor an integer.
         ValueError: If ``prefix_batches`` is negative, or in a step if the number of streams changes.
         MisconfigurationException: When training starts, if the model has no such layer.
 
@@ -38,8 +41,9 @@ class StatefulStreams(Callback):
 
     def __init__(self, *, resets: str | int | None = None, prefix_batches: int = 0) -> None:
         super().__init__()
-        if prefix_batches < 0:
-            raise ValueError(f"`prefix_batches` must be >= 0, got {prefix_batches}.")
+        check_integer("prefix_batches", prefix_batches, at_least=0)
+        if not isinstance(resets, str):
+            check_integer("resets", resets, optional=True)
         self.resets, self.prefix_batches = resets, prefix_batches
         self._carried: dict[str, CarriedState] = {}
         self._saved: dict[str, Any] = {}
@@ -55,6 +59,7 @@ class StatefulStreams(Callback):
                 "no Recurrent, nn.LSTM, nn.GRU or nn.RNN; remove the callback, or put the cell into a Recurrent."
             )
         self._carried = {name: CarriedState(layer, self.prefix_batches) for name, layer in layers.items()}
+        say_decision(trainer, "StatefulStreams", f"carries the state of {', '.join(map(repr, layers))}.")
         if self._resumed:
             for name, state in self._saved.items():
                 self._carried[name].restore(state)

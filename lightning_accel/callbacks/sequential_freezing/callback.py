@@ -15,6 +15,7 @@ from lightning_accel.callbacks.order import correct_order
 from lightning_accel.callbacks.sequential_freezing.factor_turns import FactorTurns
 from lightning_accel.lightning_private import callbacks_of
 from lightning_accel.low_rank import AdaptiveFreezing, FreezingSchedule, low_rank_layers
+from lightning_accel.low_rank.freezing import check_weights
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class SequentialFreezing(pl.Callback):
         window_steps: ``mode="adaptive"``: optimizer steps of a window, >= 1.
 
     Raises:
+        TypeError: If a value is of another kind, such as text for a number.
         ValueError: If a value is out of range.
         MisconfigurationException: When ``fit`` starts: no low-rank layer, a sharding strategy or optimizer, L-BFGS, or
             ``final_trainable`` without a known end.
@@ -67,11 +69,12 @@ class SequentialFreezing(pl.Callback):
         threshold: float = 1e-3,
         window_steps: int = 100,
     ) -> None:
+        check_weights(weights)
         self.schedule = FreezingSchedule(
             mode=mode,
             period_epochs=period_epochs,
             period_steps=period_steps,
-            weights=(weights[0], weights[1]) if len(weights) == 2 else tuple(weights),
+            weights=(weights[0], weights[1]),
             start=start,
             end=end,
             final_trainable=final_trainable,
