@@ -557,7 +557,7 @@ def test_two_callbacks_of_one_kind_project_different_parameters():
 def test_names_of_what_is_projected_go_to_the_log(caplog):
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
         fit(Net(), L1InfProjection(1.0, parameters="first.*"))
-    assert "L1InfProjection projects first.weight." in caplog.text
+    assert "L1InfProjection: projects first.weight." in caplog.text
 
 
 def low_rank(**settings):
@@ -580,7 +580,7 @@ def test_layers_that_are_factored_away_end_the_projection(caplog):
     net = Net(hidden=64)
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
         fit(net, L1InfProjection(target_sparsity=0.5, parameters="body.1.weight"), low_rank(), epochs=3)
-    assert "L1InfProjection projects nothing any more." in caplog.text
+    assert "L1InfProjection: projects nothing any more." in caplog.text
 
 
 def test_factors_that_never_come_are_an_error():
