@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from lightning_accel import zoo
 from lightning_accel.bench.shrink_rows import describe, with_zero_rows
 from lightning_accel.projection.shrink import shrink
-from lightning_accel.projection.shrink.channels import SelectedFeatures
+from lightning_accel.projection.shrink.features import SelectedFeatures
 
 
 def clear(layer, channels, *, bias=False):
@@ -243,7 +243,7 @@ def test_input_features_without_weights_are_no_longer_read():
     assert result.features.tolist() == [*range(5), *range(25, 30)]
     assert result.features_before == 30
     assert isinstance(result.model.encoder[0], SelectedFeatures)
-    assert result.model.encoder[0].layer.in_features == 10
+    assert result.model.encoder[0].in_features == 10
     assert_same(result, model, x)
 
 

@@ -6,36 +6,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils import _pytree as pytree
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-PRUNABLE = (nn.Linear, *CONVOLUTIONS)
+from lightning_accel.projection.shrink.readings import CONVOLUTIONS, PRUNABLE, Run, constants
+
 # layers that treat every channel by itself
 _CHANNELWISE = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     nn.PReLU,
 )
-
-
-class SelectedFeatures(nn.Module):
-    """A linear layer that reads only some features of its input.
-
-    Args:
-        index: Features to read, ``(kept,)``.
-        layer: Linear layer with ``kept`` inputs.
-    """
-
-    index: Tensor
-
-    def __init__(self, index: Tensor, layer: nn.Linear) -> None:
-        super().__init__()
-        self.register_buffer("index", index)
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(..., features)`` to ``(..., outputs)``."""
-        return self.layer(x.index_select(-1, self.index))
+_OPERATIONS = {
+    "_UnbindOp": "its channels are split, as among attention heads",
+    "_SplitOp": "its channels are split, as among attention heads",
+    "_OutputOp": "it is an output of the network",
+    "Parameter": "a parameter outside of layers has its channels as well",
+}
 
 
 @dataclass(frozen=True)
@@ -57,116 +42,105 @@ class Use:
     root: Tensor
 
 
-def removable_channels(
-    uses: Sequence[Use], channels: int, observed: Sequence[dict[nn.Module, Tensor]]
-) -> tuple[Tensor, dict[int, Tensor], str]:
+@dataclass(frozen=True)
+class Removal:
+    """What can go of a group.
+
+    Attributes:
+        gone: Boolean ``(channels,)``.
+        folds: For each reading use, by its place among the uses, the constants of its channels to fold in.
+        why: Zero channels stay, or ``""``.
+    """
+
+    gone: Tensor
+    folds: dict[int, Tensor]
+    why: str
+
+
+def find_removal(root: nn.Module, uses: Sequence[Use], runs: Sequence[Run], fixed: Sequence[str]) -> Removal:
     """Decide which channels of a group can go.
 
     Args:
+        root: The layer whose outputs number the channels of the group.
         uses: All modules of the group.
-        channels: Of the group.
-        observed: For each probe the inputs of the layers.
-
-    Returns:
-        Boolean ``(channels,)``; for each reading use, by its place in ``uses``, the constants of ``own`` to fold in;
-        and why zero channels stay, or ``""``.
+        runs: Of the model, on each probe.
+        fixed: Inputs that no probe varies.
     """
-    nothing = torch.zeros(channels, dtype=torch.bool), dict[int, Tensor]()
+    dead = zero_rows(root)
+    nothing = torch.zeros(len(dead), dtype=torch.bool)
     for use in uses:
-        why = _obstacle(use)
+        why = obstacle(use)
         if why:
-            return (*nothing, why)
-    silent = torch.ones(channels, dtype=torch.bool)  # nobody writes
-    unheard = torch.ones(channels, dtype=torch.bool)  # nobody reads
-    steady = torch.ones(channels, dtype=torch.bool)  # what is read is a constant that can be folded
-    constants: dict[int, Tensor] = {}
-    readers = [i for i, use in enumerate(uses) if use.reads]
+            return Removal(nothing, {}, why)
+    silent = torch.ones_like(nothing)  # nobody writes
+    unheard = torch.ones_like(nothing)  # nobody reads
+    steady = torch.ones_like(nothing)  # what is read is a constant that can be folded
+    folds: dict[int, Tensor] = {}
+    readers = [use for use in uses if use.reads]
     for i, use in enumerate(uses):
         weight = _weight(use.module)
-        if weight is None or _is_depthwise(use.module):
+        if weight is None or is_depthwise(use.module):
             continue
         if not use.reads:
             _mark(silent, use, (weight[use.own] == 0).flatten(1).all(1))
             continue
-        columns = weight.transpose(0, 1)[use.own].flatten(1)
-        _mark(unheard, use, (columns == 0).all(1))
-        values, constant = _constants(use, observed)
+        unread = (weight.transpose(0, 1)[use.own].flatten(1) == 0).all(1)
+        _mark(unheard, use, unread)
+        values, constant = constants(runs, use.name, use.own)
+        if fixed:
+            constant = torch.zeros_like(constant)
         foldable = constant & ((values == 0) | ~torch.tensor(_is_padded(use.module)))
-        _mark(steady, use, foldable | (columns == 0).all(1))
-        constants[i] = values
+        _mark(steady, use, foldable | unread.cpu())
+        folds[i] = values
     if not readers:
-        return (*nothing, "it is an output of the network" if bool(silent.any()) else "")
+        return Removal(nothing, {}, _OPERATIONS["_OutputOp"])
     gone = unheard | (silent & steady)
-    stays = silent & ~gone
+    why = ""
+    if bool((silent & ~gone).any()):
+        why = _why_constants_stay(uses, runs, fixed)
+    elif bool((dead & ~gone).any()):
+        why = _who_else_writes(root, uses, dead & ~gone)
     if bool(gone.all()):
-        gone[0] = False  # a layer cannot be empty
-    return gone, constants, _why_constants_stay(uses, observed) if bool(stays.any()) else ""
+        gone[0] = False
+        why = "one channel stays, for a layer can not be empty"
+    return Removal(gone, folds, why)
 
 
-def _why_constants_stay(uses: Sequence[Use], observed: Sequence[dict[nn.Module, Tensor]]) -> str:
-    unseen = [u.name for u in uses if u.reads and isinstance(u.module, PRUNABLE) and u.module not in observed[0]]
-    if unseen:
-        return f"`{unseen[0]}`, which reads it, is called more than once, or not as a module"
-    return "its constant is not the same everywhere, or meets the border of a convolution"
-
-
-def fold_constants(uses: Sequence[Use], gone: Tensor, constants: dict[int, Tensor]) -> None:
+def fold_constants(uses: Sequence[Use], removal: Removal) -> None:
     """Add what removed channels contributed to the biases of the layers that read them."""
-    for i, values in constants.items():
+    for i, values in removal.folds.items():
         use = uses[i]
-        going = gone[use.root]
+        going = removal.gone[use.root]
         weight = _weight(use.module)
         if weight is None or not bool((values[going] != 0).any()):
             continue
-        columns = weight.transpose(0, 1)[use.own[going]].flatten(2) if weight.ndim > 2 else None
-        per_channel = columns.sum(2) if columns is not None else weight.t()[use.own[going]]
+        columns = weight.transpose(0, 1)[use.own[going]]
+        per_channel = columns.flatten(2).sum(2) if columns.dim() > 2 else columns
         held = values[going].to(per_channel.device, torch.float64)
-        share = (per_channel.double() * held.unsqueeze(1)).sum(0).to(weight.dtype)
+        # a product of 0 and what is not finite is no number, yet nobody reads it
+        per_channel = per_channel.double()
+        share = torch.where(per_channel == 0, 0.0, per_channel * held.unsqueeze(1)).sum(0)
         bias = getattr(use.module, "bias", None)
         if bias is None:
-            use.module.bias = nn.Parameter(share)
+            use.module.bias = nn.Parameter(share.to(weight.dtype))
         else:
-            bias.data += share
+            bias.data += share.to(bias.dtype)
 
 
-def observe_inputs(model: nn.Module, inputs: tuple[object, ...]) -> dict[nn.Module, Tensor]:
-    """Run ``model`` and return what linear and convolution layers read; not those that are called twice."""
-    seen: dict[nn.Module, Tensor] = {}
-    twice: set[nn.Module] = set()
-
-    def look(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        if module in seen:
-            twice.add(module)
-        seen[module] = (arguments[0] if arguments else named["input"]).detach().clone()
-
-    layers = [m for m in model.modules() if isinstance(m, PRUNABLE)]
-    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
-    try:
-        with torch.no_grad():
-            model(*copied(inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {module: x for module, x in seen.items() if module not in twice}
-
-
-def copied(inputs: tuple[object, ...]) -> tuple[object, ...]:
-    """Return copies of all tensors, for a model that writes into what it is given."""
-    copies: tuple[object, ...] = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
-    return copies
-
-
-def dead_inputs(layer: nn.Linear) -> Tensor:
-    """Return a boolean ``(in_features,)`` of the features that no output reads."""
-    return (layer.weight == 0).all(0)
+def zero_rows(layer: nn.Module) -> Tensor:
+    """Return boolean ``(outputs,)``, on CPU, of the channels whose weights are all zero."""
+    weight = _weight(layer)
+    assert weight is not None
+    return (weight == 0).flatten(1).all(1).cpu()
 
 
 def shared_modules(model: nn.Module) -> set[nn.Module]:
-    """Return modules that own a parameter which another module owns as well."""
-    owners: dict[int, set[nn.Module]] = {}
+    """Return modules that own a parameter which another module, or another name, owns as well."""
+    owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(module)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(module)
     return {module for modules in owners.values() if len(modules) > 1 for module in modules}
 
 
@@ -177,23 +151,73 @@ def without(indices: Tensor, gone: Tensor) -> Tensor:
     return indices[keep]
 
 
-def _obstacle(use: Use) -> str:
+def obstacle(use: Use) -> str:
+    """Return why channels that a module reads or writes have to stay, or ``""``."""
     module = use.module
-    if is_parametrized(module):
-        return f"`{use.name}` computes its weight from other parameters"
-    if isinstance(module, PRUNABLE):
-        groups = getattr(module, "groups", 1)
-        return "" if groups == 1 or _is_depthwise(module) else f"`{use.name}` is a grouped convolution"
     kind = type(module).__name__
-    if isinstance(module, _CHANNELWISE) or kind in ("_ElementWiseOp", "_ReshapeOp", "_ConcatOp"):
+    if isinstance(module, PRUNABLE):
+        return _why_not_plain(use.name, module) or _why_out_of_range(use, module)
+    if isinstance(module, nn.Module) and is_parametrized(module):
+        return f"`{use.name}` computes its weight from other parameters"
+    if isinstance(module, _CHANNELWISE):
+        known = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+        own = {*module._parameters, *module._buffers} - known
+        return f"`{use.name}` holds `{own.pop()}` as well" if own else ""
+    if kind in ("_ElementWiseOp", "_ReshapeOp", "_ConcatOp"):
         return ""
-    if kind in ("_UnbindOp", "_SplitOp"):
-        return "its channels are split, as among attention heads"
-    if kind == "Parameter":
-        return "a parameter outside of layers has its channels as well"
+    if kind in _OPERATIONS:
+        return _OPERATIONS[kind]
     if kind.startswith("_"):  # an operation, not a layer
         return "an operation that is not known to keep channels apart reads it"
     return f"a {kind} mixes its channels"
+
+
+def _why_not_plain(name: str, module: nn.Module) -> str:
+    if is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return f"`{name}` computes its weight from other parameters"
+    more = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    if more:
+        return f"`{name}` holds `{min(more)}` beside its weight and bias"
+    plain = next(base for base in type(module).__mro__ if base in PRUNABLE)
+    if type(module).forward is not plain.forward or "forward" in module.__dict__:
+        return f"`{name}` has a forward of its own"
+    if getattr(module, "groups", 1) != 1 and not is_depthwise(module):
+        return f"`{name}` is a grouped convolution"
+    return ""
+
+
+def _why_out_of_range(use: Use, module: nn.Module) -> str:
+    """Refuse indices that a layer does not have: channels were gated, split or repeated on the way."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    there = weight.shape[1 if use.reads and not is_depthwise(module) else 0]
+    if len(use.own) and int(use.own.max()) >= there:
+        what = "reads" if use.reads else "writes"
+        return f"`{use.name}` {what} {there} channels, which can not be told apart: they are gated or split on the way"
+    return ""
+
+
+def _why_constants_stay(uses: Sequence[Use], runs: Sequence[Run], fixed: Sequence[str]) -> str:
+    if fixed:
+        return f"what it emits may depend on {fixed[0]}, which can not be varied"
+    seen = set(runs[0].readings)
+    for run in runs:
+        seen &= set(run.readings)
+    unseen = [u.name for u in uses if u.reads and isinstance(u.module, PRUNABLE) and u.name not in seen]
+    if unseen:
+        return f"`{unseen[0]}`, which reads it, is called more than once, or not as a module"
+    return "its constant is not the same everywhere, or meets the border of a convolution"
+
+
+def _who_else_writes(root: nn.Module, uses: Sequence[Use], dead: Tensor) -> str:
+    for use in uses:
+        weight = _weight(use.module)
+        if use.reads or use.module is root or weight is None or is_depthwise(use.module):
+            continue
+        alive = (weight[use.own] != 0).flatten(1).any(1).cpu()
+        if bool((alive & dead[use.root]).any()):
+            return f"`{use.name}` writes the same channels and is not zero there"
+    return "other channels depend on it"
 
 
 def _weight(module: nn.Module) -> Tensor | None:
@@ -202,7 +226,8 @@ def _weight(module: nn.Module) -> Tensor | None:
     return None
 
 
-def _is_depthwise(module: nn.Module) -> bool:
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a convolution treats every channel by itself."""
     return isinstance(module, CONVOLUTIONS) and module.groups == module.in_channels == module.out_channels > 1
 
 
@@ -217,21 +242,3 @@ def _is_padded(module: nn.Module) -> bool:
 def _mark(flags: Tensor, use: Use, good: Tensor) -> None:
     """Clear the flags of channels for which not all of the module's indices are ``good``."""
     flags[use.root[~good.cpu()]] = False
-
-
-def _constants(use: Use, observed: Sequence[dict[nn.Module, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return what the module reads in each of its channels, and whether that is the same at every place and sample."""
-    values, constant = torch.zeros(len(use.own)), torch.ones(len(use.own), dtype=torch.bool)
-    for i, inputs in enumerate(observed):
-        x = inputs.get(use.module)
-        if x is None:
-            return values, torch.zeros_like(constant)
-        rows = (x.movedim(1, -1) if isinstance(use.module, CONVOLUTIONS) else x).flatten(0, -2)[:, use.own.to(x.device)]
-        low, high = rows.amin(0).cpu(), rows.amax(0).cpu()
-        close = high - low <= 1e-6 * torch.maximum(high.abs(), low.abs())
-        if i == 0:
-            values = rows[0].cpu()
-        else:
-            close &= (rows[0].cpu() - values).abs() <= 1e-6 * values.abs()
-        constant &= close
-    return values, constant

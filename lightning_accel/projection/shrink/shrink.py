@@ -1,28 +1,25 @@
 """Remove zero groups physically: a smaller dense model that computes the same."""
 
-import copy
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
-from torch.utils import _pytree as pytree
+from torch.nn.parameter import is_lazy
 
-from lightning_accel.projection.shrink.channels import (
-    PRUNABLE,
-    SelectedFeatures,
-    Use,
-    copied,
-    dead_inputs,
-    fold_constants,
-    observe_inputs,
-    removable_channels,
-    shared_modules,
-    without,
-)
+from lightning_accel.projection.shrink.features import SelectedFeatures
+from lightning_accel.projection.shrink.keep_state import copy_module
+from lightning_accel.projection.shrink.nested import tensors_in
+from lightning_accel.projection.shrink.probes import Inputs, make_probes
+from lightning_accel.projection.shrink.readings import forward, look, output_difference
+from lightning_accel.projection.shrink.removal import Shrinking
+
+# largest difference of outputs, relative to the largest output
+_TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_TOLERANCE = 1e-5
+_ROUNDS = 3  # of looking anew, each with the inputs that showed a difference
+_SEEDS = 1, 2, 3  # of the inputs that the result is checked on
 
 
 @dataclass
@@ -39,7 +36,8 @@ class Shrunk:
         left: Why zero channels of a layer could not be removed, by module name.
         parameters_before: Entries of all parameters.
         parameters_after: As ``parameters_before``.
-        largest_difference: Between outputs on the example and on a perturbed one, relative to the largest output.
+        largest_difference: Between outputs on all inputs they were compared on, relative to the largest output.
+        inputs_compared: How many inputs these were.
     """
 
     model: nn.Module
@@ -50,198 +48,116 @@ class Shrunk:
     parameters_before: int = 0
     parameters_after: int = 0
     largest_difference: float = 0.0
+    inputs_compared: int = 0
 
 
-# largest difference of outputs, relative to the largest output; other sums round anew
-_TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_TOLERANCE = 1e-5
-
-
-def shrink(model: nn.Module, example_inputs: Any, *, tolerance: float | None = None) -> Shrunk:
+def shrink(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    tolerance: float | None = None,
+) -> Shrunk:
     r"""Return a smaller model without the channels that are zero, and check that it computes the same.
 
     A channel goes, in all layers that share it (residual adds, flattening, norms), if every layer that writes it has
     a zero row, or every layer that reads it a zero column. A zero row with a bias still emits :math:`act(b)`; such
     constants are measured where they are read and folded into the next bias. What cannot be removed exactly stays,
-    with the reason in ``left``: channels that a normalization over channels, attention heads or a padded convolution
-    (whose border sees 0 instead of the constant) mixes, tied weights, network outputs. A layer that is zero
-    altogether keeps one channel. Input features with zero columns are no longer read.
+    with the reason in ``left``: channels that a normalization over channels, attention heads, a gated unit or a padded
+    convolution (whose border sees 0 instead of the constant) mixes, tied weights, network outputs, whatever depends
+    on the input. A layer that is zero altogether keeps one channel. Input features with zero columns are no longer
+    read.
+
+    Outputs, and what layers read, are compared on the example and on a dozen variations of it (see `make_probes`):
+    floating-point tensors with noise, masks and integers drawn anew, other batch sizes and lengths. A group whose
+    removal changes any is put back. The result computes the same in ``eval`` mode. In training, dropout and batch
+    norms no longer see the constants that were folded; train on with that in mind.
+
+    Names, hooks, devices, types, training modes and ``requires_grad`` of all that is left stay.
 
     Args:
         model: Any module; copied, taken as it was before ``torch.compile``, and evaluated in ``eval`` mode.
-        example_inputs: One tensor, or the tuple of ``forward``'s arguments. Floating-point tensors are also perturbed,
-            so that what is constant by chance is not taken for constant.
+        example_inputs: One tensor, or the tuple of ``forward``'s positional arguments, which may hold tensors in any
+            containers and objects.
+        example_kwargs: Named arguments of ``forward``.
         tolerance: Largest difference of outputs, relative to the largest output, > 0; groups beyond it stay. By
             default 1e-5; 5e-2 for models with bfloat16 parameters, 1e-2 with float16.
 
     Raises:
         ImportError: Without torch-pruning (the extra ``shrink``), which knows how layers depend on each other.
-        ValueError: If ``tolerance`` is not > 0, or a tensor of ``example_inputs`` is empty.
+        ValueError: If ``tolerance`` is not > 0, a tensor of ``example_inputs`` is empty, or the model has lazy layers
+            that have no weights yet.
 
-    Complexity: A few forward passes and one copy of the model a group of dependent layers.
+    Complexity: A dozen forward passes and one copy of the model a group of dependent layers that gets smaller.
     """
     if tolerance is None:
         tolerance = max([_TOLERANCES.get(p.dtype, _TOLERANCE) for p in model.parameters()], default=_TOLERANCE)
     if not tolerance > 0.0:
         raise ValueError(f"`tolerance` must be > 0, got {tolerance}.")
     pruning = _torch_pruning()
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    if any(isinstance(x, Tensor) and not x.numel() for x in pytree.tree_leaves(inputs)):
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    example: Inputs = args, dict(example_kwargs or {})
+    if any(not x.numel() for x in tensors_in(example)):
         raise ValueError("`example_inputs` must hold at least one sample, got an empty tensor.")
-    work = _before_compiling(copy.deepcopy(model)).eval()
-    for parameter in work.parameters():
-        parameter.requires_grad_(True)  # the dependency graph follows autograd
-    probes = (inputs, _perturbed(inputs))
-    shrinking = _Shrinking(pruning, work, probes, [_outputs(work, p) for p in probes], tolerance)
-    for name in list(shrinking.kept):
-        shrinking.remove_channels(name)
-    features, features_before = shrinking.select_features()
-    result, off = shrinking.model, shrinking.difference()
-    _restore_flags(model, result)
+    if any(is_lazy(p) for p in model.parameters()):
+        raise ValueError("`model` has lazy layers that have no weights yet: call it once, then shrink it.")
+    start = _trainable(_before_compiling(copy_module(model)).eval())
+    result, others = _shrunk(pruning, start, example, tolerance)
+    _restore(_names_before_compiling(model), result.model)
     return Shrunk(
-        model=result,
-        kept=shrinking.kept,
-        features=features,
-        features_before=features_before,
-        left=shrinking.left,
+        model=result.model,
+        kept=result.kept,
+        features=result.features,
+        features_before=result.features_before,
+        left=result.left,
         parameters_before=_entries(model),
-        parameters_after=_entries(result),
-        largest_difference=off,
+        parameters_after=_entries(result.model),
+        largest_difference=max(result.difference(), others.off),
+        inputs_compared=len(result.probes.inputs) + others.count,
     )
 
 
-# whatever a model's own ``forward`` raises where it counts on its sizes, or torch-pruning on a module it does not know
-_ANYTHING = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
-
-
 @dataclass
-class _Shrinking:
-    """A model that gets smaller step by step; a step that changes the outputs is taken back."""
+class _Others:
+    """A comparison on inputs that no decision was made on: how far outputs are off, on how many, and where."""
 
-    pruning: Any
-    model: nn.Module
-    probes: Sequence[tuple[Any, ...]]
-    expected: Sequence[list[Tensor]]
-    tolerance: float
-    kept: dict[str, Tensor] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-    graph: Any = None
-    observed: list[dict[nn.Module, Tensor]] = field(default_factory=list)
+    off: float = 0.0
+    count: int = 0
+    different: list[Inputs] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, PRUNABLE):
-                self.kept[name] = torch.arange(layer.weight.shape[0])
 
-    def remove_channels(self, root: str) -> None:
-        """Remove what can go of the channels that the layer ``root`` writes."""
-        self._look()
-        layer = self.model.get_submodule(root)
-        assert isinstance(layer, PRUNABLE)
-        channels = layer.weight.shape[0]
-        dead = bool((layer.weight == 0).flatten(1).all(1).any())
-        uses = self._uses(layer, list(range(channels)))
-        if isinstance(uses, str):
-            if dead:
-                self.left[root] = uses
-            return
-        shared = shared_modules(self.model) & {use.module for use in uses}
-        gone, constants, why = removable_channels(uses, channels, self.observed)
-        if shared and bool(gone.any()):
-            gone, why = torch.zeros_like(gone), "its weights are tied to another layer's"
-        if why and dead:
-            self.left[root] = why
-        if not bool(gone.any()):
-            return
-        before = copy.deepcopy(self.model), dict(self.kept)
-        names = {module: name for name, module in self.model.named_modules()}
-        try:
-            fold_constants(uses, gone, constants)
-            for use in uses:
-                if not use.reads and use.module in names and names[use.module] in self.kept:
-                    name = names[use.module]
-                    self.kept[name] = without(self.kept[name], use.own[gone[use.root]])
-            self._group(layer, gone.nonzero()[:, 0].tolist()).prune()
-            off = self.difference()
-            changes = f"the outputs by {off:.1e}" if off < float("inf") else "the shape of an output"
-            problem = "" if off <= self.tolerance else f"removing them changes {changes}"
-        except _ANYTHING as error:
-            problem = f"the model does not run without them ({type(error).__name__})"
-        if problem:
-            self.model, self.kept = before
-            self.left[root] = problem
-        self.graph = None
+def _shrunk(pruning: Any, start: nn.Module, example: Inputs, tolerance: float) -> tuple[Shrinking, _Others]:
+    """Shrink and compare on inputs of other seeds; where those differ, begin again with them among the probes."""
+    probes = make_probes(*example, lambda inputs: forward(start, inputs), seed=0)
+    for _ in range(_ROUNDS):
+        result = Shrinking(pruning, copy_module(start), probes, tolerance)
+        result.shrink()
+        others = _compared(start, result.model, example, tolerance)
+        if not others.different:
+            return result, others
+        probes.inputs += others.different
+    barred = dict.fromkeys(result.kept, "without it the outputs differed on random inputs")
+    result = Shrinking(pruning, copy_module(start), probes, tolerance, barred=barred)
+    for name in result.kept:
+        result.remove_channels(name)
+    return result, _compared(start, result.model, example, tolerance)
 
-    def select_features(self) -> tuple[Tensor | None, int | None]:
-        """Let linear layers that read the network's input skip features without weights.
 
-        Returns:
-            What the first of them reads, and of how many features; ``None`` if all read all.
-        """
-        self._look()
-        leaves = [x for x in pytree.tree_leaves(self.probes[1]) if isinstance(x, Tensor) and x.is_floating_point()]
-        features, before = None, None
-        for name, layer in list(self.model.named_modules()):
-            seen = self.observed[1].get(layer)
-            if not isinstance(layer, nn.Linear) or seen is None or layer in shared_modules(self.model):
-                continue
-            if is_parametrized(layer):
-                continue
-            first = any(x.numel() == seen.numel() and torch.equal(x.flatten(), seen.flatten()) for x in leaves)
-            dead = dead_inputs(layer)
-            if not first or not bool(dead.any()) or not name or bool(dead.all()):
-                continue
-            index = torch.nonzero(~dead)[:, 0]
-            if features is None:
-                features, before = index, layer.in_features
-            layer.weight = nn.Parameter(layer.weight.detach()[:, index].contiguous())
-            layer.in_features = len(index)
-            path, _, leaf = name.rpartition(".")
-            setattr(self.model.get_submodule(path), leaf, SelectedFeatures(index, layer))
-        return features, before
-
-    def difference(self) -> float:
-        """Return the largest difference of outputs to those of the model at the start, relative to the largest."""
-        off = 0.0
-        for probe, expected in zip(self.probes, self.expected, strict=True):
-            for was, now in zip(expected, _outputs(self.model, probe), strict=True):
-                if was.shape != now.shape:
-                    return float("inf")
-                if was.numel():
-                    scale = max(float(was.abs().max()), torch.finfo(was.dtype).tiny)
-                    off = max(off, float((was - now).abs().max()) / scale)
-        return off
-
-    def _look(self) -> None:
-        if self.graph is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # parameters outside modules; groups that hold one are left alone
-                graph = self.pruning.DependencyGraph()
-                self.graph = graph.build_dependency(self.model, copied(self.probes[0]))
-            self.observed = [observe_inputs(self.model, p) for p in self.probes]
-
-    def _group(self, layer: nn.Module, channels: list[int]) -> Any:
-        functions = self.pruning.prune_linear_out_channels, self.pruning.prune_conv_out_channels
-        return self.graph.get_pruning_group(layer, functions[not isinstance(layer, nn.Linear)], idxs=channels)
-
-    def _uses(self, layer: nn.Module, channels: list[int]) -> list[Use] | str:
-        """Return who takes part in a group of channels, or why nobody knows."""
-        try:
-            group = self._group(layer, channels)
-        except ValueError:
-            return "it is not called as a module"
-        except _ANYTHING as error:
-            return f"its channels go where they can not be followed ({type(error).__name__})"
-        return [
-            Use(
-                name=item.dep.target.name.split(" (")[0],
-                module=item.dep.target.module,
-                reads=not self.graph.is_out_channel_pruning_fn(item.dep.handler),
-                own=torch.as_tensor(item.idxs),
-                root=torch.as_tensor(item.root_idxs),
-            )
-            for item in group
-        ]
+def _compared(was: nn.Module, now: nn.Module, example: Inputs, tolerance: float) -> _Others:
+    found = _Others()
+    if _entries(was) == _entries(now):
+        return found
+    for seed in _SEEDS:
+        for inputs in make_probes(*example, lambda inputs: forward(was, inputs), seed=seed).inputs[1:]:
+            found.count += 1
+            try:
+                off = output_difference(look(was, inputs), look(now, inputs))
+            except Exception:  # whatever a model raises on sizes it does not expect
+                off = float("inf")
+            if not off <= tolerance:
+                found.different.append(inputs)
+            found.off = max(found.off, off)
+    return found
 
 
 def _torch_pruning() -> Any:
@@ -252,43 +168,50 @@ def _torch_pruning() -> Any:
     return torch_pruning
 
 
-def _perturbed(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(0)
-
-    def perturb(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        return x + torch.randn(x.shape, generator=generator).to(x)
-
-    perturbed: tuple[Any, ...] = pytree.tree_map(perturb, inputs)
-    return perturbed
-
-
-def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    with torch.no_grad():
-        leaves = pytree.tree_leaves(model(*copied(inputs)))
-    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-
-
 def _entries(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def _trainable(model: nn.Module) -> nn.Module:
+    """Let all parameters require gradients: the dependency graph follows autograd."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(True)
+    return model
 
 
 def _before_compiling(model: nn.Module) -> nn.Module:
     """Take compiled modules out of their wrappers, which nobody can look into."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner
-    for name, child in model.named_children():
-        setattr(model, name, _before_compiling(child))
+    for name, child in model._modules.items():
+        if child is not None:
+            model._modules[name] = _before_compiling(child)
     return model
 
 
-def _restore_flags(model: nn.Module, smaller: nn.Module) -> None:
-    """Give the copy the training modes and frozen parameters of the original."""
-    trainable = {name.replace("_orig_mod.", ""): p.requires_grad for name, p in model.named_parameters()}
-    for name, parameter in smaller.named_parameters():
-        parameter.requires_grad_(trainable.get(name.replace(".layer.", "."), True))
-        parameter.grad = None
-    modes = {name.replace("_orig_mod.", ""): module.training for name, module in model.named_modules()}
-    for name, module in smaller.named_modules():
-        module.training = modes.get(name, modes.get(name.removesuffix(".layer"), model.training))
+def _names_before_compiling(model: nn.Module) -> dict[str, nn.Module]:
+    named = model.named_modules(remove_duplicate=False)
+    return {name.replace("_orig_mod.", "").removesuffix("_orig_mod").rstrip("."): module for name, module in named}
+
+
+def _restore(originals: Mapping[str, nn.Module], smaller: nn.Module) -> None:
+    """Give the copy the training modes, the frozen parameters and the parameters' attributes of the original."""
+    for name, module in smaller.named_modules(remove_duplicate=False):
+        original = originals.get(name)
+        if original is None:
+            continue
+        module.training = original.training
+        flags = [p.requires_grad for p in original._parameters.values() if p is not None]
+        for leaf, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            was = original._parameters.get(leaf)
+            # a bias that holds what was folded is as frozen as its layer
+            parameter.requires_grad_(any(flags) if was is None else was.requires_grad)
+            parameter.grad = None
+            if was is not None:
+                parameter.__dict__.update(was.__dict__)
+
+
+__all__ = ["SelectedFeatures", "Shrunk", "shrink"]
