@@ -9,7 +9,7 @@ import sys
 import traceback
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 

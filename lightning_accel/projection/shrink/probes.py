@@ -1,6 +1,5 @@
 """Inputs a model is compared on: the example, and others that differ from it in all that may differ."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,8 @@ from torch import Tensor
 from lightning_accel.projection.shrink.nested import tensors_in, with_tensors
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-_WAYS = 3  # in which values that are picked from few are varied
+_WAYS = 4  # in which values that are picked from few are varied
+_SMALL, _WIDE = 2, 3  # two of them
 _SIZES = 3  # sizes beside the batch that are varied
 
 
@@ -110,19 +110,20 @@ def _normal(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _drawn(x: Tensor, way: int, generator: torch.Generator) -> Tensor:
-    """Return other values: within the range, shuffled (booleans and masks: flipped), and beyond the range."""
+    """Return other values: within the range, shuffled (booleans and masks: flipped), small ones, beyond the range."""
     x = x.detach()
     uniform = torch.rand(x.shape, generator=generator).to(x.device)
     if x.dtype == torch.bool:
-        return (uniform < 0.5, ~x, uniform < 0.1)[way]
+        return (uniform < 0.5, ~x, uniform < 0.1, uniform < 0.9)[way]
     if x.is_floating_point():
-        other = x.new_full((), -math.inf) if bool(_is_low(x).any()) else x.new_ones(())
-        other = x.min() if bool(_is_low(x).any()) else other
+        other = x.min() if bool(_is_low(x).any()) else x.new_ones(())
         return torch.where((uniform < 0.5) if way != 1 else x == 0, other, torch.zeros_like(x))
     low, high = int(x.min()), int(x.max())
     if way == 1 and low < high:
         return x.flatten()[torch.randperm(x.numel(), generator=generator).to(x.device)].view(x.shape)
-    if way == 2 and x.device.type == "cpu":  # an index beyond its range ends a process on a GPU
+    if way == _SMALL:  # what stands for padding and the like
+        return torch.where(uniform < 0.3, (uniform * 10).to(x.dtype), x)
+    if way == _WIDE and x.device.type == "cpu":  # an index beyond its range ends a process on a GPU
         return (uniform * (2 * high - low + 2)).to(x.dtype) + low
     low = min(low, 1) if low > 0 or low == high > 0 else low
     drawn = (uniform * (high - low + 1)).to(x.dtype) + low

@@ -1,7 +1,7 @@
 """What layers read and a model returns on probes, and whether two models agree in it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +90,24 @@ def look(model: nn.Module, inputs: Inputs) -> Run:
         for handle in handles:
             handle.remove()
     return Run(outputs, {n: r for n, r in readings.items() if calls[n] == 1}, frozenset(calls))
+
+
+def idle_modules(model: nn.Module, inputs: Inputs, called: Set[str]) -> list[str]:
+    """Return modules with parameters that take no part: they are not called, and no output depends on them."""
+    args, kwargs = with_tensors(inputs, lambda x: x.detach().clone())
+    owners = [(name, m) for name, m in model.named_modules() if name not in called and m._parameters]
+    parameters = {p for _, m in owners for p in m._parameters.values() if p is not None and p.requires_grad}
+    used: set[Tensor] = set()
+    try:
+        with keep_state(model), torch.enable_grad():
+            outputs = [x.abs().sum() for x in tensors_in(model(*args, **kwargs)) if x.grad_fn is not None]
+            if parameters and outputs:
+                listed = list(parameters)
+                found = torch.autograd.grad(outputs, listed, allow_unused=True)
+                used = {p for p, gradient in zip(listed, found, strict=True) if gradient is not None}
+    except Exception:  # of a model that can not be run with gradients: then what is not called counts as idle
+        used = set()
+    return [name for name, m in owners if not used & {p for p in m._parameters.values() if p is not None}]
 
 
 def output_difference(before: Run, after: Run) -> float:

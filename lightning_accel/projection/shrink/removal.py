@@ -23,7 +23,14 @@ from lightning_accel.projection.shrink.features import can_select, reads_input, 
 from lightning_accel.projection.shrink.keep_state import copy_module, keep_state
 from lightning_accel.projection.shrink.nested import tensors_in, with_tensors
 from lightning_accel.projection.shrink.probes import Probes
-from lightning_accel.projection.shrink.readings import PRUNABLE, Run, look, output_difference, reading_difference
+from lightning_accel.projection.shrink.readings import (
+    PRUNABLE,
+    Run,
+    idle_modules,
+    look,
+    output_difference,
+    reading_difference,
+)
 
 _NOT_CALLED = "it is not called as a module"
 
@@ -60,6 +67,8 @@ class Shrinking:
                 self.kept[name] = torch.arange(layer.weight.shape[0])
         self.first = [look(self.model, p) for p in self.probes.inputs]
         self.runs: Sequence[Run] = self.first
+        called = frozenset[str]().union(*(run.called for run in self.first))
+        self._idle = idle_modules(self.model, self.probes.inputs[0], called)
         self._graph: Any = None
         self._why_no_graph = ""
 
@@ -155,14 +164,11 @@ class Shrinking:
 
     def _idle_reader(self, layer: nn.Module, uses: Sequence[Use]) -> str:
         """Return why a layer that no probe calls may read the channels: in another branch, or in training only."""
-        called = frozenset[str]().union(*(run.called for run in self.first))
         widths = {len(torch.unique(use.root)) for use in uses if not use.reads}
         widths |= {len(use.own) for use in uses if use.reads}
-        parents = {name.rpartition(".")[0] for name in called}
-        for name, module in self.model.named_modules():
-            if name in called or name in parents or name.rpartition(".")[0] in called or module is layer:
-                continue
-            for parameter in module._parameters.values():
+        for name in self._idle:
+            module = self.model.get_submodule(name)
+            for parameter in () if module is layer else module._parameters.values():
                 if parameter is None or not parameter.dim():
                     continue
                 sizes = parameter.shape[1:2] if isinstance(module, PRUNABLE) else parameter.shape

@@ -78,7 +78,7 @@ def shrink(
     Args:
         model: Any module; copied, taken as it was before ``torch.compile``, and evaluated in ``eval`` mode.
         example_inputs: One tensor, or the tuple of ``forward``'s positional arguments, which may hold tensors in any
-            containers and objects.
+            containers and objects. (A named tuple, a list or a dict is one argument.)
         example_kwargs: Named arguments of ``forward``.
         tolerance: Largest difference of outputs, relative to the largest output, > 0; groups beyond it stay. By
             default 1e-5; 5e-2 for models with bfloat16 parameters, 1e-2 with float16.
@@ -95,7 +95,8 @@ def shrink(
     if not tolerance > 0.0:
         raise ValueError(f"`tolerance` must be > 0, got {tolerance}.")
     pruning = _torch_pruning()
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    several = isinstance(example_inputs, tuple) and not hasattr(example_inputs, "_fields")
+    args = example_inputs if several else (example_inputs,)
     example: Inputs = args, dict(example_kwargs or {})
     if any(not x.numel() for x in tensors_in(example)):
         raise ValueError("`example_inputs` must hold at least one sample, got an empty tensor.")
