@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -14,12 +15,14 @@ from omegaconf import DictConfig
 from lightning_accel.cli import task
 from lightning_accel.cli.compose import hydra_main
 from lightning_accel.cli.errors import INTERRUPTED, explain
+from lightning_accel.cli.results import save_failure
 
 _TRACEBACK_VARIABLE = "HYDRA_FULL_ERROR"
 _FLAGS_WITH_VALUE = (
     *("--cfg", "--package", "--config-path", "--config-name", "--config-dir", "--info", "--experimental-rerun"),
     *("-c", "-p", "-cp", "-cn", "-cd", "-i"),
 )
+_MULTIRUN = {"-m", "--multirun"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -38,6 +41,8 @@ def launch(name: str, overrides: Sequence[str]) -> int:
     """Compose ``conf/<name>.yaml`` with ``overrides``, run the command, and return the exit code."""
     wants_traceback = os.environ.get(_TRACEBACK_VARIABLE) == "1"
     flags, plain = split_flags(overrides)
+    if any(word.startswith("sweep=") and word != "sweep=null" for word in plain) and not _MULTIRUN & set(flags):
+        flags.append("--multirun")  # as the group's files say; Hydra 1.4 reads the words before it reads them
     words = [*flags, f"hydra.job.name={name}", *plain]
     job = _Job(name, list(sys.argv))
     try:
@@ -108,6 +113,8 @@ class _Job:
                 return self._run(cfg)
             except Exception as error:
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    reason = explain(error, [])[0]
+                    save_failure(reason, list(HydraConfig.get().overrides.task), Path(cfg.paths.output_dir))
                     raise  # a sweeper may count failures and go on
                 raise _JobFailed(error) from None
 

@@ -86,9 +86,14 @@ def render_page(template: str, path: Path, **values: Any) -> None:
         raise MissingPackageError(
             "the page needs jinja2: pip install 'lightning-accel[examples]' (or jinja2)."
         ) from None
-    source = files("lightning_accel.evidence").joinpath(template).read_text(encoding="utf-8")
-    jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = jinja.from_string(source).render(**values)
+    folder = files("lightning_accel.evidence")
+    jinja = jinja2.Environment(
+        autoescape=True,
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    page = jinja.get_template(template).render(**values)
     path.write_text(re.sub(r"\n\s*\n+", "\n", page), encoding="utf-8")
 
 
