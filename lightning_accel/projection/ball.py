@@ -1,12 +1,13 @@
 """Projections as differentiable layers: balls that a weight or an activation is kept in."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_accel.projection.balls.norm_pyramid import Level, check_levels
-from lightning_accel.projection.kernels.layout import normalize_dims
+from lightning_accel.projection.kernels.layout import is_sharded, normalize_dims
 from lightning_accel.projection.kernels.rounding import check_radius
 from lightning_accel.projection.multilevel import Method, project_l1inf, project_multilevel
 
@@ -41,6 +42,8 @@ class MultilevelBall(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the projection of ``x``."""
+        if is_sharded(x):
+            return _as_whole(x, self.forward)
         levels = check_levels(self.norms, self.dims, x.ndim)
         value = project_multilevel(x.detach(), self.radius, self.norms, self.dims)
         return _same_value(value, _smooth_levels(x, self.radius, levels)) if _wants_gradient(x) else value
@@ -73,6 +76,8 @@ class L1InfBall(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the projection of ``x``."""
+        if is_sharded(x):
+            return _as_whole(x, self.forward)
         value = project_l1inf(x.detach(), self.radius, self.group_dims, self.method)
         if not _wants_gradient(x):
             return value
@@ -87,6 +92,12 @@ class L1InfBall(nn.Module):
         return f"radius={self.radius}, group_dims={self.group_dims}, method={self.method!r}"
 
 
+def _as_whole(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    from lightning_accel.projection.sharded import as_whole
+
+    return as_whole(x, function)
+
+
 def _same_value(value: Tensor, smooth: Tensor) -> Tensor:
     """Hand on one tensor's value and the other's derivatives."""
     return value + (smooth - smooth.detach())
@@ -98,12 +109,15 @@ def _wants_gradient(x: Tensor) -> bool:
 
 def _smooth_levels(x: Tensor, radius: float, levels: tuple[Level, ...]) -> Tensor:
     """Write the projection in differentiable operations; sets (what survives, what is clipped) are constants."""
+    if math.isinf(radius):
+        return x
     floors = [x.double() if x.dtype in (torch.float16, torch.bfloat16) else x]
     for norm, dims in reversed(levels[1:]):
         floors.append(_norm(floors[-1], norm, dims))
     allowed = torch.full([1] * x.ndim, radius, dtype=floors[0].dtype, device=x.device)
+    cleared = allowed == 0.0
     for (norm, dims), floor in zip(levels, reversed(floors), strict=True):
-        allowed = _fibres(floor, allowed, norm, dims)
+        allowed, cleared = _fibres(floor, allowed, cleared, norm, dims)
     return allowed.to(x.dtype)
 
 
@@ -117,13 +131,17 @@ def _norm(y: Tensor, norm: str, dims: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(y, dim=dims, keepdim=True)
 
 
-def _fibres(y: Tensor, bounds: Tensor, norm: str, dims: tuple[int, ...]) -> Tensor:
+def _fibres(y: Tensor, bounds: Tensor, cleared: Tensor, norm: str, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Project fibres onto balls of ``bounds``; return them, and which are cleared whatever a small step makes of them.
+
+    A bound of 0 alone does not say that: fibres of zeros inside of a ball are free to move.
+    """
     if norm == "linf":
-        return torch.where(y.abs() > bounds, y.sign() * bounds, y)
+        return torch.where((y.abs() > bounds) | cleared, y.sign() * bounds, y), cleared
     size = _norm(y, norm, dims)
-    outside = size > bounds
+    outside = (size > bounds) | cleared
     if norm == "l2":
-        return torch.where(outside, y * (bounds / torch.where(outside, size, 1.0)), y)
+        return torch.where(outside, y * (bounds / torch.where(size > 0.0, size, 1.0)), y), cleared
     magnitude = y.abs()
     with torch.no_grad():
         rest = [d for d in range(y.ndim) if d not in dims]
@@ -134,9 +152,9 @@ def _fibres(y: Tensor, bounds: Tensor, norm: str, dims: tuple[int, ...]) -> Tens
         limit = bounds.detach().permute(order).reshape(*[bounds.shape[d] for d in rest], 1)
         tau = ((descending.cumsum(-1) - limit) / count).amax(-1).clamp_min(0.0)
         tau = tau.reshape([1 if d in dims else y.shape[d] for d in range(y.ndim)])
-        above = magnitude > tau
+        above = (magnitude > tau) & ~cleared
     shift = ((magnitude * above).sum(dims, keepdim=True) - bounds) / above.sum(dims, keepdim=True).clamp_min(1)
-    return torch.where(outside, torch.where(above, y - y.sign() * shift, 0.0), y)
+    return torch.where(outside, torch.where(above, y - y.sign() * shift, 0.0), y), outside & ~above
 
 
 def _smooth_exact(x: Tensor, value: Tensor, radius: float, rest: tuple[int, ...]) -> Tensor:
@@ -146,6 +164,7 @@ def _smooth_exact(x: Tensor, value: Tensor, radius: float, rest: tuple[int, ...]
     with torch.no_grad():
         clipped = x != value
         alive = (value != 0).amax(rest, keepdim=True) if rest else value != 0
+        clipped |= ~alive & bool(clipped.any())  # zeros of a group that is cleared stay zeros
         count = _count(clipped & alive, rest, y.dtype)
     if not bool(clipped.any()):
         return x
@@ -153,7 +172,7 @@ def _smooth_exact(x: Tensor, value: Tensor, radius: float, rest: tuple[int, ...]
     safe = torch.where(moving, count, 1.0)
     total = (magnitude * (clipped & alive)).sum(rest, keepdim=True) if rest else magnitude * (clipped & alive)
     inverse = moving / safe
-    theta = ((total * inverse).sum() - radius) / inverse.sum()
+    theta = ((total * inverse).sum() - radius) / torch.where(moving.any(), inverse.sum(), 1.0)
     mu = torch.where(moving, (total - theta) / safe, 0.0)
     return torch.where(clipped, y.sign() * mu, y).to(x.dtype)
 

@@ -1,17 +1,17 @@
 """Multi-level projections of one tensor: the l1, l1,inf, l1,2 and l1,1 balls, and any nesting of them."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_accel.projection.balls.exact import ExactState, project_exact
-from lightning_accel.projection.balls.norm_pyramid import Level, check_levels, pyramid
+from lightning_accel.projection.balls.norm_pyramid import Level, Norm, Pyramid, check_levels, pyramid
 from lightning_accel.projection.balls.shared_radius import Team, cut, cut_alone
 from lightning_accel.projection.kernels.compiled import Compile, check_compile, compiling
 from lightning_accel.projection.kernels.huge_pages import empty_like_dense
-from lightning_accel.projection.kernels.layout import normalize_dims
+from lightning_accel.projection.kernels.layout import is_sharded, normalize_dims, overlap
 from lightning_accel.projection.kernels.rounding import check_input, check_nonfinite, check_out, check_radius
 
 Nonfinite = Literal["raise", "skip"]
@@ -39,11 +39,13 @@ def project_multilevel(
     that each level is a reduction: the span is the sum of the dimensions, not their product.
 
     Args:
-        x: Any shape and strides, float16, bfloat16, float32 or float64, any device.
+        x: Any shape and strides, float16, bfloat16, float32 or float64, any device. A DTensor is projected as the
+            whole that its processes hold, all of which must call; the result is sharded as it is.
         radius: Of the ball, >= 0, in the unit of ``x``; infinity leaves ``x`` alone, 0 clears it.
         norms: ``"l1"``, ``"l2"`` or ``"linf"`` a level, from the outermost in.
         dims: Dimensions of ``x`` a level, from the outermost in; each dimension once.
-        out: Tensor for the result; ``x`` itself projects in place. A new tensor by default.
+        out: Tensor for the result; ``x`` itself projects in place; what shares some of its memory gets what a tensor
+            of its own would. A new tensor by default.
         nonfinite: ``"raise"``, or ``"skip"`` to return NaN- or infinity-holding data unchanged.
 
     Returns:
@@ -52,7 +54,8 @@ def project_multilevel(
     Raises:
         TypeError: If ``x`` is no floating-point tensor.
         ValueError: If ``radius`` is negative or NaN, ``norms`` and ``dims`` do not fit ``x``, ``out`` cannot hold the
-            result, or (unless skipped) ``x`` holds NaN or infinity.
+            result, (unless skipped) ``x`` holds NaN or infinity, or it is a DTensor that is neither sharded nor
+            replicated but partial.
 
     References:
         Perez, Barlaud, arXiv:2405.02086 (multi-level), arXiv:2407.16293 (bi-level). *Deviations*: thresholds are
@@ -123,12 +126,8 @@ def project_l1inf(
             return _project(x, radius, (("l1", group), ("linf", rest)), out, nonfinite)
     if method != "exact":
         raise ValueError(f"`method` must be 'bilevel' or 'exact', got {method!r}.")
-    limit, result = _checked(x, radius, out, nonfinite)
-    if x.numel() == 0:
-        return result
     with compiling(compile), torch.no_grad():
-        project_exact([(x, group, result)], _scalar(limit, x), nonfinite=nonfinite, state=state)
-    return result
+        return _project_exactly(x, radius, group, out, nonfinite=nonfinite, state=state)
 
 
 def project_l1(x: Tensor, radius: float, *, out: Tensor | None = None, nonfinite: Nonfinite = "raise") -> Tensor:
@@ -170,23 +169,58 @@ def project_l11(
     return _two_levels(x, radius, "l1", group_dims, out=out, nonfinite=nonfinite)
 
 
-def _checked(x: Tensor, radius: float, out: Tensor | None, nonfinite: Nonfinite) -> tuple[float, Tensor]:
-    """Return the radius as a number, and where the result goes."""
+def _checked(x: Tensor, radius: float, out: Tensor | None, nonfinite: Nonfinite) -> tuple[Tensor, float, Tensor]:
+    """Return what to read, the radius as a number, and where the result goes."""
     check_out(x, out)
     check_nonfinite(nonfinite)
-    return check_radius(radius), empty_like_dense(x) if out is None else out
+    limit = check_radius(radius)
+    if out is None:
+        return x, limit, empty_like_dense(x)
+    return x.clone() if overlap(x, out) else x, limit, out
 
 
 def _project(x: Tensor, radius: float, levels: tuple[Level, ...], out: Tensor | None, nonfinite: Nonfinite) -> Tensor:
-    limit, result = _checked(x, radius, out, nonfinite)
-    if x.numel() == 0:
-        return result
-    whole, outer = pyramid(x, levels, result), levels[0][0]
+    if is_sharded(x):
+        return _project_shards(x, radius, levels, out, nonfinite)
+    x, limit, result = _checked(x, radius, out, nonfinite)
+    if x.numel():
+        _cut(pyramid(x, levels, result), x, limit, levels[0][0], nonfinite)
+    return result
+
+
+def _project_shards(
+    x: Tensor, radius: float, levels: tuple[Level, ...], out: Tensor | None, nonfinite: Nonfinite
+) -> Tensor:
+    from lightning_accel.projection.sharded import deliver, in_place_copy, sharded_pyramid
+
+    check_nonfinite(nonfinite)
+    limit = check_radius(radius)
+    mine = in_place_copy(x, out)
+    if x.numel():
+        _cut(sharded_pyramid(mine, levels), x, limit, levels[0][0], nonfinite)
+    return deliver(mine, out)
+
+
+def _project_exactly(x: Tensor, radius: float, group: tuple[int, ...], out: Tensor | None, **how: Any) -> Tensor:
+    if is_sharded(x):
+        from lightning_accel.projection.sharded import deliver, gather, in_place_copy, scatter
+
+        mine = in_place_copy(x, out)
+        whole = gather(mine)
+        _project_exactly(whole, radius, group, whole, **how)
+        scatter(whole, mine)
+        return deliver(mine, out)
+    x, limit, result = _checked(x, radius, out, how["nonfinite"])
+    if x.numel():
+        project_exact([(x, group, result)], _scalar(limit, x), **how)
+    return result
+
+
+def _cut(whole: Pyramid, x: Tensor, limit: float, outer: Norm, nonfinite: Nonfinite) -> None:
     if x.device.type == "cpu" and outer == "l1":
         cut_alone(whole, limit, nonfinite=nonfinite)
     else:
-        cut([Team([whole], lambda _: _scalar(limit, x))], outer=outer, nonfinite=nonfinite)
-    return result
+        cut([Team([whole], lambda norms: _scalar(limit, norms))], outer=outer, nonfinite=nonfinite)
 
 
 def _two_levels(

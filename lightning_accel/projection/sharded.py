@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from lightning_accel.projection.balls.norm_pyramid import Pyramid
+from lightning_accel.projection.balls.norm_pyramid import Level, Pyramid, pyramid
 from lightning_accel.projection.kernels.rounding import round_bound
 
 
@@ -90,6 +90,45 @@ class GatheredPyramid:
         """Do nothing: the projection is in place."""
 
 
+def sharded_pyramid(x: DTensor, levels: tuple[Level, ...]) -> Pyramid:
+    """Return the pyramid that projects a sharded tensor in place."""
+    if len(levels) == 2 and levels[1][0] == "linf":
+        return ShardedMaxPyramid(x, levels[0][1])
+    return GatheredPyramid(x, lambda whole: pyramid(whole, levels, whole))
+
+
+def in_place_copy(x: Tensor, out: Tensor | None) -> DTensor:
+    """Return what to project in place so that ``x`` changes only if it is ``out``; `deliver` ends that.
+
+    Raises:
+        ValueError: If ``x`` can not be projected, or ``out`` is not sharded as it is.
+    """
+    assert isinstance(x, DTensor)
+    check_placements(x.placements)
+    if out is not None and (
+        not isinstance(out, DTensor)
+        or (out.shape, out.dtype, out.device_mesh) != (x.shape, x.dtype, x.device_mesh)
+        or tuple(out.placements) != tuple(x.placements)
+    ):
+        raise ValueError(
+            f"`out` must be a DTensor like `x` ({tuple(x.shape)}, {x.dtype}, {x.placements}), got "
+            f"{type(out).__name__} of {tuple(out.shape)}, {out.dtype}. Pass `out=None`, or `x` itself."
+        )
+    if out is x:
+        return x
+    copied = x.detach().clone()
+    assert isinstance(copied, DTensor)
+    return copied
+
+
+def deliver(result: DTensor, out: Tensor | None) -> DTensor:
+    """Write a result to ``out``, if there is one, and return where it is."""
+    if not isinstance(out, DTensor) or out is result:
+        return result
+    out.to_local().copy_(result.to_local())
+    return out
+
+
 def gather(x: Tensor) -> Tensor:
     """Return the whole tensor on every process; ``x`` itself if it is not sharded."""
     if not isinstance(x, DTensor):
@@ -106,6 +145,15 @@ def alike(whole: Tensor, x: Tensor) -> Tensor:
     mesh = x.device_mesh
     replicated = DTensor.from_local(whole.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim)
     return replicated.redistribute(mesh, x.placements)
+
+
+def as_whole(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a differentiable function of the whole tensor to a sharded one; the result is sharded as ``x`` is."""
+    assert isinstance(x, DTensor)
+    check_placements(x.placements)
+    mesh = x.device_mesh
+    result = DTensor.from_local(function(x.full_tensor()), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return result.redistribute(mesh, x.placements)
 
 
 def scatter(whole: Tensor, x: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_accel.projection.balls.newton import Newton
 from lightning_accel.projection.balls.norm_pyramid import check_levels, pyramid
 from lightning_accel.projection.kernels.eager import group_norms
-from lightning_accel.projection.kernels.layout import Blocks, normalize_dims
+from lightning_accel.projection.kernels.layout import Blocks, is_sharded, normalize_dims
 from lightning_accel.projection.kernels.rounding import check_input, require_finite
 
 
@@ -60,9 +60,17 @@ def radius_for_sparsity(
             raise ValueError(f"`method` must be 'bilevel' or 'exact', got {method!r}.")
     if x.numel() == 0:
         return 0.0
-    if method == "exact" and norms is None:
+    exact = method == "exact" and norms is None
+    if is_sharded(x):
+        from lightning_accel.projection.sharded import gather, sharded_pyramid
+
+        if exact:
+            return exact_radius(gather(x), levels[0][1], sparsity)
+        tops = sharded_pyramid(x, levels).tops()  # type: ignore[arg-type]
+    elif exact:
         return exact_radius(x, levels[0][1], sparsity)
-    tops = pyramid(x, levels, x).tops()
+    else:
+        tops = pyramid(x, levels, x).tops()
     require_finite(tops.sum())
     return float(bilevel_radius(tops, sparsity))
 

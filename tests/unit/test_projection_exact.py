@@ -145,3 +145,35 @@ def test_gap_lies_between_those_that_go_and_those_that_stay(values, sparsity):
         assert middle == 0.0, "what is zero already needs no threshold"
     else:
         assert middle == (ascending[cleared - 1] + ascending[cleared]) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["random", "one column", "ties", "one group", "all alike"])
+def test_radius_far_below_the_norm_ends_in_the_ball(dtype, kind):
+    for seed in range(6):
+        x = made(8, 1 if kind == "one column" else 60, seed=seed, dtype=dtype)
+        if kind == "ties":
+            x = x[:, :1].expand(8, 60).clone()
+        if kind == "one group":
+            x[1:] = 0.0
+        if kind == "all alike":
+            x = torch.ones_like(x)
+        norm = math.fsum(x.double().abs().amax(1).tolist())
+        for power in (*range(3, 32), 40, 100, 200, 310, 320):
+            radius = norm * 10.0**-power
+            warm = ExactState(torch.full((8,), 0.1, dtype=torch.float64))
+            for state in (None, warm):
+                y = project_l1inf(x, radius, method="exact", state=state)
+                assert math.fsum(y.double().abs().amax(1).tolist()) <= radius
+                assert torch.equal(project_l1inf(y, radius, method="exact"), y)
+
+
+def test_small_radius_of_float32_data_is_used_up_and_is_the_nearest_point():
+    for seed in range(5):
+        x = made(20, 300, seed=seed)
+        for share in (1e-5, 1e-7, 1e-9, 1e-11):
+            radius = share * float(x.abs().amax(1).sum())
+            y = project_l1inf(x, radius, method="exact")
+            best = project_l1inf(x.double(), radius, method="exact")
+            assert float(y.double().abs().amax(1).sum()) >= radius * (1 - 1e-6)
+            torch.testing.assert_close(y.double(), best, rtol=1e-5, atol=1e-6 * radius)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.balls.newton import Newton, joined
+from lightning_accel.projection.balls.newton import SMALL_RADIUS, Newton, joined
 from lightning_accel.projection.balls.outcome import Cut
-from lightning_accel.projection.kernels.eager import clamp, group_norms, quick_group_norms
+from lightning_accel.projection.kernels.eager import clamp, excess, group_norms, quick_group_norms
 from lightning_accel.projection.kernels.layout import Blocks
 from lightning_accel.projection.kernels.rounding import inner_radius, require_finite, round_bound
 
@@ -71,6 +71,8 @@ def project_exact(
         require_finite(both, name)
     bounds, theta, iterations = None, torch.zeros_like(norm), 0
     if finite:
+        if not callable(radius) and 0.0 < float(radius) < SMALL_RADIUS * float(totals.max()):
+            largest, totals, _ = _norms(sources, clear, (_precise_group_norms,))
         newton, start = Newton(sources, largest, totals), None if state is None else state.mu
         if callable(radius):
             level = radius(totals)
@@ -96,9 +98,13 @@ def project_exact(
     return Cut(norm, theta, pieces)
 
 
-def _norms(sources: Sequence[Tensor], clear: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _norms(
+    sources: Sequence[Tensor],
+    clear: Tensor | None,
+    measures: Sequence[Callable[[Tensor], tuple[Tensor, Tensor]]] = (quick_group_norms, group_norms),
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the largest magnitudes and the l1 norms of all groups, 0 for those to clear, and the sums of both."""
-    for measure in (quick_group_norms, group_norms):
+    for measure in measures:
         norms = [measure(s) for s in sources]
         largest, totals = (joined([n[i] for n in norms]) for i in (0, 1))
         if clear is not None:
@@ -109,6 +115,14 @@ def _norms(sources: Sequence[Tensor], clear: Tensor | None) -> tuple[Tensor, Ten
         if not (math.isinf(l1) and math.isfinite(size)):  # sums of float32 overflow
             break
     return largest, totals, both
+
+
+def _precise_group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `group_norms` does, with all sums in float64."""
+    largest, _ = quick_group_norms(x)
+    every = torch.arange(x.shape[1], device=x.device)
+    total, _ = excess(x, every, torch.zeros_like(largest), precise=True)
+    return largest, total
 
 
 def _joined_mask(masks: Sequence[Tensor | None], sources: Sequence[Tensor]) -> Tensor | None:

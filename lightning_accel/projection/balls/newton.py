@@ -1,5 +1,6 @@
 """Newton's method for the bounds of groups in the l1,inf ball."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ _MAX_ITERATIONS = 100
 _COARSE = 1e-6  # relative change of the bounds at which float32 sums have nothing more to say
 _PRECISE = 1e-14  # and float64 sums
 _FLOAT32_SUMS = 1e37  # l1 norms up to here surely do not overflow float32
+SMALL_RADIUS = 1e-4  # of the largest l1 norm: below it, sums of float32 say too little about what is left
 _FEW = 4  # one column of so many is worth moving
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -42,7 +44,7 @@ class Newton:
         """
         if target <= 0.0:
             return torch.zeros_like(self.largest), self.totals.max()
-        coarse, tolerance = self._precision()
+        coarse, tolerance = self._precision(target)
         entries = [self.totals.new_full((s.shape[1],), s.numel() // s.shape[1]) for s in self.sources]
         at_zero = torch.zeros_like(self.totals), self.totals, joined(entries)
         moved = len(self.totals)
@@ -61,6 +63,8 @@ class Newton:
             self._packed.clear()  # they live without having been chosen
         mu, totals = mu[alive], self.totals[alive]
         for self.iterations in range(1, _MAX_ITERATIONS + 1):
+            if len(alive) == 0:  # theta and the largest l1 norm are the same number
+                break
             at, above, count = self._excess(alive, torch.minimum(mu, self.largest[alive]), precise=not coarse)
             theta, update = solve_tangents(at, above, count, target, totals, guess=theta)
             # sums of magnitudes around mu + theta / count can be told apart to this much
@@ -74,6 +78,8 @@ class Newton:
         mu = mu * (target / mu.sum().clamp_min(_TINY)).clamp_max(1.0)
         bounds = torch.zeros_like(self.largest)
         bounds[alive] = mu
+        if not bool(bounds.any()):  # the radius is lost beside the norms: the group of the largest gets all of it
+            bounds[self.totals.argmax()] = target
         return bounds, theta
 
     def levels(self, theta: Tensor, start: Tensor | None = None, *, precise: bool = False) -> Tensor:
@@ -103,9 +109,11 @@ class Newton:
         bounds[alive] = mu
         return bounds
 
-    def _precision(self) -> tuple[bool, float]:
+    def _precision(self, target: float = math.inf) -> tuple[bool, float]:
         """Return whether sums of float32 are as good as the data, and where to stop."""
-        coarse = all(s.dtype != torch.float64 for s in self.sources) and float(self.totals.max()) < _FLOAT32_SUMS
+        most = float(self.totals.max())
+        coarse = all(s.dtype != torch.float64 for s in self.sources) and most < _FLOAT32_SUMS
+        coarse = coarse and target > SMALL_RADIUS * most
         return coarse, _COARSE if coarse else _PRECISE
 
     def _excess(self, alive: Tensor, mu: Tensor, *, precise: bool) -> tuple[Tensor, Tensor, Tensor]:

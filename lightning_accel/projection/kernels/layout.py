@@ -1,6 +1,7 @@
 """How the groups of a tensor lie in memory: everything fast works on one shape, ``(before, groups, after)``."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,30 @@ def copied_blocks(x: Tensor, group_dims: tuple[int, ...]) -> Tensor:
     groups = math.prod(x.shape[d] for d in group_dims)
     y = x.permute(*group_dims, *rest).reshape(1, groups, math.prod(x.shape[d] for d in rest))
     return y.clone() if y.data_ptr() == x.data_ptr() else y
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether ``x`` is a DTensor; without importing what those need where nobody has one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def overlap(x: Tensor, out: Tensor) -> bool:
+    """Whether two tensors share memory without being the same view of it, so that writing one may change the other."""
+    if x is out or not x.numel() or x.device != out.device:
+        return False
+    if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+        return False
+    if (x.data_ptr(), x.shape, x.stride()) == (out.data_ptr(), out.shape, out.stride()):
+        return False
+    begins, ends = zip(*(_reach(t) for t in (x, out)), strict=True)
+    return max(begins) < min(ends)
+
+
+def _reach(x: Tensor) -> tuple[int, int]:
+    """Return the first address of a tensor, and the first behind it."""
+    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 @dataclass

@@ -6,9 +6,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lightning_accel.projection.kernels.layout import is_sharded
+
 EPSILON = 2.0**-52  # unit roundoff of float64, doubled
 # unit roundoff and smallest normal number; both types have exponents that float64 holds with ease
 _ROUNDOFF = {torch.float32: (2.0**-24, 2.0**-126), torch.bfloat16: (2.0**-8, 2.0**-126)}
+_NORMAL = 1e-307  # parts of a float64 number as large round to nearly as many digits as any
 Radius = TypeVar("Radius", float, Tensor)
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -48,9 +51,13 @@ def round_bound(bound: Tensor, dtype: torch.dtype, *, normal: bool = False) -> T
 def inner_radius(radius: Radius, terms: int) -> Radius:
     """Return the radius to aim at, so that a float64 sum of ``terms`` norms stays below ``radius`` in any order.
 
-    A sum of n float64 numbers is off by at most n - 1 roundings whatever its order; twice that is taken off.
+    A sum of n float64 numbers is off by at most n - 1 roundings whatever its order; twice that is taken off. Radii so
+    small that their parts are no normal numbers, which round by more, become 0.
     """
-    return radius * (1.0 - min(2.0 * EPSILON * (terms + 16), 0.5))
+    inner = radius * (1.0 - min(2.0 * EPSILON * (terms + 16), 0.5))
+    if isinstance(inner, Tensor):
+        return torch.threshold(inner, _NORMAL, 0.0)
+    return inner if inner > _NORMAL else 0.0
 
 
 def check_input(x: Tensor) -> None:
@@ -110,6 +117,8 @@ def check_out(x: Tensor, out: Tensor | None) -> None:
     """
     if out is None:
         return
+    if is_sharded(out):
+        raise ValueError("`out` is a DTensor and `x` is not: pass a tensor like `x`, or distribute `x` as `out` is.")
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(
             f"`out` must be like `x` ({tuple(x.shape)}, {x.dtype}, {x.device}), got {tuple(out.shape)}, {out.dtype}, "
