@@ -4,7 +4,7 @@ import contextlib
 import csv
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,32 @@ def averaged_modules(trainer: "pl.Trainer") -> list[nn.Module]:
     """
     averages = (getattr(callback, "_average_model", None) for callback in callbacks_of(trainer))
     return [a.module if isinstance(a, AveragedModel) else a for a in averages if isinstance(a, nn.Module)]
+
+
+def pruned_layers(trainer: "pl.Trainer", module: nn.Module) -> set[str]:
+    """Return the names of the layers whose parameters Lightning's `ModelPruning` has chosen to prune.
+
+    It keeps the layers themselves from ``setup`` on, in a private list: others in their places would never be pruned.
+    """
+    chosen = (getattr(callback, "_parameters_to_prune", None) or () for callback in callbacks_of(trainer))
+    pruned = {id(layer) for pairs in chosen for layer, _ in pairs}
+    return {name for name, layer in module.named_modules() if id(layer) in pruned}
+
+
+def rename_in_finetuning(trainer: "pl.Trainer", renamed: Mapping[str, Sequence[str]]) -> None:
+    """Let `BaseFinetuning` callbacks find the parameters that took the places of others.
+
+    They save the optimizers' groups by parameter names, in a private attribute, and put the groups together from those
+    names when a run is resumed.
+
+    Args:
+        trainer: Whose callbacks are looked through.
+        renamed: Full parameter name to the names of what replaced it.
+    """
+    for callback in callbacks_of(trainer):
+        for groups in getattr(callback, "_internal_optimizer_metadata", {}).values():
+            for group in groups:
+                group["params"] = [new for name in group["params"] for new in renamed.get(name, (name,))]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,11 @@ _log = logging.getLogger(__name__)
 ORDER: tuple[tuple[str, str], ...] = (
     # freezing looks for the low-rank layers that rank quantization makes at the same hook
     ("RankQuantization", "SequentialFreezing"),
+    # on resuming, the groups of finetuning are put together by the names of parameters, factors included
+    ("RankQuantization", "BaseFinetuning"),
+    # what a search for a rate or a batch size loads when it ends must find the layers that the optimizers hold
+    ("RankQuantization", "LearningRateFinder"),
+    ("RankQuantization", "BatchSizeFinder"),
     # an average is projected after it was put into the checkpoint or over the module
     ("WeightAveraging", "MultilevelProjection"),
     ("WeightAveraging", "L1InfProjection"),

@@ -24,8 +24,8 @@ def test_arguments_of_both_callbacks():
         "--trainer.callbacks.period_steps=7",
         "--trainer.callbacks.weights=[2.0,1.0]",
     )
-    assert (ranks.decision.search.energy, ranks.decision.search.ratio) == (0.9, None)
-    assert ranks.decision.search.exclude == ("head*",)
+    assert (ranks.decision.request.energy, ranks.decision.request.ratio) == (0.9, None)
+    assert ranks.decision.request.exclude == ("head*",)
     assert ranks.decision.when == 3
     assert freezing.schedule.period_steps == 7
     assert freezing.schedule.weights == (2.0, 1.0)
@@ -33,7 +33,7 @@ def test_arguments_of_both_callbacks():
 
 def test_no_argument_is_needed():
     (ranks,) = callbacks_of("--trainer.callbacks+=lightning_accel.callbacks.RankQuantization")
-    assert ranks.decision.search.ratio == 2.0
+    assert ranks.decision.request.ratio == 2.0
     assert ranks.decision.when == "auto"
 
 

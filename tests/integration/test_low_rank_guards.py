@@ -13,8 +13,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_accel.callbacks import RankQuantization, SequentialFreezing
 from lightning_accel.callbacks.layer_exchange.recorded_inputs import RunningOrder
-from lightning_accel.callbacks.rank_quantization import rank_choice as _rank_choice
-from lightning_accel.callbacks.rank_quantization import rank_search as _rank_search
+from lightning_accel.callbacks.rank_quantization import request as _request
+from lightning_accel.callbacks.rank_quantization import step_times as _step_times
 from lightning_accel.low_rank import decompose, low_rank_layers, make_plan
 
 
@@ -110,7 +110,7 @@ def test_optimizer_that_shards_its_states_is_refused_by_name(make, tmp_path):
 )
 def test_ranks_are_planned_and_tried_for_the_phases_of_freezing(freezing, weights, tmp_path, monkeypatch, caplog):
     planned, timed = [], set()
-    plan = _rank_search.make_plan
+    plan = _request.make_plan
 
     def remember(*args, phase_weights, **settings):
         planned.append(phase_weights)
@@ -123,8 +123,8 @@ def test_ranks_are_planned_and_tried_for_the_phases_of_freezing(freezing, weight
         seconds = {"dense": 8.0, "low rank": 3.0, "low rank/0": 2.0, "low rank/1": 4.0}
         return {name: [seconds[name]] * rounds for name in candidates}
 
-    monkeypatch.setattr(_rank_search, "make_plan", remember)
-    monkeypatch.setattr(_rank_choice, "time_interleaved", fake)
+    monkeypatch.setattr(_request, "make_plan", remember)
+    monkeypatch.setattr(_step_times, "time_interleaved", fake)
     callback = RankQuantization(ratio=2.0, method="fixed", when="setup", max_overhead=100.0, exclude=["net.6"])
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
         train(Classifier(), [callback, *freezing], tmp_path)

@@ -17,8 +17,10 @@ from lightning_accel import enable_low_rank_loading
 from lightning_accel.callbacks import RankQuantization, SequentialFreezing
 from lightning_accel.callbacks.layer_exchange import structure as _structure
 from lightning_accel.callbacks.layer_exchange.structure import refuse_sharded
-from lightning_accel.callbacks.rank_quantization import rank_choice as _rank_choice
-from lightning_accel.callbacks.rank_quantization import rank_search as _rank_search
+from lightning_accel.callbacks.rank_quantization import decide as _decide
+from lightning_accel.callbacks.rank_quantization import decision as _decision
+from lightning_accel.callbacks.rank_quantization import request as _request
+from lightning_accel.callbacks.rank_quantization import step_times as _step_times
 from lightning_accel.low_rank import LowRankLinear, RankPlan, eligible_layers, low_rank_layers, make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
@@ -32,7 +34,7 @@ def fake_clock(monkeypatch, seconds_of):
             step()
         return {name: [seconds_of(name)] * rounds for name in candidates}
 
-    monkeypatch.setattr(_rank_choice, "time_interleaved", fake)
+    monkeypatch.setattr(_step_times, "time_interleaved", fake)
 
 
 def fixed(**settings):
@@ -51,7 +53,10 @@ def test_stays_low_rank_where_the_whole_step_is_faster(tmp_path, monkeypatch, ca
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
         trainer = train(module, [callback], tmp_path)
     assert set(low_rank_layers(module)) == {"net.0", "net.4"}
-    assert "2 layers are low rank now: a whole step takes 4000.00 ms instead of 8000.00 ms, x2.00" in caplog.text
+    assert (
+        "2 layers are low rank now (net.0, net.4): a whole step takes 4000.00 ms instead of 8000.00 ms, x2.00"
+        in caplog.text
+    )
     assert "12 remaining steps save 48.00 s" in caplog.text
     assert [layer.name for layer in callback.plan.layers if layer.ranks] == ["net.0", "net.4"]
     held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
@@ -110,8 +115,8 @@ def test_theoretical_ranks_are_taken_where_measuring_takes_too_long(
     min_energy, expected, tmp_path, monkeypatch, caplog
 ):
     fake_clock(monkeypatch, lambda name: 8.0 if name == "dense" else 4.0)
-    monkeypatch.setattr(_rank_search, "_STEPS_TO_PLAN", 1e6)
-    monkeypatch.setattr(_rank_search, "_SECONDS_A_LAYER", 1e6)
+    monkeypatch.setattr(_request, "_STEPS_TO_PLAN", 1e6)
+    monkeypatch.setattr(_request, "_SECONDS_A_LAYER", 1e6)
     module = Classifier()
     callback = RankQuantization(when="setup", min_energy=min_energy, max_overhead=20.0)
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
@@ -150,9 +155,9 @@ def test_a_trial_that_promises_nothing_ends_early(low_rank, rounds, tmp_path, mo
         asked.append(rounds)
         return {name: [8.0 if name == "dense" else low_rank] * rounds for name in candidates}
 
-    monkeypatch.setattr(_rank_choice, "time_interleaved", fake)
-    monkeypatch.setattr(_rank_choice, "_GAIN_TO_GO_ON", 5.0)  # of 12 steps
-    monkeypatch.setattr(_rank_search.RankSearch, "planning_seconds", lambda *_: 1920.0)  # all that 12 steps may take
+    monkeypatch.setattr(_step_times, "time_interleaved", fake)
+    monkeypatch.setattr(_decide, "_GAIN_TO_GO_ON", 5.0)  # of 12 steps
+    monkeypatch.setattr(_request.RankRequest, "planning_seconds", lambda *_: 1920.0)  # all that 12 steps may take
     module = Classifier()
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
         train(module, [RankQuantization(when="setup", min_energy=0.0, max_overhead=20.0)], tmp_path)
@@ -171,7 +176,7 @@ def test_short_run_whose_layers_gain_nothing_tries_no_step(freezing, tmp_path, m
             call()
         return {name: [8.0 if name == "dense" else 7.9] * rounds for name in candidates}
 
-    monkeypatch.setattr(_rank_choice, "time_interleaved", fake)
+    monkeypatch.setattr(_step_times, "time_interleaved", fake)
     module = Classifier()
     before = copy.deepcopy(module.state_dict())
     callbacks = [RankQuantization(when="setup", max_overhead=2.0), *([SequentialFreezing()] if freezing else [])]
@@ -187,7 +192,7 @@ def test_short_run_whose_layers_gain_nothing_tries_no_step(freezing, tmp_path, m
 
 
 def test_short_run_is_not_even_tried(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(_rank_choice, "time_interleaved", lambda *_, **__: pytest.fail("nothing is to be timed"))
+    monkeypatch.setattr(_step_times, "time_interleaved", lambda *_, **__: pytest.fail("nothing is to be timed"))
     module = Classifier()
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
         train(module, [RankQuantization(when="setup")], tmp_path)
@@ -249,7 +254,7 @@ def test_auto_warms_up_untrained_weights_only(trained, low_rank_after, tmp_path)
 
 
 def test_switch_that_never_comes_is_said(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="lightning_accel"):
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
         train(Classifier(), [fixed(when=5)], tmp_path, epochs=1)
     assert "training ended before epoch 5" in caplog.text
 
@@ -558,7 +563,7 @@ def test_one_override_of_the_target_is_enough(override):
 
     with initialize_config_module("lightning_accel.conf", version_base="1.3"):
         config = compose(overrides=["+callbacks=[rank_quantization]", f"callbacks.rank_quantization.{override}"])
-    search = instantiate(config.callbacks.rank_quantization).decision.search
+    search = instantiate(config.callbacks.rank_quantization).decision.request
     name, _, value = override.partition("=")
     assert {n: getattr(search, n) for n in ("ratio", "energy", "speedup") if getattr(search, n) is not None} == {
         name: float(value)
@@ -598,13 +603,13 @@ def test_spawned_process_hands_low_rank_layers_back(tmp_path):
 
 def test_step_that_can_not_be_tried_is_watched_once_under_accumulation(tmp_path, monkeypatch, caplog):
     seconds = []
-    judge = _rank_choice.RankChooser.choose_by_layers
+    judge = _decision.decide_by_layers
 
-    def spy(self, module, inputs, step_seconds, why):
+    def spy(terms, module, inputs, step_seconds, because):
         seconds.append(step_seconds)
-        return judge(self, module, inputs, step_seconds, why)
+        return judge(terms, module, inputs, step_seconds, because)
 
-    monkeypatch.setattr(_rank_choice.RankChooser, "choose_by_layers", spy)
+    monkeypatch.setattr(_decision, "decide_by_layers", spy)
     module = Classifier()
     module.not_to_be_copied = (number for number in range(3))
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
@@ -626,7 +631,7 @@ def test_no_memory_for_a_second_copy_leaves_the_run_alone(tmp_path, monkeypatch,
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(_rank_choice, "time_interleaved", exhausted)
+    monkeypatch.setattr(_step_times, "time_interleaved", exhausted)
     plain, module = Classifier(), Classifier()
     train(plain, [], tmp_path)
     with caplog.at_level(logging.INFO, logger="lightning_accel"):

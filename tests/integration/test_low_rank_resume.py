@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from low_rank_models import Classifier, train
 
 from lightning_accel.callbacks import RankQuantization, SequentialFreezing
-from lightning_accel.callbacks.rank_quantization import rank_choice as _rank_choice
+from lightning_accel.callbacks.rank_quantization import step_times as _step_times
 from lightning_accel.low_rank import decompose, low_rank_layers, make_plan
 from lightning_accel.low_rank.rank_plan import timing
 
@@ -26,7 +26,7 @@ def clock(monkeypatch, *, low_rank_pays):
             step()
         return {name: [1.0 if name == "dense" else factor] * rounds for name in candidates}
 
-    monkeypatch.setattr(_rank_choice, "time_interleaved", fake)
+    monkeypatch.setattr(_step_times, "time_interleaved", fake)
     monkeypatch.setattr(timing.measure, "time_interleaved", fake)
 
 

@@ -1,8 +1,8 @@
 """Rank quantization as a Lightning callback."""
 
+import dataclasses
 import functools
-import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,20 +22,23 @@ from lightning_accel.callbacks.layer_exchange.structure import (
     structure_hook,
 )
 from lightning_accel.callbacks.order import correct_order
-from lightning_accel.callbacks.rank_quantization.decision import Decision, When
-from lightning_accel.callbacks.rank_quantization.factoring import (
+from lightning_accel.callbacks.rank_quantization import reasons
+from lightning_accel.callbacks.rank_quantization.decision import Decision
+from lightning_accel.callbacks.rank_quantization.moment import When
+from lightning_accel.callbacks.rank_quantization.request import RankRequest
+from lightning_accel.callbacks.rank_quantization.switch import (
     check_something_to_factor,
     explain_failure,
     factor_as_planned,
-    keep_orphans_dense,
+    keep_held_dense,
 )
-from lightning_accel.callbacks.rank_quantization.rank_choice import Choice
-from lightning_accel.callbacks.rank_quantization.rank_search import RankSearch
-from lightning_accel.lightning_private import averaged_modules
+from lightning_accel.callbacks.rank_quantization.verdict import Verdict
+from lightning_accel.decision_line import say_decision
+from lightning_accel.lightning_private import averaged_modules, rename_in_finetuning
 from lightning_accel.low_rank import RankPlan, default_cache_dir, low_rank_layers
 from lightning_accel.low_rank.rank_plan.plan import Method, Weighting
 
-_log = logging.getLogger(__name__)
+_NAMES_SAID = 4  # of layers, in a line
 
 
 class RankQuantization(pl.Callback):
@@ -107,7 +110,7 @@ class RankQuantization(pl.Callback):
         check_path("cache_dir", cache_dir, optional=True)
         if not isinstance(plan, RankPlan):
             check_path("plan", plan, optional=True)
-        search = RankSearch(
+        request = RankRequest(
             ratio=2.0 if ratio is energy is speedup is None else ratio,
             energy=energy,
             speedup=speedup,
@@ -118,11 +121,12 @@ class RankQuantization(pl.Callback):
             exclude=tuple(exclude),
             cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir),
         )
+        request.check()
         given = plan if plan is None or isinstance(plan, RankPlan) else RankPlan.load(plan)
-        self.decision = Decision(search, given, when, on_loss, max_overhead)
+        self.decision = Decision(request, given, when, on_loss, max_overhead)
         self.plan: RankPlan | None = None
         self._outcome: Literal["low rank", "dense"] | None = None
-        self._switch_epoch: int | None = None
+        self._said = False  # the line of this fit
         self._untried: Sequence[str] = ()  # made low rank in the step under way
 
     def structure_state(self) -> str:
@@ -141,15 +145,17 @@ class RankQuantization(pl.Callback):
         correct_order(trainer)
         for average in averaged_modules(trainer):  # copied before this hook was there
             structure_hook(average)
+        self._said = False
         if not can_switch_in_fit(trainer.strategy):
             self.plan = self.decision.unmeasured_plan(trainer, pl_module)
             with isolate_rng():
                 names = factor_as_planned(self.plan, None, pl_module)
-            self._settle(trainer, pl_module, names, "unmeasured, because the strategy can not switch layers")
+            self._settle(trainer, pl_module, Verdict(self.plan, reasons.unmeasured(trainer.strategy)), names)
             return
         hook.defer()
+        self.decision.begin()
         if self._outcome != "low rank" or not low_rank_layers(pl_module):  # else a second fit of what was replaced
-            self._outcome, self._switch_epoch = None, None
+            self._outcome = None
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -160,8 +166,15 @@ class RankQuantization(pl.Callback):
             with isolate_rng():
                 exchange_layers_in_fit(trainer, pl_module, functools.partial(load_factors, held))
             self._outcome = "low rank"
+            self._follow_in_finetuning(trainer, pl_module, low_rank_layers(pl_module))
         if self._outcome is None:
-            check_something_to_factor(pl_module, self.decision.search.include, self.decision.search.exclude)
+            check_something_to_factor(pl_module, self.decision.request.include, self.decision.request.exclude)
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Say what an earlier fit has decided."""
+        if self._outcome is not None and not self._said:
+            self._say(trainer, low_rank_layers(pl_module), reasons.DECIDED_BEFORE, {})
 
     @override
     def on_train_batch_start(
@@ -170,19 +183,9 @@ class RankQuantization(pl.Callback):
         """Decide and switch, once, when the time has come."""
         if self._outcome is not None or follows_others(trainer):
             return
-        if batch_idx % trainer.accumulate_grad_batches:  # gradients of the dense weights are under way
-            return
-        if self._switch_epoch is None:
-            if (short := self.decision.too_short(trainer, batch_idx)) is not None:
-                self._switch(trainer, pl_module, short)
-                return
-            self._switch_epoch = self.decision.first_epoch(trainer, pl_module)
-        if trainer.current_epoch < self._switch_epoch:
-            return
-        with isolate_rng():
-            choice = self.decision.choose(trainer, pl_module, batch, batch_idx)
-        if choice is not None:
-            self._switch(trainer, pl_module, choice)
+        verdict = self.decision.at_batch_start(trainer, pl_module, batch, batch_idx)
+        if verdict is not None:
+            self._switch(trainer, pl_module, verdict)
 
     def on_structure_change(self, trainer: "pl.Trainer", *_: Any) -> None:
         """Know that another process has decided, where one decides for all."""
@@ -190,49 +193,79 @@ class RankQuantization(pl.Callback):
             self._outcome = "low rank"
 
     @override
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Stop watching the step that could not be tried; nothing is left to do at any batch after the switch."""
-        self.decision.step_ended()
+    def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
+        """Decide by the step that was watched; nothing is left to do at any batch after the switch."""
         self._untried = ()
+        if self._outcome is not None:
+            return
+        verdict = self.decision.at_batch_end(trainer, pl_module)
+        if verdict is not None:
+            self._switch(trainer, pl_module, verdict)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Say so where the switch never came."""
-        if self._outcome is None and trainer.is_global_zero:
-            _log.warning("training ended before epoch %s, where layers would have been replaced.", self._switch_epoch)
+        """Say so where the switch never came; a fit that goes on may still decide."""
+        if self._outcome is None and not follows_others(trainer):
+            verdict = self.decision.unreached()
+            self.plan = verdict.explained()
+            self._say(trainer, (), verdict.reason, verdict.metrics())
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Leave no hook behind; say what to do if the new layers may be the reason."""
-        self.decision.step_ended()
+        self.decision.stop()
         if self._untried and isinstance(exception, Exception):
             explain_failure(pl_module, self._untried, exception)
         self._untried = ()
         structure_hook(pl_module).release()
 
     @override
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Leave no hook behind where a fit ended before it began, as those of a `Tuner` do."""
+        self.decision.stop()
+        structure_hook(pl_module).release()
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Return decision and plan; the layers themselves are told by the weights."""
         plan = None if self.plan is None else self.plan.to_json()
-        return {"outcome": self._outcome, "switch_epoch": self._switch_epoch, "plan": plan}
+        return {"outcome": self._outcome, "switch_epoch": self.decision.switch_epoch, "plan": plan}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`: a resumed run decides nothing anew."""
-        self._outcome, self._switch_epoch = state_dict["outcome"], state_dict["switch_epoch"]
+        self._outcome, self.decision.switch_epoch = state_dict["outcome"], state_dict["switch_epoch"]
         self.plan = None if state_dict["plan"] is None else RankPlan.from_json(state_dict["plan"])
 
-    def _switch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", choice: Choice) -> None:
-        self.plan = keep_orphans_dense(choice.plan, pl_module, trainer.optimizers)
+    def _switch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", verdict: Verdict) -> None:
+        self.plan = keep_held_dense(verdict.explained(), trainer, pl_module)
         change = functools.partial(factor_as_planned, self.plan, self.decision.inputs)
         with isolate_rng():
             names = exchange_layers_in_fit(trainer, pl_module, change)
+        self._follow_in_finetuning(trainer, pl_module, names)
         self.decision.inputs = None
         self._untried = names
-        self._settle(trainer, pl_module, names, choice.why)
+        self._settle(trainer, pl_module, verdict, names)
 
-    def _settle(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: Sequence[str], why: str) -> None:
+    def _settle(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", verdict: Verdict, names: Sequence[str]
+    ) -> None:
         self._outcome = "low rank" if low_rank_layers(pl_module) else "dense"
-        if trainer.is_global_zero:
-            head = f"{len(names)} layers are low rank now" if names else "the model stays dense"
-            _log.info("%s: %s.", head, why)
+        metrics = dataclasses.replace(verdict, plan=self.plan or verdict.plan).metrics()
+        self._say(trainer, names, verdict.reason, metrics)
+
+    def _say(
+        self, trainer: "pl.Trainer", names: Collection[str], reason: reasons.Reason, metrics: Mapping[str, float]
+    ) -> None:
+        self._said = True
+        listed = ", ".join(list(names)[:_NAMES_SAID]) + (", ..." if len(names) > _NAMES_SAID else "")
+        head = f"{len(names)} layers are low rank now ({listed})" if names else "the model stays dense"
+        say_decision(trainer, "RankQuantization", f"{head}: {reason}.", metrics)
+
+    def _follow_in_finetuning(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: Iterable[str]
+    ) -> None:
+        layers = low_rank_layers(pl_module)
+        rename_in_finetuning(
+            trainer, {f"{n}.weight": [f"{n}.{factor}" for factor in layers[n].factor_names] for n in names}
+        )

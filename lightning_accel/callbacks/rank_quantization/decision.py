@@ -1,81 +1,117 @@
-"""When and by which evidence rank quantization decides."""
+"""From the first batch of a fit to the verdict: wait until the time has come, then decide by steps or by layers."""
 
 import dataclasses
-import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_accel.arguments import check_choice, check_number
 from lightning_accel.callbacks.layer_exchange.recorded_inputs import RecordedInputs
 from lightning_accel.callbacks.layer_exchange.step_trial import StepTrial
 from lightning_accel.callbacks.layer_exchange.structure import RestsFactors
-from lightning_accel.callbacks.rank_quantization.rank_choice import Choice, RankChooser, remaining_batches
-from lightning_accel.callbacks.rank_quantization.rank_search import RankSearch
-from lightning_accel.lightning_private import callbacks_of
+from lightning_accel.callbacks.rank_quantization import reasons
+from lightning_accel.callbacks.rank_quantization.decide import (
+    STEPS_TO_TRY,
+    Terms,
+    decide_by_layers,
+    decide_by_steps,
+    too_short,
+)
+from lightning_accel.callbacks.rank_quantization.moment import When, check_when, first_epoch
+from lightning_accel.callbacks.rank_quantization.progress import Progress, batch_index
+from lightning_accel.callbacks.rank_quantization.reasons import Reason
+from lightning_accel.callbacks.rank_quantization.request import RankRequest
+from lightning_accel.callbacks.rank_quantization.verdict import Verdict, dense
+from lightning_accel.lightning_private import callbacks_of, pruned_layers
 from lightning_accel.low_rank import RankPlan
 from lightning_accel.low_rank.rank_plan.plan import UNMEASURED
-from lightning_accel.low_rank.spectrum import looks_untrained
-
-_log = logging.getLogger(__name__)
-
-When = int | Literal["auto", "setup"]
 
 
 @dataclass
 class Decision:
-    """Finds the plan of one run; the fields are arguments of `RankQuantization`.
+    """Finds the verdict of one fit; the fields without a default are arguments of `RankQuantization`.
 
     Attributes:
+        switch_epoch: Epoch at whose first batch to decide; None before the weights were looked at.
         inputs: What the layers got in the step that was looked at; None before.
     """
 
-    search: RankSearch
+    request: RankRequest
     given: RankPlan | None
     when: When
     on_loss: Literal["revert", "keep"]
     max_overhead: float
+    switch_epoch: int | None = None
     inputs: RecordedInputs | None = None
-    _untriable: str = ""
-    _watching: bool = False
-    _seconds: float = 0.0
+    _progress: Progress = field(default_factory=Progress, compare=False)
+    _untriable: Reason | None = None
+    _watched_from: float | None = None
 
     def __post_init__(self) -> None:
-        words = self.when in ("auto", "setup")
-        if not words and (isinstance(self.when, bool) or not isinstance(self.when, int) or self.when < 0):
-            raise ValueError(f"`when` must be 'auto', 'setup' or an epoch >= 0, got {self.when!r}.")
+        check_when(self.when)
         check_choice("on_loss", self.on_loss, ("revert", "keep"))
         check_number("max_overhead", self.max_overhead, at_least=0.0)
 
-    def first_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> int:
-        """Return the epoch at whose first batch to decide; warn where untrained weights are to be decomposed."""
-        if isinstance(self.when, int):
-            return self.when
-        untrained = looks_untrained(pl_module)
-        if self.when == "setup" or self.given is not None:
-            if untrained and (self.given is None or Choice(self.given, "").ranks):
-                rank_zero_warn(
-                    "RankQuantization decomposes weights that look untrained: most of what they could learn is cut "
-                    "off. Load trained weights first, or set `when` to the epochs of a dense warm-up."
-                )
-            return 0
-        first = max(1, round(0.1 * (trainer.max_epochs or 1))) if untrained else 0
-        if untrained and trainer.is_global_zero:
-            _log.info("the weights look untrained: dense warm-up until epoch %s.", first)
-        return first
+    def begin(self) -> None:
+        """Forget an earlier fit."""
+        self.stop()
+        self.switch_epoch, self.inputs, self._untriable, self._progress = None, None, None, Progress()
 
-    def too_short(self, trainer: "pl.Trainer", index: int) -> Choice | None:
-        """Return the choice to stay dense where too few steps remain already, so that no weight need be looked at."""
-        if self.when != "auto" or self.given is not None:
+    def at_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> Verdict | None:
+        """Return the verdict; None while the time has not come or a step has to be watched first."""
+        self._progress.note_batch(trainer)
+        index, window = batch_index(trainer), trainer.accumulate_grad_batches
+        if self._untriable is not None and (index + 1) % window == 0:
+            self._watch(pl_module)
+        if self._untriable is not None or index % window:  # gradients of the dense weights are under way
             return None
-        chooser = self._chooser(trainer, index)
-        why = chooser.too_short_to_try()
-        return None if why is None else chooser.dense(why)
+        if self.switch_epoch is None:
+            short = self._too_short(self._progress.remaining(trainer).at_most)
+            if short is not None and self.when == "auto" and self.given is None:  # no weight need be looked at
+                return dense(short)
+            self.switch_epoch = first_epoch(self.when, self.given, trainer, pl_module)
+        if trainer.current_epoch < self.switch_epoch:
+            return None
+        if self.given is not None:
+            if self.given.weighting != "activation":
+                return Verdict(self.given, reasons.AS_PLANNED)
+            self._expect(reasons.AS_PLANNED, pl_module, index, window)
+            return None
+        left = self._progress.remaining(trainer)
+        if short := self._too_short(left.at_most):
+            return dense(short)
+        if self._too_short(left.batches):  # nobody knows yet
+            return None
+        with isolate_rng():
+            return self._decide(self._terms(trainer, pl_module), pl_module, batch, batch_idx)
+
+    def at_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Verdict | None:
+        """Return the verdict if the step that ended was watched for it."""
+        if self._watched_from is None or self._untriable is None or self.inputs is None:
+            return None
+        seconds = time.perf_counter() - self._watched_from
+        because, self._untriable = self._untriable, None
+        self.stop()
+        if self.given is not None:
+            return Verdict(self.given, reasons.AS_PLANNED)
+        with isolate_rng():
+            return decide_by_layers(self._terms(trainer, pl_module), pl_module, self.inputs, seconds, because)
+
+    def unreached(self) -> Verdict:
+        """Return the verdict of a fit that ended before there was one."""
+        if self._untriable is not None:
+            return dense(self._untriable)
+        epoch = self._progress.epoch
+        if self.switch_epoch is None or epoch is None or epoch < self.switch_epoch:
+            return dense(reasons.NeverReached(self.switch_epoch))
+        return dense(reasons.LengthUnknown(self._progress.batches, STEPS_TO_TRY, self.max_overhead))
 
     def unmeasured_plan(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> RankPlan:
         """Return a plan that needs no running step, for strategies that can not switch layers later.
@@ -83,61 +119,58 @@ class Decision:
         Raises:
             MisconfigurationException: If there is none.
         """
-        unmeasured = self.search.method in UNMEASURED and self.on_loss == "keep"
+        unmeasured = self.request.method in UNMEASURED and self.on_loss == "keep"
         if isinstance(self.when, int) or (self.given is None and not unmeasured):
             raise MisconfigurationException(
                 f"RankQuantization can not switch layers while {type(trainer.strategy).__name__} trains, and measures "
                 "nothing before. Pass `plan=` (see `lightning-accel plan`), or method='snapped' with on_loss='keep', "
                 "and leave `when` at 'setup'."
             )
-        return self.given or self.search.plan(pl_module, None)
+        return self.given or self.request.plan(pl_module, None)
 
-    def choose(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, index: int) -> Choice | None:
-        """Return the choice, or None if one more step has to be watched first."""
-        if self.given is not None:
-            if self.given.weighting == "activation" and self.inputs is None:
-                self._watch(pl_module, "")
-                return None
-            return Choice(self.given, "as the given plan says")
-        chooser = self._chooser(trainer, index)
-        if self.inputs is not None:
-            return chooser.choose_by_layers(pl_module, self.inputs, self._seconds, self._untriable)
-        if (why := chooser.too_short_to_try()) is not None:
-            return chooser.dense(why)
+    def stop(self) -> None:
+        """Stop watching a step."""
+        if self._watched_from is not None and self.inputs is not None:
+            self.inputs.__exit__()
+        self._watched_from = None
+
+    def _decide(self, terms: Terms, pl_module: "pl.LightningModule", batch: Any, batch_idx: int) -> Verdict | None:
+        trainer = terms.trainer
+        index, window = batch_index(trainer), trainer.accumulate_grad_batches
         if not pl_module.automatic_optimization:
-            self._watch(pl_module, "steps of manual optimization can not be tried")
+            self._expect(reasons.MANUAL, pl_module, index, window)
+            return None
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            self._expect(reasons.OWN_ITERATOR, pl_module, index, window)
             return None
         try:
-            trial = StepTrial(trainer, pl_module, batch, index)
+            trial = StepTrial(trainer, pl_module, batch, batch_idx)
             inputs = trial.recorded_inputs()
             trial.step()
         except Exception as problem:  # user code may refuse to be copied or called twice, for any reason
-            self._watch(pl_module, f"a copy of the module can not make its training step ({problem!r})")
+            self._expect(reasons.not_copied(problem), pl_module, index, window)
             return None
         self.inputs = inputs
-        try:
-            return chooser.choose(trial, inputs)
-        except torch.OutOfMemoryError:
-            return chooser.dense(
-                "memory does not suffice for a second copy of module and optimizers. Make a plan beforehand "
-                "(`lightning-accel plan`) and pass `plan=`, or try with a smaller batch"
-            )
+        return decide_by_steps(terms, trial, inputs)
 
-    def step_ended(self) -> None:
-        """Stop watching."""
-        if self.inputs is not None and self._watching:
-            self.inputs.__exit__()
-            self._watching = False
-            self._seconds = time.perf_counter() - self._seconds
+    def _terms(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Terms:
+        request = dataclasses.replace(self.request, phase_weights=phase_weights(trainer))
+        if pruned := pruned_layers(trainer, pl_module):
+            request = request.without(pruned)
+        remaining = self._progress.remaining(trainer).batches
+        return Terms(trainer, request, remaining, self.on_loss == "keep", self.max_overhead)
 
-    def _chooser(self, trainer: "pl.Trainer", index: int) -> RankChooser:
-        search = dataclasses.replace(self.search, phase_weights=phase_weights(trainer))
-        remaining = remaining_batches(trainer, index)
-        return RankChooser(trainer, search, remaining, self.on_loss == "keep", self.max_overhead)
+    def _too_short(self, remaining: float) -> Reason | None:
+        return too_short(remaining, keep=self.on_loss == "keep", max_overhead=self.max_overhead)
 
-    def _watch(self, pl_module: "pl.LightningModule", why: str) -> None:
+    def _expect(self, why: Reason, pl_module: "pl.LightningModule", index: int, window: int) -> None:
+        """Watch a step that ends with an update of the weights: this one, or the one that does."""
         self._untriable = why
-        self.inputs, self._watching, self._seconds = RecordedInputs(pl_module), True, time.perf_counter()
+        if (index + 1) % window == 0:
+            self._watch(pl_module)
+
+    def _watch(self, pl_module: "pl.LightningModule") -> None:
+        self.inputs, self._watched_from = RecordedInputs(pl_module), time.perf_counter()
         self.inputs.__enter__()
 
 

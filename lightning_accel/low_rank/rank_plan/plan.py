@@ -87,6 +87,7 @@ class RankPlan:
         weighting: ``"activation"`` if the energies are weighted by the inputs' second moments.
         reached: Value of the target that the plan reaches, by its own measurements.
         device: Where it was measured, see `lightning_accel.measure.environment`.
+        reason: Why a run decided for it, or against low rank, in words; empty where nobody decided.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -96,6 +97,7 @@ class RankPlan:
     weighting: Weighting = "none"
     reached: float | None = None
     device: dict[str, str | int] = field(default_factory=dict)
+    reason: str = ""
 
     @property
     def considered(self) -> tuple[LayerPlan, ...]:

@@ -17,7 +17,8 @@ def main(says_faster: str, folder: Path) -> None:
     from lightning.pytorch.strategies import DDPStrategy
     from torch.utils.data import DataLoader
 
-    from lightning_accel.callbacks import RankQuantization, SequentialFreezing, _rank_choice
+    from lightning_accel.callbacks import RankQuantization, SequentialFreezing
+    from lightning_accel.callbacks.rank_quantization import step_times
     from lightning_accel.low_rank import low_rank_layers
 
     rank = os.environ["LOCAL_RANK"]
@@ -28,7 +29,7 @@ def main(says_faster: str, folder: Path) -> None:
             step()
         return {name: [5.0 if name == "dense" else low_rank_seconds] * rounds for name in candidates}
 
-    _rank_choice.time_interleaved = clock
+    step_times.time_interleaved = clock
     result: dict[str, object] = {}
     try:
         module = ContractModule("rank_quantization")

@@ -4,11 +4,12 @@ import logging
 import traceback
 from collections.abc import Sequence
 
-import torch
+import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_accel.callbacks.layer_exchange.recorded_inputs import RecordedInputs
+from lightning_accel.lightning_private import pruned_layers
 from lightning_accel.low_rank import RankPlan, decompose, eligible_layers, input_second_moments, low_rank_layers
 
 _log = logging.getLogger(__name__)
@@ -30,17 +31,23 @@ def check_something_to_factor(module: nn.Module, include: Sequence[str], exclude
         )
 
 
-def keep_orphans_dense(plan: RankPlan, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> RankPlan:
-    """Return the plan without trainable layers that no optimizer holds: their factors would never be trained."""
-    held = {parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
-    orphans = set()
+def keep_held_dense(plan: RankPlan, trainer: "pl.Trainer", module: nn.Module) -> RankPlan:
+    """Return the plan without layers whose weights nobody would train, or that a pruning callback holds."""
+    held = {
+        parameter
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    pruned, orphans = pruned_layers(trainer, module), set()
     for layer in plan.layers:
-        if layer.ranks is not None:
+        if layer.ranks is not None and layer.name not in pruned:
             weight = module.get_submodule(layer.name).weight
             if weight.requires_grad and weight not in held:
                 orphans.add(layer.name)
     if orphans:
         _log.warning("no optimizer holds the weights of %s: these layers stay dense.", sorted(orphans))
+    plan = plan.dense(pruned, "a pruning callback holds its weight")
     return plan.dense(orphans, "its weight is in no optimizer's groups")
 
 

@@ -1,7 +1,8 @@
-"""What ranks are asked for, and what finding them costs."""
+"""What ranks are asked for, what finding them costs, and the plan that answers."""
 
 import dataclasses
-from collections.abc import Callable
+import glob
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -11,16 +12,16 @@ from torch import nn
 
 from lightning_accel.arguments import check_choice, check_number
 from lightning_accel.callbacks.layer_exchange.layer_trial import Ranks
+from lightning_accel.callbacks.rank_quantization.reasons import LostToTheFloor
 from lightning_accel.low_rank import RankPlan, eligible_layers, make_plan, theoretical_ranks
 from lightning_accel.low_rank.rank_plan.plan import UNMEASURED, Method, Weighting, factor_parameters
 
-_UNDER_FLOOR = ("retains less than", "no candidate keeps an energy of")  # reasons given here and by `make_plan`
 _STEPS_TO_PLAN = 250.0  # what `make_plan` takes where layers are quick
 _SECONDS_A_LAYER = 3.0  # what it takes at most for one kind of layer
 
 
 @dataclass(frozen=True)
-class RankSearch:
+class RankRequest:
     """What is asked of `make_plan`; the fields are explained there."""
 
     ratio: float | None
@@ -34,7 +35,13 @@ class RankSearch:
     cache_dir: Path | None
     phase_weights: tuple[float, float] | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Check the fields.
+
+        Raises:
+            TypeError: If a value is of another kind.
+            ValueError: If a value is out of range or more than one target is given.
+        """
         for name in ("ratio", "speedup"):
             check_number(name, getattr(self, name), above=1.0, optional=True)
         check_number("energy", self.energy, above=0.0, at_most=1.0, optional=True)
@@ -52,6 +59,10 @@ class RankSearch:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return make_plan(module, run_batch, **settings)
 
+    def without(self, names: Iterable[str]) -> "RankRequest":
+        """Return the request with layers excluded."""
+        return dataclasses.replace(self, exclude=(*self.exclude, *map(glob.escape, sorted(names))))
+
     def unmeasured_plan(self, module: nn.Module, run_batch: Callable[[Any], object] | None) -> RankPlan:
         """Make a plan of theoretical ranks on plateaus, for want of time to measure.
 
@@ -59,17 +70,16 @@ class RankSearch:
         """
         plan = dataclasses.replace(self, method="snapped").plan(module, run_batch)
         poor = {layer.name for layer in plan.layers if layer.ranks is not None and layer.energy < self.min_energy}
-        return plan.dense(poor, f"{_UNDER_FLOOR[0]} {self.min_energy:.0%} of its energy")
+        return plan.dense(poor, f"retains less than {self.min_energy:.0%} of its energy")
 
-    def lost_to_the_floor(self, plan: RankPlan) -> str:
-        """Say how many layers `min_energy` kept dense, and what to do; nothing if it kept none."""
-        lost = [layer for layer in plan.layers if any(words in layer.reason for words in _UNDER_FLOOR)]
-        if not lost:
-            return ""
-        return (
-            f" ({len(lost)} of {len(plan.layers)} layers stay dense because they would retain less than "
-            f"min_energy={self.min_energy:g} of their energy: lower it, take a smaller ratio, or warm up for longer)"
-        )
+    def lost_to_the_floor(self, plan: RankPlan) -> LostToTheFloor | None:
+        """Return how many layers `min_energy` kept dense; None if it kept none."""
+        lost = [
+            layer
+            for layer in plan.layers
+            if layer.ranks is None and layer.candidates and max(c.energy for c in layer.candidates) < self.min_energy
+        ]
+        return LostToTheFloor(len(lost), len(plan.layers), self.min_energy) if lost else None
 
     def unmeasured_ranks(self, module: nn.Module) -> Ranks:
         """Return theoretical ranks, for a first look at what could be gained."""
