@@ -177,7 +177,7 @@ def test_steps_aside_where_the_model_stays_dense(when, tmp_path, caplog):
     module = Classifier()
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
         train(module, [RankQuantization(when=when), SequentialFreezing()], tmp_path)
-    assert "sequential freezing steps aside" in caplog.text
+    assert "SequentialFreezing: steps aside: RankQuantization left the model dense." in caplog.text
     assert caplog.text.count("steps aside") == 1
 
 

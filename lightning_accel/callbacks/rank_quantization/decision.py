@@ -73,9 +73,10 @@ class Decision:
         if self._untriable is not None or index % window:  # gradients of the dense weights are under way
             return None
         if self.switch_epoch is None:
-            short = self._too_short(self._progress.remaining(trainer).at_most)
-            if short is not None and self.when == "auto" and self.given is None:  # no weight need be looked at
-                return dense(short)
+            if self.when == "auto" and self.given is None:  # weights are looked at where there is time for it
+                left = self._progress.remaining(trainer)
+                if (short := self._too_short(left.at_most)) or self._too_short(left.batches):
+                    return None if short is None else dense(short)
             self.switch_epoch = first_epoch(self.when, self.given, trainer, pl_module)
         if trainer.current_epoch < self.switch_epoch:
             return None
@@ -109,7 +110,7 @@ class Decision:
         if self._untriable is not None:
             return dense(self._untriable)
         epoch = self._progress.epoch
-        if self.switch_epoch is None or epoch is None or epoch < self.switch_epoch:
+        if epoch is None or epoch < (self.switch_epoch or 0):
             return dense(reasons.NeverReached(self.switch_epoch))
         return dense(reasons.LengthUnknown(self._progress.batches, STEPS_TO_TRY, self.max_overhead))
 

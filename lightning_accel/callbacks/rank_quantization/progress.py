@@ -57,7 +57,7 @@ class Progress:
 
     def remaining(self, trainer: "pl.Trainer") -> Remaining:
         """Return what remains; the same on all processes."""
-        limits = {"epochs": self._by_epochs(trainer), "steps": _by_steps(trainer), "time": self._by_time(trainer)}
+        limits = {"epochs": self._by_epochs(trainer), "steps": self._by_steps(trainer), "time": self._by_time(trainer)}
         known = [limit for limit in limits.values() if limit is not None]
         at_most = min(known)
         if None not in limits.values() and math.isfinite(at_most):
@@ -74,6 +74,23 @@ class Progress:
             return None
         return max(0.0, (trainer.max_epochs - trainer.current_epoch) * length - self._index)
 
+    def _by_steps(self, trainer: "pl.Trainer") -> float:
+        """Return the batches until ``max_steps``; every optimizer of a manual optimization counts its own steps."""
+        if trainer.max_steps == -1:
+            return math.inf
+        steps = max(0, trainer.max_steps - trainer.global_step)
+        if not trainer.lightning_module.automatic_optimization:
+            return steps / max(1, len(trainer.optimizers))
+        window, length = _least_accumulation(trainer), trainer.num_training_batches
+        if math.isinf(length):
+            return steps * window - self._index % window
+        steps_of_epoch = math.ceil(length / window)  # the last batch of an epoch ends a window, however short
+        steps_here = steps_of_epoch - self._index // window
+        if steps <= steps_here:
+            return min(steps * window - self._index % window, length - self._index)
+        epochs, rest = divmod(steps - steps_here, steps_of_epoch)
+        return length - self._index + epochs * length + min(rest * window, length)
+
     def _by_time(self, trainer: "pl.Trainer") -> float | None:
         seconds = _seconds_left(trainer)
         if seconds is None:
@@ -89,17 +106,6 @@ def batch_index(trainer: Any) -> int:
     """Return the index of the batch that begins; hooks get another one where steps draw their batches themselves."""
     index: int = trainer.fit_loop.epoch_loop.batch_idx
     return index
-
-
-def _by_steps(trainer: "pl.Trainer") -> float:
-    """Return the batches until ``max_steps``; every optimizer of a manual optimization counts its own steps."""
-    if trainer.max_steps == -1:
-        return math.inf
-    steps = max(0, trainer.max_steps - trainer.global_step)
-    module = trainer.lightning_module
-    if not module.automatic_optimization:
-        return steps / max(1, len(trainer.optimizers))
-    return steps * _least_accumulation(trainer)
 
 
 def _least_accumulation(trainer: "pl.Trainer") -> int:

@@ -1,6 +1,5 @@
 """Sequential freezing as a Lightning callback."""
 
-import logging
 import time
 from typing import Any, Literal
 
@@ -13,11 +12,13 @@ from lightning_accel.callbacks.layer_exchange.recorded_inputs import RunningOrde
 from lightning_accel.callbacks.layer_exchange.structure import ChangesStructure, refuse_sharded, refuse_sharded_states
 from lightning_accel.callbacks.order import correct_order
 from lightning_accel.callbacks.sequential_freezing.factor_turns import FactorTurns
+from lightning_accel.callbacks.sequential_freezing.training_length import length_of_training
+from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import callbacks_of
 from lightning_accel.low_rank import AdaptiveFreezing, FreezingSchedule, low_rank_layers
 from lightning_accel.low_rank.freezing import check_weights
 
-_log = logging.getLogger(__name__)
+_NAMES_SAID = 4  # of layers, in a line
 
 
 class SequentialFreezing(pl.Callback):
@@ -49,7 +50,7 @@ class SequentialFreezing(pl.Callback):
         TypeError: If a value is of another kind, such as text for a number.
         ValueError: If a value is out of range.
         MisconfigurationException: When ``fit`` starts: no low-rank layer, a sharding strategy or optimizer, L-BFGS, or
-            ``final_trainable`` without a known end.
+            ``final_trainable`` where nobody knows beforehand how long training lasts.
 
     References:
         Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824. *Deviations*: unequal phases, start and end, adaptive mode.
@@ -100,7 +101,9 @@ class SequentialFreezing(pl.Callback):
             return
         refuse_sharded(trainer.strategy, "SequentialFreezing")
         correct_order(trainer)
-        self.turns.frozen, self.turns.applied, self._aside = set(), None, False
+        self.turns.begin()
+        self._aside, self._steps, self._order = False, 0, None
+        self._times.clear()
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -118,11 +121,8 @@ class SequentialFreezing(pl.Callback):
                 "SequentialFreezing can not rest factors under L-BFGS, which moves parameters without gradient along "
                 "its old directions. Use another optimizer, or mode='none'."
             )
-        if self.schedule.final_trainable and self.turns.total(trainer) is None:
-            raise MisconfigurationException(
-                "`final_trainable` counts from the end of training, which is unknown. Set the Trainer's max_epochs, "
-                "or max_steps with `period_steps`."
-            )
+        if self.schedule.final_trainable:
+            self.turns.total = length_of_training(trainer, in_steps=self.schedule.counts_steps)
 
     @override
     def on_train_batch_start(
@@ -131,7 +131,8 @@ class SequentialFreezing(pl.Callback):
         """Change the frozen group where a phase begins."""
         self._clock = time.perf_counter()
         if not self._aside and self._ready(trainer, pl_module):
-            self.turns.follow(trainer, pl_module)
+            if self.turns.follow(trainer, pl_module):
+                self._say(trainer, pl_module)
             if self._adapts and not self.turns.adaptive.order:
                 self._order = RunningOrder(pl_module)
 
@@ -152,20 +153,26 @@ class SequentialFreezing(pl.Callback):
             return
         values = self.turns.values(pl_module) | {"step_seconds": sum(self._times) / max(1, len(self._times))}
         self._times.clear()
-        pl_module.log_dict({f"sequential_freezing/{name}": value for name, value in values.items()}, sync_dist=True)
+        pl_module.log_dict(
+            {f"sequential_freezing/{name}": value for name, value in values.items()}, sync_dist=True, batch_size=1
+        )
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Make everything trainable that this callback froze."""
         self.turns.thaw(pl_module)
+        if not self.turns.began and not self._aside:
+            say_decision(trainer, "SequentialFreezing", "steps aside: training ended before any layer was low rank.")
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Leave the module as it was."""
-        if self._order is not None:
-            self._order.stop()
-            self._order = None
-        self.turns.thaw(pl_module)
+        self._stop(pl_module)
+
+    @override
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Leave the module as it was where a fit ended otherwise, as those of a `Tuner` do."""
+        self._stop(pl_module)
 
     def on_structure_change(self, *_: Any) -> None:
         """Begin the phase anew with the new layers."""
@@ -196,6 +203,23 @@ class SequentialFreezing(pl.Callback):
         ]
         if "pending" not in states:
             self._aside = True
-            if trainer.is_global_zero:
-                _log.info("sequential freezing steps aside: RankQuantization left the model dense.")
+            say_decision(trainer, "SequentialFreezing", "steps aside: RankQuantization left the model dense.")
         return False
+
+    def _say(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        layers = list(low_rank_layers(pl_module))
+        listed = ", ".join(layers[:_NAMES_SAID]) + (", ..." if len(layers) > _NAMES_SAID else "")
+        how = {
+            "none": "rest never",
+            "fixed": f"of group {self.schedule.fixed_group} rest",
+            "sequential": "take turns at rest",
+            "adaptive": "rest for good once they hardly move",
+        }
+        line = f"the factors of {len(layers)} low-rank layers ({listed}) {how[self.schedule.mode]}."
+        say_decision(trainer, "SequentialFreezing", line, {"sequential_freezing/layers": float(len(layers))})
+
+    def _stop(self, pl_module: "pl.LightningModule") -> None:
+        if self._order is not None:
+            self._order.stop()
+            self._order = None
+        self.turns.thaw(pl_module)

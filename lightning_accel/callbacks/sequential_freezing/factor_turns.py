@@ -24,26 +24,40 @@ class FactorTurns:
         adaptive: Decides in ``mode="adaptive"``, where the schedule does not.
         frozen: Full names of what was frozen here, never of what the user froze.
         applied: The present phase in a tuple; None before the first one.
+        total: Epochs (or steps, the schedule's unit) that the run lasts; None if nobody asks.
+        began: Whether any phase was applied in this fit.
     """
 
     schedule: FreezingSchedule
     adaptive: AdaptiveFreezing
     frozen: set[str] = field(default_factory=set)
     applied: tuple[Phase] | None = None
+    total: int | None = None
+    began: bool = False
+
+    def begin(self) -> None:
+        """Forget an earlier fit, its statistics included."""
+        old = self.adaptive
+        self.adaptive = AdaptiveFreezing(
+            threshold=old.threshold, window_steps=old.window_steps, max_events=old.max_events
+        )
+        self.frozen, self.applied, self.total, self.began = set(), None, None, False
 
     def phase(self, trainer: "pl.Trainer") -> Phase:
         """Return the phase that the run should be in: a pure function of its progress, but for the adaptive mode."""
         if self.schedule.mode == "adaptive":
             return frozenset(self.adaptive.frozen)
-        return self.schedule.frozen_group(
-            epoch=trainer.current_epoch, step=trainer.global_step, total=self.total(trainer)
-        )
+        return self.schedule.frozen_group(epoch=trainer.current_epoch, step=trainer.global_step, total=self.total)
 
-    def follow(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Bring the module into the phase that the run should be in, and wrap DDP anew if anything changed."""
+    def follow(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
+        """Bring the module into the phase that the run should be in, and wrap DDP anew if anything changed.
+
+        Returns:
+            Whether this is the first phase of the fit.
+        """
         phase = self.phase(trainer)
         if self.applied == (phase,):
-            return
+            return False
         before = _trainable(pl_module)
         by_user = {name for name, trains in before.items() if not trains} - self.frozen
         if self.schedule.mode == "adaptive":
@@ -62,6 +76,8 @@ class FactorTurns:
                 len(self.frozen),
                 len(factor_parameter_names(pl_module)),
             )
+        first, self.began = not self.began, True
+        return first
 
     def thaw(self, module: nn.Module) -> None:
         """Make everything trainable again that was frozen here."""
@@ -69,15 +85,6 @@ class FactorTurns:
             if name in self.frozen:
                 parameter.requires_grad_(True)
         self.frozen, self.applied = set(), None
-
-    def total(self, trainer: "pl.Trainer") -> int | None:
-        """Return the epochs (or steps, the schedule's unit) that the run lasts; None if unknown."""
-        if not self.schedule.counts_steps:
-            return None if trainer.max_epochs in (None, -1) else trainer.max_epochs
-        if trainer.max_steps != -1:
-            return trainer.max_steps
-        steps = trainer.estimated_stepping_batches
-        return None if steps == float("inf") else int(steps)
 
     def values(self, module: nn.Module) -> dict[str, float]:
         """Return the phase in numbers, to be logged."""
