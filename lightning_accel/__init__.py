@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time names load 
     from lightning_accel.callbacks import StatefulStreams as StatefulStreams
     from lightning_accel.callbacks import enable_low_rank_loading as enable_low_rank_loading
     from lightning_accel.callbacks import load_from_checkpoint as load_from_checkpoint
+    from lightning_accel.cli.export.model_file import export as export
     from lightning_accel.strategies import AsyncSGDStrategy as AsyncSGDStrategy
 
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "SequentialFreezing": "lightning_accel.callbacks",
     "StatefulStreams": "lightning_accel.callbacks",
     "enable_low_rank_loading": "lightning_accel.callbacks",
+    "export": "lightning_accel.cli.export.model_file",
     "load_from_checkpoint": "lightning_accel.callbacks",
 }
 

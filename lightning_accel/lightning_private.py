@@ -277,3 +277,8 @@ def keep_written_metrics(logger: Any) -> None:
         writer = logger.experiment
     kept.write_text(text, encoding="utf-8")
     writer.metrics_keys = next(csv.reader(text.splitlines()), [])
+
+
+def hparams_name(module: "pl.LightningModule") -> str:
+    """Return the constructor's argument that ``hparams`` are saved under, which only `load_from_checkpoint` reads."""
+    return str(getattr(module, "_hparams_name", None) or "kwargs")

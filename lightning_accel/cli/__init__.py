@@ -80,12 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def hydra_overrides(name: str, words: Sequence[str]) -> list[str]:
     """Turn the words behind a command into overrides and flags of Hydra.
 
-    ``compare --aa`` is ``compare.aa=true``, ``bench low_rank`` is ``suite=low_rank``, and what stands behind ``--`` of
-    ``run`` goes into the environment, untouched by Hydra's grammar.
+    ``compare --aa`` is ``compare.aa=true``, ``bench low_rank`` is ``suite=low_rank``, ``export model=module.Class`` is
+    a class of the user's, and what stands behind ``--`` of ``run`` goes into the environment, untouched by Hydra's
+    grammar.
     """
     words = list(words)
     if name == "compare":
         words = ["compare.aa=true" if word == "--aa" else word for word in words]
+    if name == "export":
+        words = _own_classes(words)
     if name == "bench" and words and not words[0].startswith("-") and "=" not in words[0]:
         words[0] = f"suite={words[0]}"
     if name == "run" and "--" in words:
@@ -93,6 +96,22 @@ def hydra_overrides(name: str, words: Sequence[str]) -> list[str]:
         os.environ[OWN_COMMAND_VARIABLE] = json.dumps(words[cut + 1 :])
         words = words[:cut]
     return ["--help" if word == "-h" else word for word in words]
+
+
+def _own_classes(words: Sequence[str]) -> list[str]:
+    """Let ``model=module.Class`` and ``model._target_=module.Class`` stand alone, without an option of the package."""
+    words = list(words)
+    for group in ("model", "data"):
+        named = [word.partition("=")[2] for word in words if word.startswith(f"{group}=") and "." in word]
+        chosen = any(word.startswith(f"{group}=") for word in words)
+        if not named and (chosen or not any(word.startswith(f"{group}._target_=") for word in words)):
+            continue
+        rest = [word for word in words if not word.startswith(f"{group}=")]
+        words = [f"~{group}", *(f"+{group}._target_={name}" for name in named[-1:])]
+        words += [f"+{word}" if word.startswith(f"{group}.") else word for word in rest]
+        if group == "model" and not any(word.lstrip("+~").startswith("data") for word in words):
+            words.append("~data")
+    return words
 
 
 def show_commands() -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_accel.cli.errors import UsageError
@@ -40,7 +39,9 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
 
 
 def load_weights(module: nn.Module, path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
-    """Load a checkpoint's weights strictly, after its low-rank layers were made in ``module``; return the checkpoint.
+    """Load a checkpoint's weights as Lightning does, low-rank layers included; return the checkpoint.
+
+    The module's own ``on_load_checkpoint`` sees it first, and its ``strict_loading`` counts.
 
     Raises:
         UsageError: As `read_checkpoint`, or if the weights do not fit the module.
@@ -48,9 +49,10 @@ def load_weights(module: nn.Module, path: str | Path, *, weights_only: bool = Tr
     checkpoint = read_checkpoint(path, weights_only=weights_only)
     prepare_layers(module)
     try:
+        strict = loading_hooks(module, checkpoint)
         adapt_structure(module, checkpoint["state_dict"])
-        module.load_state_dict(checkpoint["state_dict"])
-    except (RuntimeError, ValueError) as error:
+        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         message = f"{path} does not fit {type(module).__name__}: choose the model it was made of, with its settings."
         raise UsageError(f"{message} {error}") from None
     return checkpoint
@@ -58,5 +60,18 @@ def load_weights(module: nn.Module, path: str | Path, *, weights_only: bool = Tr
 
 def prepare_layers(module: nn.Module) -> None:
     """Let a module that makes its layers in ``configure_model`` make them."""
-    if isinstance(module, LightningModule):
-        module.configure_model()
+    if is_lightning_module(module):
+        module.configure_model()  # type: ignore[operator]
+
+
+def loading_hooks(module: nn.Module, checkpoint: dict[str, Any]) -> bool:
+    """Show a module the checkpoint that is about to be loaded; return whether all keys must fit."""
+    if not is_lightning_module(module):
+        return True
+    module.on_load_checkpoint(checkpoint)  # type: ignore[operator]
+    return bool(module.strict_loading)
+
+
+def is_lightning_module(module: nn.Module) -> bool:
+    """Whether it is a LightningModule of either distribution, whose classes have one name."""
+    return "LightningModule" in {base.__name__ for base in type(module).__mro__}

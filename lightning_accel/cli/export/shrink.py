@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from lightning_accel.cli.errors import UsageError
@@ -35,16 +34,23 @@ def check_zero_groups(zero_groups: str | None, file_format: str) -> None:
 
 
 def remove_zero_groups(
-    model: nn.Module, inputs: tuple[Any, ...], *, zero_groups: str | None, file_format: str, console: Console
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    zero_groups: str | None,
+    file_format: str,
+    say: Callable[[str], None],
 ) -> Shrunk | None:
     """Shrink a copy of ``model``; ``None`` where there is nothing to remove, or it is to stay.
 
     Args:
         model: In ``eval`` mode.
-        inputs: Of its ``forward``.
+        args: Of its ``forward``.
+        kwargs: Named ones.
         zero_groups: ``"remove"``, ``"keep"``, or ``None`` to remove where the format can hold it.
         file_format: To be written.
-        console: To say what was done on.
+        say: Gets what was done, a line a call.
 
     Raises:
         UsageError: If groups are to be removed and torch-pruning is not installed.
@@ -55,21 +61,21 @@ def remove_zero_groups(
     found = f"{rows:,} zero rows and {columns:,} zero columns of weights"
     if zero_groups == "keep" or file_format == "checkpoint":
         why = "zero_groups=keep" if zero_groups == "keep" else "format=torch_export or onnx removes them"
-        console.print(f"{found} stay: {why}.", markup=False, soft_wrap=True)
+        say(f"{found} stay: {why}.")
         return None
     try:
-        small = shrink(model, inputs)
+        small = shrink(model, args, example_kwargs=kwargs)
     except ImportError as error:
         if zero_groups == "remove":
             raise UsageError(str(error)) from None
-        console.print(f"{found} stay: {error}", markup=False, style="yellow", soft_wrap=True)
+        say(f"{found} stay: {error}")
         return None
     gone = small.parameters_before - small.parameters_after
-    console.print(f"{found}: {gone:,} parameters removed.", markup=False, soft_wrap=True)
+    say(f"{found}: {gone:,} parameters removed.")
     if small.features is not None:
-        console.print(f"It reads {len(small.features):,} of {small.features_before:,} input features.", markup=False)
+        say(f"It reads {len(small.features):,} of {small.features_before:,} input features.")
     for layer, why in small.left.items():
-        console.print(f"{layer} keeps its zeros: {why}.", markup=False, style="dim", soft_wrap=True)
+        say(f"{layer} keeps its zeros: {why}.")
     return small
 
 
