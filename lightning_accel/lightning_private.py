@@ -203,6 +203,19 @@ def go_to_epoch(trainer: Any, epoch: int) -> None:
         tracker.ready = tracker.started = tracker.processed = tracker.completed = epoch
 
 
+def go_into_epoch(trainer: Any, epoch: int, *, batches: float) -> None:
+    """Let the loops stand at the beginning of a later epoch than they do, of so many batches; they are read-only."""
+    loop = trainer.fit_loop
+    passed = epoch - loop.epoch_progress.current.processed
+    for tracker in (loop.epoch_progress.current, loop.epoch_progress.total):
+        tracker.ready = tracker.started = epoch + 1
+        tracker.processed = tracker.completed = epoch
+    progress = loop.epoch_loop.batch_progress
+    if batches != float("inf"):
+        progress.total.increment_by(passed * int(batches) - progress.current.processed)
+    progress.current.reset()
+
+
 def validate_once_more(trainer: Any) -> None:
     """Run validation when training is over, as at the end of an epoch; nothing if the Trainer validates nothing.
 

@@ -10,7 +10,7 @@ from lightning_accel.async_sgd.recompute import Recomputation
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.client import SharedMemoryStore
 from lightning_accel.async_sgd.shared_memory.spawn import run_workers
-from lightning_accel.async_sgd.shared_memory.supervisor import Ending, Supervisor, WorkerFailedError
+from lightning_accel.async_sgd.shared_memory.supervisor import Ending, Remains, Supervisor, WorkerFailedError
 from lightning_accel.async_sgd.store import (
     PUSH_STAGES,
     Membership,
@@ -35,6 +35,7 @@ __all__ = [
     "ParameterStore",
     "Push",
     "Recomputation",
+    "Remains",
     "Settings",
     "SharedMemoryStore",
     "Snapshot",

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_accel.async_sgd.policy.leases import Lease, LeaseId
+from lightning_accel.async_sgd.settings import Settings
 
 PUSH_STAGES = ("before", "half-way", "before the flag", "after the flag", "after the bell", "acknowledged")
 """The named points of a push at which a worker may be killed; see the ``probe`` of `SharedMemoryStore`."""
@@ -79,6 +80,7 @@ class Statistics:
         updates_per_second: Optimizer steps a second over the last 1,000.
         live_workers: Workers that have joined and neither left nor died.
         dropped: Pushes not applied because of NaN or Inf, or because they were too stale.
+        taken_over: Batches that the coordinator took over from workers who held up the end of an epoch.
         refused: Pushes not applied because they were replayed, or their leases revoked.
         restarts: Workers started again.
         apply_milliseconds: Median time of one server step.
@@ -93,6 +95,7 @@ class Statistics:
     updates_per_second: float = 0.0
     live_workers: int = 0
     dropped: int = 0
+    taken_over: int = 0
     refused: int = 0
     restarts: int = 0
     apply_milliseconds: float = 0.0
@@ -101,8 +104,36 @@ class Statistics:
     lost_batches: int = 0
 
 
+Activity = Literal["load", "step"]
+"""What a worker does in the middle of a batch: it loads one, or makes a training step of it."""
+
+MoreUnits = Callable[[int], tuple[Sequence[Any], bool]]
+"""Given how many units of an order are known: at least one of those that follow, and whether these are the last."""
+
+
 class ParameterStore(Protocol):
-    """A worker's side of a run. Calls block until the server has answered, unless said otherwise."""
+    """A worker's side of a run, whatever engine carries the bytes. All that `Worker` and the strategies use of one.
+
+    Calls block until the server has answered, unless said otherwise. Numbers of leases, versions and steps mean the
+    same in every engine, see `lightning_accel.async_sgd.policy`.
+    """
+
+    # --- who this is, and who else is there: none of these blocks
+
+    @property
+    def worker(self) -> int:
+        """Number of this worker, from 0."""
+        ...
+
+    @property
+    def incarnation(self) -> int:
+        """How often this worker was started before."""
+        ...
+
+    @property
+    def settings(self) -> Settings:
+        """Of the run."""
+        ...
 
     @property
     def is_coordinator(self) -> bool:
@@ -111,17 +142,56 @@ class ParameterStore(Protocol):
 
     @property
     def stopped(self) -> bool:
-        """Whether the run is over for everybody. Does not block."""
+        """Whether the run is over for everybody."""
         ...
 
     @property
     def live_workers(self) -> int:
-        """Workers taking part. Does not block."""
+        """Workers taking part."""
         ...
+
+    # --- membership
 
     def join(self, opening: Callable[[], Opening]) -> Membership:
         """Enter the run; the coordinator of a run not yet open is asked for the ``opening``."""
         ...
+
+    def check(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
+        """Compare this worker's tensors with those the run was opened with.
+
+        Raises:
+            ValueError: If number, shape or dtype differ.
+        """
+        ...
+
+    def idle(self, idle: bool) -> None:
+        """Say that this worker does something else for a while (validates): nobody waits for its pushes."""
+        ...
+
+    def begin(self, activity: Activity) -> None:
+        """Say that a load or a step begins, without waiting. One that lasts far too long is taken for hung."""
+        ...
+
+    def rest(self) -> None:
+        """Say that it has ended, and that what follows may take any time."""
+        ...
+
+    def finish(self) -> bool:
+        """Say that this worker has ended its training; returns whether it coordinates, which no longer changes."""
+        ...
+
+    def stop(self, *, complete: bool = False) -> None:
+        """End the run for everybody: from now on only the coordinator's pushes count.
+
+        ``complete`` says that all epochs should be through; if some batches are not, the run goes on with them.
+        """
+        ...
+
+    def leave(self, *, stop: bool = False) -> None:
+        """Go; with ``stop`` the run ends for everybody, once every batch that was begun is done."""
+        ...
+
+    # --- parameters and gradients
 
     def pull(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[int, list[int]]:
         """Copy the latest parameters and shared buffers in place; returns version and steps of each optimizer."""
@@ -151,13 +221,35 @@ class ParameterStore(Protocol):
         """Wait until this worker is no more than ``max_staleness`` pushes ahead of the slowest."""
         ...
 
-    def lease(self, epoch: int, order: Callable[[], Sequence[Any]], *, final: bool = False) -> list[Lease]:
-        """Take the next block of the epoch; empty at its end. ``order`` is asked for the units if nobody was yet."""
+    # --- data
+
+    def lease(
+        self,
+        epoch: int,
+        order: Callable[[], Sequence[Any]],
+        *,
+        final: bool = False,
+        more: MoreUnits | None = None,
+    ) -> list[Lease]:
+        """Take the next block of the epoch; empty at its end.
+
+        Args:
+            epoch: That this worker is in.
+            order: Asked for all units of the epoch, if nobody was yet.
+            final: Whether this is the last epoch.
+            more: Of an order without a length: asked for its units piece by piece, in the place of ``order``.
+        """
+        ...
+
+    def give_back(self, leases: Sequence[LeaseId]) -> None:
+        """Free leases that this worker will not train on, without waiting; others get them."""
         ...
 
     def commit(self, leases: Sequence[LeaseId]) -> None:
-        """Mark leases as done that no push carries."""
+        """Mark leases as done that no push carries, without waiting."""
         ...
+
+    # --- what a run shares beside parameters
 
     def kv(self, key: str, value: bytes | None = None, *, replace: bool = False, wait: bool = True) -> bytes | None:
         """Write ``key`` once (later writes change nothing, but for ``replace``) and return what it holds.
@@ -178,21 +270,30 @@ class ParameterStore(Protocol):
         """Return how the run goes."""
         ...
 
-    def idle(self, idle: bool) -> None:
-        """Say that this worker does something else for a while (validates): nobody waits for its pushes."""
+    # --- an exchange of layers
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the run still has the parameters that were joined; False once layers were exchanged."""
         ...
 
-    def finish(self) -> bool:
-        """Say that this worker has ended its training; returns whether it coordinates, which no longer changes."""
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the run's parameters, in order."""
         ...
 
-    def stop(self, *, complete: bool = False) -> None:
-        """End the run for everybody: from now on only the coordinator's pushes count.
-
-        ``complete`` says that all epochs should be through; if some batches are not, the run goes on with them.
-        """
+    def hold(self) -> Snapshot:
+        """Return a cut that stays the latest until `exchange` or `let_go`: pushes of the others wait."""
         ...
 
-    def leave(self, *, stop: bool = False) -> None:
-        """Go; with ``stop`` the run ends for everybody, once every batch that was begun is done."""
+    def let_go(self) -> None:
+        """End `hold` without an exchange."""
+        ...
+
+    def exchange(self, opening: Opening) -> None:
+        """Put other parameters and optimizers in the place of the run's; the others see `is_current` and `rejoin`."""
+        ...
+
+    def rejoin(self) -> None:
+        """Take part with the parameters that the run has now, under the same number."""
         ...

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_accel.arguments import check_choice, check_integer, check_switch
-from lightning_accel.async_sgd import Compression, Settings, SharedMemoryStore, Statistics
+from lightning_accel.async_sgd import Compression, ParameterStore, Settings, Statistics
 from lightning_accel.async_sgd.compression import CompressionName
 from lightning_accel.async_sgd.optimizer_steps import refuse_unsupported
 from lightning_accel.async_sgd.policy.rules import StalenessRule
@@ -27,6 +27,7 @@ from lightning_accel.async_sgd.shared_memory.spawn import StartMethod
 from lightning_accel.lightning_private import attach_launcher, keep_written_metrics
 from lightning_accel.strategies.leased_data import lease_training_data
 from lightning_accel.strategies.refusals import refuse_lock_step
+from lightning_accel.strategies.rescue import Rescue
 from lightning_accel.strategies.session import Session, stop_first
 
 if TYPE_CHECKING:  # the real base comes from the distribution at hand
@@ -161,7 +162,8 @@ class AsyncSGDBody(_Base):
         self.start_method: StartMethod = start_method
         self.statistics = Statistics()  # in the parent, after (and during) `fit`
         self.ending: Any = None
-        self._store: SharedMemoryStore | None = None
+        self.rescue: Rescue | None = None  # in the parent, after a `fit` that did not end well
+        self._store: ParameterStore | None = None
         self._session: Session | None = None  # in a worker process
         self._trainer: Any = None
         self._resumed: dict[str, Any] = {}
@@ -176,7 +178,7 @@ class AsyncSGDBody(_Base):
 
     # --- who is who
 
-    def enter(self, store: SharedMemoryStore, trainer: Any) -> None:
+    def enter(self, store: ParameterStore, trainer: Any) -> None:
         """Become one worker of a run; called in the worker's process before anything else."""
         self._store = store
         self._trainer = trainer
@@ -304,7 +306,7 @@ class AsyncSGDBody(_Base):
         session = self._session
         if session is None or not self._trainer.training:
             return dataloader
-        return lease_training_data(dataloader, session.take, session.leases.append, alone=self.num_processes == 1)
+        return lease_training_data(dataloader, session.data, alone=self.num_processes == 1)
 
     # --- training, in a worker process
 
@@ -369,10 +371,13 @@ class AsyncSGDBody(_Base):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write an ordinary checkpoint; unfinished epochs go under a key that a plain Trainer does not read."""
+        unfinished = None
         if self._session is not None and self._session.joined:
             unfinished = self._session.unfinished_epochs(checkpoint)
-            if unfinished is not None:
-                checkpoint[_CHECKPOINT_KEY] = unfinished
+        elif self.rescue is not None:
+            unfinished = self.rescue.complete(checkpoint)
+        if unfinished is not None:
+            checkpoint[_CHECKPOINT_KEY] = unfinished
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checkpoints of an asynchronous run as a plain Trainer writes them: one cut, and loops that count for all workers."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -24,8 +24,14 @@ def with_values_of(cut: Snapshot, state: dict[str, Any], worker: Worker, *, buff
     return state
 
 
+class HasEpochs(Protocol):
+    """A cut or a server's state: its unfinished epochs, see `LeaseBook.state`."""
+
+    epochs: list[dict[str, Any]]
+
+
 def rewind_loops(
-    checkpoint: dict[str, Any], cut: Snapshot, *, pending: int, batches: float, alone: bool = False
+    checkpoint: dict[str, Any], cut: HasEpochs, *, pending: int, batches: float, alone: bool = False
 ) -> dict[str, Any]:
     """Make the loops of a checkpoint count the batches of all workers, so that a plain Trainer resumes right.
 
@@ -51,7 +57,9 @@ def rewind_loops(
         for tracker in (progress["current"], progress["total"]):
             for count in ("ready", "started", "processed", "completed"):
                 tracker[count] += missing
-    unfinished = [state for state in cut.epochs if len(state["done"]) < len(state["units"])]
+    # one whose order is not known to its end begins anew, as any loader does that keeps no state
+    known_to_the_end = [state for state in cut.epochs if state.get("complete", True)]
+    unfinished = [state for state in known_to_the_end if len(state["done"]) < len(state["units"])]
     return {"epochs": [state for state in unfinished if _is_plain(state["units"])]}
 
 

@@ -1,16 +1,19 @@
 """What only the coordinator does, and how another worker takes it over."""
 
 import pickle
+import time
 from importlib import import_module
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lightning_accel.async_sgd import SharedMemoryStore
+from lightning_accel.async_sgd import ParameterStore
 from lightning_accel.lightning_private import keep_written_metrics
 from lightning_accel.strategies.results import follow_loggers, pickled_loggers
 
 _KEY = "coordinator"
+PROGRESS_KEY = "progress"
+_PROGRESS_SECONDS = 0.5
 
 
 class Watchers:
@@ -20,7 +23,7 @@ class Watchers:
     over puts its own copies to work, with the state that the coordinator published last.
     """
 
-    def __init__(self, strategy: Any, trainer: Any, store: SharedMemoryStore) -> None:
+    def __init__(self, strategy: Any, trainer: Any, store: ParameterStore) -> None:
         callbacks = import_module(f"{strategy.distribution}.callbacks")
         self._kinds = (callbacks.Checkpoint, callbacks.EarlyStopping)
         self._strategy = strategy
@@ -29,6 +32,7 @@ class Watchers:
         self._aside: list[Any] = []
         self._plateaus: list[Any] = []
         self._limits: tuple[Any, Any] | None = None
+        self._progress_due = 0.0
 
     def hold_back(self) -> None:
         """Put the callbacks aside and do not validate."""
@@ -72,6 +76,28 @@ class Watchers:
         }
         self._store.kv(_KEY, pickle.dumps(state), replace=True)
 
+    def publish_progress(self, steps: int) -> None:
+        """Let the caller's process know twice a second how far the loops are, for a run that does not end well.
+
+        Args:
+            steps: Of the server, as `trainer.global_step` shows them now.
+        """
+        now = time.monotonic()
+        if now < self._progress_due:
+            return
+        self._progress_due = now + _PROGRESS_SECONDS
+        trainer = self._trainer
+        loops = trainer.fit_loop.state_dict()
+        loops.get("state_dict", {}).pop("combined_loader", None)  # of a loader that only this process has
+        progress = {
+            "fit_loop": loops,
+            "lr_schedulers": [config.scheduler.state_dict() for config in self._strategy.lr_scheduler_configs],
+            "global_step": trainer.global_step,
+            "steps": steps,
+            "batches": trainer.num_training_batches,
+        }
+        self._store.kv(PROGRESS_KEY, pickle.dumps(progress), replace=True)
+
     def restore(self) -> None:
         """Take over the state that was published last, if any."""
         published = self._store.kv(_KEY, wait=False)
@@ -90,7 +116,7 @@ class Watchers:
             scheduler.load_state_dict(found)
 
 
-def log_statistics(trainer: Any, store: SharedMemoryStore, *, always: bool = False) -> None:
+def log_statistics(trainer: Any, store: ParameterStore, *, always: bool = False) -> None:
     """Send the server's statistics to the Trainer's loggers, every ``log_every_n_steps`` batches of the coordinator."""
     every = trainer.log_every_n_steps
     if not trainer.loggers or not (always or (every and trainer.fit_loop.total_batch_idx % every == 0)):

@@ -5,23 +5,27 @@ parent process, which the stock launcher would leave idle, replaces dead workers
 coordinates in the end.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import random
-import shutil
+import signal
 import sys
-from collections.abc import Callable
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
 
-from lightning_accel.async_sgd import SharedMemoryStore, run_workers
+from lightning_accel.async_sgd import Remains, SharedMemoryStore, run_workers
+from lightning_accel.async_sgd.shared_memory.memory import anonymous_file
 from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import launcher_module, make_averages_picklable
 from lightning_accel.strategies.layer_exchange import prepare_to_come_back
 from lightning_accel.strategies.live import live_table
+from lightning_accel.strategies.rescue import Rescue, load_values
 from lightning_accel.strategies.results import bring_back, bring_back_optimizers, collect
 
 log = logging.getLogger(__name__)
@@ -42,11 +46,16 @@ class AsyncSGDLauncherBody:
         prepare_to_come_back(trainer)
         make_averages_picklable(trainer)
         strategy.optimizers = []  # of an earlier fit; the workers make their own
+        strategy.rescue = None
         states = parts._GlobalStateSnapshot.capture()
         # sums in another number of threads have other last bits; several workers share what this process may use
         threads = max(1, torch.get_num_threads() // strategy.num_processes)
         say_decision(trainer, "AsyncSGDStrategy", _decision(strategy))
-        with live_table(strategy) as on_tick:
+
+        def rescue(remains: Remains) -> None:
+            strategy.rescue = Rescue(trainer, remains)
+
+        with live_table(strategy) as on_tick, _termination_as_exception(strategy.distribution):
             output, ending = run_workers(
                 _fit_in_worker,
                 (trainer, function, args, kwargs, states, threads),
@@ -54,21 +63,39 @@ class AsyncSGDLauncherBody:
                 settings=strategy.settings,
                 on_tick=on_tick,
                 start_method=strategy.start_method,
+                on_failure=rescue,
             )
         strategy.statistics, strategy.ending = ending.statistics, ending
         if output is None:
+            if ending.state is not None:
+                load_values(trainer.lightning_module, ending.state)
             raise RuntimeError(
-                "the coordinator died when training was over, before it could hand over the result; the last "
-                "checkpoint is resumable with `fit(ckpt_path=...)`."
+                "the coordinator died when training was over, before it could hand over the result; the module holds "
+                "the trained parameters, and the last checkpoint is resumable with `fit(ckpt_path=...)`."
             )
-        weights = output.weights_path
         strategy.precision_plugin.convert_module(trainer.lightning_module)  # as the workers' was; a fit leaves it so
+        _load_weights(trainer.lightning_module, ending.take_file())
         self._recover_results_in_main_process(output, trainer)  # type: ignore[attr-defined]
         if not strategy.settings.local_steps:  # else each worker's optimizer has a state of its own
             bring_back_optimizers(trainer, ending.state, output.extra["async_sgd"]["groups"])
-        if weights is not None:
-            shutil.rmtree(Path(weights).parent, ignore_errors=True)  # made for this file alone
         return output.trainer_results
+
+    def collect_results(self, store: SharedMemoryStore, trainer: Any, results: Any) -> Any:
+        """Return what the coordinator hands over; its weights go in a file without a name, which cannot be left behind.
+
+        Other workers return None.
+        """
+        parts = launcher_module(self._strategy.distribution)  # type: ignore[attr-defined]
+        weights = trainer.lightning_module.state_dict()  # in every process, as in any other strategy
+        if not store.is_coordinator:
+            return None
+        file = anonymous_file()
+        with os.fdopen(os.dup(file), "wb") as writer:
+            torch.save(weights, writer)
+        store.deliver(file)
+        os.close(file)
+        best = getattr(trainer.checkpoint_callback, "best_model_path", None)
+        return parts._WorkerOutput(best, None, trainer.state, results, self.get_extra_results(trainer))
 
     def get_extra_results(self, trainer: Any) -> dict[str, Any]:
         """Add what a second `fit` and the caller's callbacks need to know to what Lightning brings back."""
@@ -119,5 +146,40 @@ def _fit_in_worker(  # noqa: PLR0917  # a process is started with a flat list of
     args, kwargs = parts._disable_module_memory_sharing((args, kwargs))
     torch.set_num_threads(threads)
     os.environ["LOCAL_RANK"] = str(store.worker)
-    results = function(*args, **kwargs)
-    return strategy.launcher._collect_rank_zero_results(trainer, results)
+    exceptions = import_module(f"{strategy.distribution}.utilities.exceptions")
+    try:
+        results = function(*args, **kwargs)
+    except exceptions.SIGTERMException:
+        os._exit(128 + signal.SIGTERM)  # this worker alone was told to go: its batches are for others, the run goes on
+    return strategy.launcher.collect_results(store, trainer, results)
+
+
+def _load_weights(module: Any, file: int | None) -> None:
+    if file is None:
+        return
+    with os.fdopen(file, "rb") as reader:
+        reader.seek(0)
+        # of a process of ours; a state dict may hold any object in its extra state. Layers may be others there
+        module.load_state_dict(torch.load(reader, map_location="cpu", weights_only=False), strict=False)
+
+
+@contextlib.contextmanager
+def _termination_as_exception(distribution: str) -> Iterator[None]:
+    """Let SIGTERM end the run as Lightning lets it end one in this process: with callbacks told of an exception.
+
+    A handler of the caller's stays.
+    """
+    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    exceptions = import_module(f"{distribution}.utilities.exceptions")
+
+    def terminate(number: int, frame: Any) -> None:  # noqa: ARG001  # a signal handler's signature
+        raise exceptions.SIGTERMException
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from lightning_accel.async_sgd import SharedMemoryStore
+from lightning_accel.async_sgd import ParameterStore
 from lightning_accel.callbacks.layer_exchange.structure import (
     ChangesStructure,
     enable_low_rank_loading,
@@ -18,7 +18,7 @@ def prepare_to_come_back(trainer: Any) -> None:
         enable_low_rank_loading(trainer.lightning_module)
 
 
-def follow_layers(trainer: Any, store: SharedMemoryStore) -> None:
+def follow_layers(trainer: Any, store: ParameterStore) -> None:
     """Give this worker's module the low-rank layers that the run has by now, and let its callbacks know."""
     module = trainer.lightning_module
     mine = dict(module.named_parameters())

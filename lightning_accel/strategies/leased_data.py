@@ -2,15 +2,32 @@
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_accel.async_sgd import Lease
 from lightning_accel.async_sgd.policy.leases import LeaseId
+from lightning_accel.strategies.shared_epochs import UnitsOfEpoch
 
-TakeBlock = Callable[[Callable[[], Sequence[Any]]], list[Lease] | None]  # None: this loader is not leased
+
+class Share(Protocol):
+    """Who leases batches for this worker and knows which it has in hand, see `SharedEpochs`."""
+
+    in_hand: list[LeaseId]
+
+    def take(self, units: UnitsOfEpoch) -> list[Lease] | None:
+        """Lease the next block; None where this loader is not leased."""
+        ...
+
+    def begin_anew(self, loading: Sequence[LeaseId]) -> None:
+        """Give back what is in hand, and what was ``loading``."""
+        ...
+
+    def loading(self, busy: bool) -> None:
+        """Take note that a batch is being loaded, or has been."""
+        ...
 
 
 class LeasedOrder:
@@ -19,18 +36,19 @@ class LeasedOrder:
     The order of an epoch is what the user's own sampler gives the one worker that is asked for it.
     """
 
-    def __init__(self, order: Iterable[Any], take: TakeBlock) -> None:
+    def __init__(self, order: Iterable[Any], share: Share) -> None:
         self.order = order
         self.sampler = getattr(order, "sampler", order)  # Lightning calls its `set_epoch`
         self.given: deque[LeaseId] = deque()  # leases of batches that are being loaded, oldest first
-        self._take = take
+        self._share = share
 
     def __len__(self) -> int:
         """Units of the whole epoch, all workers together."""
         return len(self.order)  # type: ignore[arg-type]  # a sampler without a length raises as it always does
 
     def __iter__(self) -> Iterator[Any]:
-        block = self._take(lambda: list(self.order))
+        units = UnitsOfEpoch(self.order)
+        block = self._share.take(units)
         if block is None:
             yield from self.order
             return
@@ -38,18 +56,15 @@ class LeasedOrder:
             for lease in block:
                 self.given.append(lease.id)
                 yield lease.unit
-            block = self._take(lambda: list(self.order))
+            block = self._share.take(units)
 
 
-def lease_batches(
-    loader: DataLoader, take: TakeBlock, started: Callable[[LeaseId], None], *, eager: bool
-) -> DataLoader:
+def lease_batches(loader: DataLoader, share: Share, *, eager: bool) -> DataLoader:
     """Return a copy of ``loader`` whose batches are leased; the user's own object stays as it is.
 
     Args:
         loader: Over a map-style dataset.
-        take: Leases the next block.
-        started: Told the lease of each batch as the batch is handed out, in order.
+        share: Leases the batches, and is told of each that is handed out, in order.
         eager: Whether iterating makes the DataLoader's iterator at once, as a plain loader does, with its draw from
             the global random state. Otherwise with the first batch, for loaders whose processes ask for indices early.
 
@@ -58,22 +73,21 @@ def lease_batches(
     """
     refuse_unleasable(loader)
     batched = loader.batch_sampler is not None
-    order = LeasedOrder(loader.batch_sampler if batched else loader.sampler, take)  # type: ignore[arg-type]
+    order = LeasedOrder(loader.batch_sampler if batched else loader.sampler, share)  # type: ignore[arg-type]
     leased = copy.copy(loader)
     # a DataLoader forbids setting this after construction, to keep its parts in step; ours stands for the same part
     object.__setattr__(leased, "batch_sampler" if batched else "sampler", order)
     object.__setattr__(leased, "_iterator", None)
-    object.__setattr__(leased, "__class__", _leased_class(type(loader), order, started, eager=eager))
+    object.__setattr__(leased, "__class__", _leased_class(type(loader), order, share, eager=eager))
     return leased
 
 
-def lease_training_data(dataloader: Any, take: TakeBlock, started: Callable[[LeaseId], None], *, alone: bool) -> Any:
+def lease_training_data(dataloader: Any, share: Share, *, alone: bool) -> Any:
     """Return a leased copy of a training loader; with one worker, what cannot be leased comes back as it is.
 
     Args:
         dataloader: What the user trains on.
-        take: See `lease_batches`.
-        started: See there.
+        share: See `lease_batches`.
         alone: Whether there is one worker only.
 
     Raises:
@@ -90,7 +104,7 @@ def lease_training_data(dataloader: Any, take: TakeBlock, started: Callable[[Lea
         if alone:
             return dataloader
         raise
-    return lease_batches(dataloader, take, started, eager=alone and dataloader.num_workers == 0)
+    return lease_batches(dataloader, share, eager=alone and dataloader.num_workers == 0)
 
 
 def refuse_unleasable(loader: DataLoader) -> None:
@@ -111,10 +125,9 @@ def refuse_unleasable(loader: DataLoader) -> None:
         )
 
 
-def _leased_class(
-    base: type[DataLoader], order: LeasedOrder, started: Callable[[LeaseId], None], *, eager: bool
-) -> type[DataLoader]:
+def _leased_class(base: type[DataLoader], order: LeasedOrder, share: Share, *, eager: bool) -> type[DataLoader]:
     def iterate(self: DataLoader) -> Iterator[Any]:
+        share.begin_anew(list(order.given))  # what an iterator before this one has leased is not trained on
         order.given.clear()
         return hand_out(base.__iter__(self) if eager else None, self)
 
@@ -123,9 +136,16 @@ def _leased_class(
 
     def hand_out(made: Iterator[Any] | None, loader: DataLoader) -> Iterator[Any]:
         batches = base.__iter__(loader) if made is None else made
-        for batch in batches:
+        while True:
+            share.loading(True)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                share.loading(False)
             if order.given:
-                started(order.given.popleft())
+                share.in_hand.append(order.given.popleft())
             yield batch
 
     members: dict[str, Any] = {"__iter__": iterate, "__module__": base.__module__}

@@ -1,7 +1,7 @@
 """What one worker process does in a `fit`: it joins the run, takes batches, pushes, validates one cut, and ends."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_accel.async_sgd import Lease, Settings, SharedMemoryStore, Snapshot, Worker
-from lightning_accel.async_sgd.policy.leases import LeaseId
+from lightning_accel.async_sgd import ParameterStore, Settings, Snapshot, Worker
 from lightning_accel.async_sgd.policy.stepping import get_groups
 from lightning_accel.lightning_private import (
     checkpoint_periods,
@@ -25,6 +24,7 @@ from lightning_accel.strategies.checkpoints import rewind_loops, with_values_of
 from lightning_accel.strategies.coordination import Watchers, log_statistics
 from lightning_accel.strategies.layer_exchange import follow_layers
 from lightning_accel.strategies.schedules import SharedPace, follow_pace, step_to_show
+from lightning_accel.strategies.shared_epochs import SharedEpochs
 
 
 class Session:
@@ -38,11 +38,11 @@ class Session:
         workers: How many were asked for.
     """
 
-    def __init__(self, strategy: Any, trainer: Any, store: SharedMemoryStore, settings: Settings, workers: int) -> None:
+    def __init__(self, strategy: Any, trainer: Any, store: ParameterStore, settings: Settings, workers: int) -> None:
         self.store = store
         self.settings = settings
         self.watchers = Watchers(strategy, trainer, store)
-        self.leases: list[LeaseId] = []  # of batches that are loaded but not yet trained on
+        self.data = SharedEpochs(trainer, store, workers)
         self._strategy = strategy
         self._trainer = trainer
         self._workers = workers
@@ -52,7 +52,6 @@ class Session:
         self._first_steps = 0
         self._others_shown = 0
         self._next_snapshot = 0
-        self._epoch = -1
         self._ended = False
         self._validated = False
 
@@ -66,26 +65,6 @@ class Session:
     def joined(self) -> bool:
         """Whether training has started."""
         return self._worker is not None
-
-    # --- data
-
-    def take(self, order: Callable[[], Any]) -> list[Lease] | None:
-        """Lease the next block of the epoch; None where the loader is not leased."""
-        trainer = self._trainer
-        if not isinstance(trainer.train_dataloader, DataLoader):
-            return None  # several loaders, and so one worker: leases know one order an epoch
-        epoch = trainer.current_epoch
-        if self.joined and epoch != self._epoch:
-            self._epoch = epoch
-            self.worker.flush()  # batches that led to no push must not keep the last epoch open
-
-        def limited() -> Any:
-            limit = trainer.num_training_batches
-            units = order()
-            return units if limit == float("inf") else units[: int(limit)]
-
-        final = trainer.max_epochs not in (None, -1) and epoch + 1 >= trainer.max_epochs
-        return self.store.lease(epoch, limited, final=final)
 
     # --- training
 
@@ -110,6 +89,7 @@ class Session:
         worker.begin()
         worker.attach()
         self._worker = worker
+        self.data.join(worker)
         self._first_steps = self._steps_of_all
         self._others_shown = 0
         count_steps_of_others(trainer, worker.version - trainer.global_step)
@@ -162,12 +142,14 @@ class Session:
             self._trainer.fit_loop.min_epochs = 0
         elif self.store.is_coordinator:
             self.watchers.take_over()
+            self.watchers.publish_progress(self._steps_of_all)
             self._save_snapshot(snapshot_every)
             log_statistics(self._trainer, self.store)
         if not self.store.is_current and batch_idx % self._trainer.accumulate_grad_batches == 0:
             self._follow_exchange()
-        if self.leases:
-            self.worker.pending.append(self.leases.pop(0))
+        if (lease := self.data.begin_batch()) is not None:
+            self.worker.pending.append(lease)
+        self.store.begin("step")
 
     def count_others(self) -> None:
         """After an own step, let ``global_step`` show those of the others, past no multiple that callbacks wait for."""
@@ -324,10 +306,16 @@ def _tensors_of(module: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def stop_first(session: Session, callback_class: type[Any]) -> Any:
     """Return a callback that, first in the list, stops all workers before any other callback's ``on_train_end``.
 
-    What callbacks make of the parameters there (a last projection, an average) is then made of the result itself.
+    What callbacks make of the parameters there (a last projection, an average) is then made of the result itself. It
+    ends each batch before theirs, too: what they do then may take any time.
     """
 
     def on_train_end(self: Any, trainer: Any, pl_module: Any) -> None:  # noqa: ARG001  # Lightning's signature
         session.stop_together()
 
-    return type("StopFirst", (callback_class,), {"on_train_end": on_train_end})()
+    def on_train_batch_end(self: Any, trainer: Any, pl_module: Any, *rest: Any) -> None:  # noqa: ARG001
+        session.store.rest()
+
+    return type(
+        "StopFirst", (callback_class,), {"on_train_end": on_train_end, "on_train_batch_end": on_train_batch_end}
+    )()

@@ -8,10 +8,11 @@ import threading
 import pytest
 import torch
 
+from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.shared_memory.channel import Channel, ChannelClosedError, Message
-from lightning_accel.async_sgd.shared_memory.client import is_finite
 from lightning_accel.async_sgd.shared_memory.control import ControlPage
-from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPage, Segment, TensorSpec
+from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPage, Segment
+from lightning_accel.async_sgd.shared_memory.pushing import is_finite
 
 SPECS = [TensorSpec("w", torch.Size([3, 5]), torch.float32), TensorSpec("n", torch.Size([]), torch.int64)]
 

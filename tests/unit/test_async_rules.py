@@ -181,7 +181,7 @@ def test_settings_refuse_what_makes_no_sense(arguments, match):
 
 
 def test_finiteness_does_not_overflow():
-    from lightning_accel.async_sgd.shared_memory.client import is_finite
+    from lightning_accel.async_sgd.shared_memory.pushing import is_finite
 
     huge = torch.full((1000,), 3e38)
     assert is_finite([huge, -huge])

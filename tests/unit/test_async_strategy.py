@@ -1,5 +1,6 @@
 """Parts of the asynchronous strategy without processes: what it refuses, leases, shows, and how it is found."""
 
+import itertools
 import subprocess
 import sys
 
@@ -10,12 +11,14 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 import lightning_accel
 from lightning_accel.async_sgd import Lease, Settings, Statistics, Supervisor, Worker
+from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.shared_memory.client import SharedMemoryStore
-from lightning_accel.async_sgd.shared_memory.memory import ParameterPage, TensorSpec
+from lightning_accel.async_sgd.shared_memory.memory import ParameterPage
 from lightning_accel.strategies.checkpoints import rewind_loops
 from lightning_accel.strategies.leased_data import lease_batches, refuse_unleasable
 from lightning_accel.strategies.live import Rates, live_table, render
 from lightning_accel.strategies.registration import register_by_name
+from lightning_accel.strategies.shared_epochs import UnitsOfEpoch
 
 
 def test_importing_the_package_imports_neither_torch_nor_lightning():
@@ -103,20 +106,68 @@ def test_data_that_can_not_be_shared_out_are_refused():
 def test_a_leased_loader_hands_out_what_is_leased_and_says_so(workers):
     dataset = TensorDataset(torch.arange(12))
     plain = DataLoader(dataset, batch_size=3, num_workers=workers)
-    taken, blocks = [], []
-
-    def take(order):
-        if not blocks:
-            blocks.extend([[Lease(0, 2, order()[2])], [Lease(0, 0, order()[0]), Lease(0, 1, order()[1])], []])
-        return blocks.pop(0)
-
-    leased = lease_batches(plain, take, taken.append, eager=workers == 0)
+    share = Blocks([[2], [0, 1], []])
+    leased = lease_batches(plain, share, eager=workers == 0)
     assert isinstance(leased, DataLoader)
     assert len(leased) == len(plain) == 4
     batches = [batch[0].tolist() for batch in leased]
     assert batches == [[6, 7, 8], [0, 1, 2], [3, 4, 5]]
-    assert taken == [(0, 2), (0, 0), (0, 1)]
+    assert share.in_hand == [(0, 2), (0, 0), (0, 1)]
+    assert share.loads[:2] == [True, False], "what is being loaded can be watched"
     assert isinstance(plain.batch_sampler, BatchSampler)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_begins_anew_gives_back_what_it_has_leased_and_not_yielded(workers):
+    loader = DataLoader(TensorDataset(torch.arange(12)), batch_size=3, num_workers=workers)
+    share = Blocks([[0, 1, 2], [3], []])
+    leased = lease_batches(loader, share, eager=workers == 0)
+    first = iter(leased)
+    assert next(first)[0].tolist() == [0, 1, 2]
+    share.blocks = [[0, 1, 2], [3], []]
+    again = iter(leased)
+    assert set(share.returned) >= {(0, 0)}, "the batch that was yielded and never trained on"
+    if workers:
+        assert share.returned == [(0, 0), (0, 1), (0, 2), (0, 3)], "and what its processes were loading"
+    assert [batch[0].tolist()[0] for batch in again] == [0, 3, 6, 9]
+    assert share.in_hand == [(0, 0), (0, 1), (0, 2), (0, 3)]
+
+
+class Blocks:
+    """Leases these positions of an epoch, block by block."""
+
+    def __init__(self, blocks):
+        self.blocks, self.in_hand, self.returned, self.loads = blocks, [], [], []
+
+    def take(self, units):
+        order = units.first(float("inf"))
+        return [Lease(0, position, order[position]) for position in self.blocks.pop(0)]
+
+    def begin_anew(self, loading):
+        self.returned += [*self.in_hand, *loading]
+        self.in_hand.clear()
+
+    def loading(self, busy):
+        self.loads.append(busy)
+
+
+def test_an_order_without_a_length_is_drawn_piece_by_piece_and_goes_on_elsewhere():
+    class Endless:
+        def __iter__(self):
+            drawn.append("begun")
+            yield from itertools.count()
+
+    drawn = []
+    units = UnitsOfEpoch(Endless())
+    assert not units.has_length
+    assert units.more(0, piece=2, limit=float("inf")) == ([0, 1], False)
+    assert units.more(2, piece=2, limit=5) == ([2, 3], False)
+    assert units.more(4, piece=2, limit=5) == ([4], True)
+    assert drawn == ["begun"]
+    assert UnitsOfEpoch(Endless()).more(4, piece=2, limit=5) == ([4], True), "in another process"
+    finite = UnitsOfEpoch(iter(range(3)))
+    assert finite.more(0, piece=2, limit=float("inf")) == ([0, 1], False)
+    assert finite.more(2, piece=2, limit=float("inf")) == ([2], True)
 
 
 def opened(parameters, optimizer):

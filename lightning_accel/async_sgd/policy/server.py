@@ -90,6 +90,7 @@ class ParameterServer:
         self.clocks: dict[int, int] = {}
         self.live = 0
         self.restarts = 0
+        self.taken_over = 0
         self._oldest_base = 0  # pushes based on less are refused: the version was rolled back
         self._sequences: dict[int, int] = {}
         self._pushes: Counter[int] = Counter()
@@ -290,6 +291,7 @@ class ParameterServer:
             updates_per_second=(len(self._times) - 1) / span if span > 0 else 0.0,
             live_workers=self.live,
             dropped=self._outcomes["dropped"],
+            taken_over=self.taken_over,
             refused=self._outcomes["refused"],
             restarts=self.restarts,
             apply_milliseconds=1e3 * statistics.median(self._apply_seconds or [0.0]),

@@ -1,6 +1,5 @@
 """A worker's end of a run on one machine: the shared-memory `ParameterStore`."""
 
-import math
 import os
 import pickle
 import socket
@@ -10,17 +9,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_accel.async_sgd.compression import ErrorFeedback
 from lightning_accel.async_sgd.policy.leases import Lease, LeaseId
+from lightning_accel.async_sgd.policy.pace import Pace
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.channel import Channel, Message
 from lightning_accel.async_sgd.shared_memory.control import ControlPage
-from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPage, copy_all
-from lightning_accel.async_sgd.shared_memory.peers import mailbox_areas, typed
-from lightning_accel.async_sgd.store import Membership, Opening, Snapshot, Statistics
+from lightning_accel.async_sgd.shared_memory.memory import ParameterPage
+from lightning_accel.async_sgd.shared_memory.pushing import PushWriter
+from lightning_accel.async_sgd.store import Activity, Membership, MoreUnits, Opening, Snapshot, Statistics
 
 _BEAT_SECONDS = 0.25
 
@@ -65,13 +63,13 @@ class SharedMemoryStore:
         self._parameters = 0
         self._generation = 0
         self._page: ParameterPage | None = None
-        self._mailbox: Mailbox | None = None
-        self._slots: list[list[Tensor]] = []  # both slots of the mailbox as tensors, where nothing is compressed
-        self._feedback = ErrorFeedback(settings.compression)
+        self._writer: PushWriter | None = None
         self._pull_seconds: float | None = None
         self._closed = threading.Event()
+        self._pace: Pace | None = None
         welcome = self._ask(Message("hello"))
-        self._control = ControlPage(welcome.values["workers"], welcome.descriptors[0])
+        control = self._control = ControlPage(welcome.values["workers"], welcome.descriptors[0])
+        self._pace = Pace(settings.stall_seconds, lambda limit: control.get_on(worker, limit))
         threading.Thread(target=self._beat, args=(parent,), daemon=True, name="heartbeat").start()
 
     @property
@@ -100,16 +98,13 @@ class SharedMemoryStore:
         return Membership(self.worker, self.incarnation, reply.values["epoch"])
 
     def _open(self, reply: Message) -> None:
-        if self._page is not None and self._mailbox is not None:
+        if self._page is not None and self._writer is not None:
             self._page.segment.close()
-            self._mailbox.segment.close()
+            self._writer.close()
         page, mailbox = reply.descriptors
         specs, self._parameters = reply.values["specs"], reply.values["parameters"]
         self._page = ParameterPage(specs, reply.values["counters"], page)
-        self._mailbox = Mailbox(*mailbox_areas(specs, self._parameters, self.settings), mailbox)
-        if self.settings.compression.name == "none":
-            self._slots = [typed(self._mailbox.areas(slot), specs[: self._parameters]) for slot in range(2)]
-        self._feedback = ErrorFeedback(self.settings.compression)  # errors of other tensors are no use
+        self._writer = PushWriter(specs, self._parameters, self.settings, mailbox)
         self._generation = reply.values["generation"]
 
     @property
@@ -182,63 +177,23 @@ class SharedMemoryStore:
         base: Sequence[Tensor] = (),
     ) -> int:
         """Write a push into the free slot and ring; see `ParameterStore.push`."""
-        assert self._mailbox is not None, "join first"
+        assert self._writer is not None, "join first"
         self._sequence += 1
         self.wait_for(self._sequence - 2)  # whoever is two ahead would write over a push not yet read
-        here = [gradient for gradient in gradients if gradient is not None]
-        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        # before compression, which would keep a NaN for the next push; else in the slot, whose bytes are at hand
-        finite = bool(self._slots) or is_finite(here)
         meta: dict[str, Any] = {
             "base_version": self._base_version,
             "optimizer": optimizer,
-            "present": present if finite else [],
-            "finite": finite,
             "leases": list(leases),
             "groups": groups,
-            "buffers": bool(buffers),
-            "base": bool(base),
             "pull_seconds": self._pull_seconds,
         }
         self._pull_seconds = None
         self.probe("before")
-        with self._mailbox.writing(self._sequence, meta, self.probe) as areas:
-            middle = len(present) // 2
-            self._write(present[:middle] if finite else [], here[:middle], areas)
-            self.probe("half-way")
-            self._write(present[middle:] if finite else [], here[middle:], areas)
-            if here and self._slots and not (self._is_slot_finite() or is_finite(here)):
-                meta.update(finite=False, present=[])
-            rest = areas[self._parameters :]
-            for tensor, area in zip(buffers, rest, strict=False):
-                area.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-            for tensor, area in zip(base, rest[len(rest) - len(base) :], strict=True):
-                area.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+        self._writer.write(self._sequence, meta, gradients, buffers=buffers, base=base, probe=self.probe)
         self.probe("after the flag")
         self._channel.ring()
         self.probe("after the bell")
         return self._sequence
-
-    @torch.no_grad()
-    def _write(self, places: Sequence[int], gradients: Sequence[Tensor], areas: Sequence[Tensor]) -> None:
-        if self._slots:
-            slot = self._slots[self._sequence % 2]
-            copy_all([slot[i] for i in places], gradients[: len(places)])
-            return
-        for i, gradient in zip(places, gradients, strict=False):
-            self._feedback.write(i, gradient, areas[i])
-
-    def _is_slot_finite(self) -> bool:
-        """Whether all of the slot is finite, told by one sum. False may also mean overflow, or an older gradient."""
-        assert self._mailbox is not None
-        kinds = {(tensor.dtype, tensor.is_floating_point()) for tensor in self._slots[0]}
-        if len(kinds) != 1:
-            return False
-        dtype, floating = kinds.pop()
-        if not floating:
-            return False
-        payload = self._mailbox.span(self._sequence, self._parameters).view(dtype)
-        return math.isfinite(payload.sum(dtype=torch.promote_types(dtype, torch.float32)).item())
 
     def wait_for(self, sequence: int) -> bool:
         """Wait for the acknowledgement of a push; see `ParameterStore.wait_for`."""
@@ -260,14 +215,37 @@ class SharedMemoryStore:
             self.wait_for(self._sequence)  # the server's count of our pushes must be ours
             self._ask(Message("slack"))
 
-    def lease(self, epoch: int, order: Callable[[], Sequence[Any]], *, final: bool = False) -> list[Lease]:
+    def lease(
+        self,
+        epoch: int,
+        order: Callable[[], Sequence[Any]],
+        *,
+        final: bool = False,
+        more: MoreUnits | None = None,
+    ) -> list[Lease]:
         """See `ParameterStore.lease`."""
         reply = self._ask(Message("lease", {"epoch": epoch, "final": final}))
-        if reply.values["order"]:
-            units = pickle.dumps(list(order()))
-            reply = self._ask(Message("lease", {"epoch": epoch, "final": final}, units))
+        while (known := reply.values["known"]) is not None:
+            units, complete = (list(order()), True) if more is None else more(known)
+            values = {"epoch": epoch, "final": final, "known": known, "complete": complete}
+            reply = self._ask(Message("lease", values, pickle.dumps(units)))
         leases: list[Lease] = reply.values["leases"]
         return leases
+
+    def give_back(self, leases: Sequence[LeaseId]) -> None:
+        """See `ParameterStore.give_back`."""
+        if leases:
+            self._channel.send(Message("give back", {"leases": list(leases)}))
+
+    def begin(self, activity: Activity) -> None:
+        """See `ParameterStore.begin`."""
+        assert self._pace is not None
+        self._pace.begin(activity)
+
+    def rest(self) -> None:
+        """See `ParameterStore.rest`."""
+        assert self._pace is not None
+        self._pace.end()
 
     def commit(self, leases: Sequence[LeaseId]) -> None:
         """See `ParameterStore.commit`."""
@@ -315,6 +293,10 @@ class SharedMemoryStore:
         self._channel.send(Message("result", payload=result))
         self._channel.flush(wait=True)
 
+    def deliver(self, descriptor: int) -> None:
+        """Hand an open file (large values of the result) to the parent process, see `Ending.file`."""
+        self._ask(Message("deliver", descriptors=[descriptor]))
+
     def report_failure(self, exception: BaseException, text: str) -> None:
         """Tell the parent process that this worker raised ``exception``, with its traceback as text."""
         try:
@@ -340,6 +322,12 @@ class SharedMemoryStore:
         return self._replies.popleft()
 
     def _receive(self) -> None:
+        if self._pace is None:
+            self._wait_for_messages()
+        else:
+            self._pace.wait(self._wait_for_messages)
+
+    def _wait_for_messages(self) -> None:
         self._replies.extend(message for message in self._channel.wait() if message.kind != "bell")
 
     def _beat(self, parent: int) -> None:
@@ -347,15 +335,3 @@ class SharedMemoryStore:
             self._control.beat(self.worker)
             if os.getppid() != parent:
                 os._exit(1)  # orphaned: nobody is left to report to
-
-
-def is_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element is NaN or infinite; one pass where all is well, one host synchronization."""
-    filled = [t.detach() for t in tensors if t.numel()]
-    if not filled:
-        return True
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm(filled)])
-    if norms.isfinite().all():
-        return True
-    # large finite elements overflow a norm, too
-    return all(bool(t.isfinite().all()) for t in filled)

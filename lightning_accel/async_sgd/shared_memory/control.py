@@ -2,19 +2,15 @@
 
 from lightning_accel.async_sgd.shared_memory.memory import Segment, fence
 
-_STOP, _COORDINATOR, _LIVE, _GENERATION, _FIRST = (
-    0,
-    1,
-    2,
-    3,
-    8,
-)  # words of the page; from `_FIRST` on each worker has a line of its own
-_HEARTBEAT, _ACKNOWLEDGED, _WAITING, _LINE = 0, 1, 2, 8  # words of a worker's line, which fills a cache line
+# words of the page; from `_FIRST` on each worker has a line of its own
+_STOP, _COORDINATOR, _LIVE, _GENERATION, _FIRST = 0, 1, 2, 3, 8
+# words of a worker's line, which fills a cache line
+_HEARTBEAT, _ACKNOWLEDGED, _WAITING, _PROGRESS, _LIMIT, _LINE = 0, 1, 2, 3, 4, 8
 OUTCOMES = ("applied", "dropped", "refused", "committed", "assigned")
 
 
 class ControlPage:
-    """Who coordinates, whether the run is over, and of each worker its heartbeat and its last acknowledged push.
+    """Who coordinates, whether the run is over, and of each worker its heartbeat, progress and last acknowledged push.
 
     Each word has one writer at a time and is written at once, so nobody can hold it up.
 
@@ -92,10 +88,23 @@ class ControlPage:
         self._words[_FIRST + _LINE * worker + _WAITING] = int(waiting)
         fence()
 
+    def progress(self, worker: int) -> tuple[int, float]:
+        """Return how often the worker has got on, and the seconds that it may take for the next time (inf: any)."""
+        line = _FIRST + _LINE * worker
+        limit = self._words[line + _LIMIT]
+        return self._words[line + _PROGRESS], limit / 1000 if limit else float("inf")
+
+    def get_on(self, worker: int, limit: float) -> None:
+        """Say that the worker has got on, and how many seconds the next thing may take (inf: any)."""
+        line = _FIRST + _LINE * worker
+        self._words[line + _LIMIT] = 0 if limit == float("inf") else max(1, round(1000 * limit))
+        self._words[line + _PROGRESS] += 1
+
     def clear(self, worker: int) -> None:
         """Forget what a former incarnation of a worker left; its heart goes on from where it stopped."""
         line = _FIRST + _LINE * worker
-        self._words[line + _ACKNOWLEDGED] = self._words[line + _WAITING] = 0
+        for word in (_ACKNOWLEDGED, _WAITING, _LIMIT):
+            self._words[line + word] = 0
 
     def close(self) -> None:
         """Give up the descriptor."""

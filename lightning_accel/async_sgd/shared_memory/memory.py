@@ -12,33 +12,15 @@ import pickle
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
+
 _ALIGN = 64
 _HEADER = 8  # int64 words of a header
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, shape and dtype of one tensor in shared memory."""
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(name: str, tensor: Tensor) -> "TensorSpec":
-        """Describe a tensor."""
-        return TensorSpec(name, tensor.shape, tensor.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the dense tensor."""
-        return self.shape.numel() * self.dtype.itemsize
 
 
 class Segment:
@@ -51,7 +33,7 @@ class Segment:
 
     def __init__(self, nbytes: int, fd: int | None = None) -> None:
         self.nbytes = nbytes
-        self.fd = _anonymous_file(nbytes) if fd is None else fd
+        self.fd = anonymous_file(nbytes) if fd is None else fd
         self._map = mmap.mmap(self.fd, nbytes)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 
@@ -70,7 +52,8 @@ class Segment:
             self.fd = -1
 
 
-def _anonymous_file(nbytes: int) -> int:
+def anonymous_file(nbytes: int = 0) -> int:
+    """Return the descriptor of a new file without a name: it is gone with its last descriptor."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("lightning-accel", os.MFD_CLOEXEC)
     else:

@@ -7,9 +7,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lightning_accel.async_sgd.policy.server import ParameterServer, Push
+from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.channel import Channel, Message
-from lightning_accel.async_sgd.shared_memory.memory import Mailbox, TensorSpec
+from lightning_accel.async_sgd.shared_memory.memory import Mailbox
+from lightning_accel.async_sgd.shared_memory.vital_signs import VitalSigns
 
 
 class WorkerProcess(Protocol):
@@ -31,6 +33,7 @@ class Peer:
     incarnation: int
     process: WorkerProcess
     channel: Channel
+    signs: VitalSigns
     state: str = "starting"  # then "joined", and at the end "left" or "dead"
     mailbox: Mailbox | None = None
     sequence: int = 1  # of the push that comes next
@@ -40,8 +43,7 @@ class Peer:
     leased_epoch: int = -1  # the last of which it was given a batch
     idle: bool = False
     done: bool = False  # has ended its training, and can take nothing over
-    heartbeat: int = 0
-    silent_seconds: float = 0.0
+    ended_for: str | None = None  # why the supervisor ended it, if it did
     slots: list[list[Tensor]] = field(default_factory=list)  # gradients in the mailbox, where nothing is compressed
     spans: list[Tensor] = field(default_factory=list)  # the same, each slot as one tensor, where all have one dtype
 

@@ -8,14 +8,18 @@ import pickle
 import time
 from collections.abc import Sequence
 
+from lightning_accel.async_sgd.policy.drop_notes import DropNotes
 from lightning_accel.async_sgd.policy.leases import LeaseId
 from lightning_accel.async_sgd.policy.rules import has_slack
 from lightning_accel.async_sgd.policy.server import ParameterServer
+from lightning_accel.async_sgd.policy.sharing import LeaseRequest, Sharing, Situation
+from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.channel import ChannelClosedError, Message
 from lightning_accel.async_sgd.shared_memory.control import ControlPage
-from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPage, TensorSpec
+from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPage
 from lightning_accel.async_sgd.shared_memory.peers import Peer, mailbox_areas, typed
+from lightning_accel.async_sgd.shared_memory.run_end import RunEnd
 from lightning_accel.async_sgd.store import Opening
 
 log = logging.getLogger(__name__)
@@ -35,16 +39,14 @@ class Service:
         self.peers = peers
         self.control = ControlPage(workers)
         self.server: ParameterServer | None = None
-        self.results: dict[int, bytes] = {}  # of workers that reported one
-        self.failure: Message | None = None  # of the worker that raised an exception
+        self.end = RunEnd(settings.straggler_grace)
         self.restarts = 0
         self.deaths = 0
-        self.stopped_at: float | None = None
-        self.stopped_early = False
         self._workers = workers
         self._page: ParameterPage | None = None
-        self._kv: dict[str, bytes] = {}
-        self._order_asked: dict[int, int] = {}
+        self.kv: dict[str, bytes] = {}
+        self.notes = DropNotes(settings.drop_beyond)
+        self._sharing: Sharing | None = None
         self._first_version = 0
         self._holder: int | None = None  # worker that is about to exchange layers: nobody else's pushes count meanwhile
 
@@ -52,6 +54,7 @@ class Service:
         """Give up what is shared."""
         if self._page is not None:
             self._page.segment.close()
+        self.end.close()
         self.control.close()
 
     # --- what workers say
@@ -68,11 +71,17 @@ class Service:
             page = self.control.segment.fd
             self.send(peer, Message("welcome", {"workers": self._workers}, descriptors=[page]))
         elif message.kind == "result":
-            self.results[peer.worker] = message.payload
+            self.end.results[peer.worker] = message.payload
         elif message.kind == "failed":
-            self.failure = message
+            self.end.failure = message
         elif message.kind == "commit" and self.server is not None:
             self._commit(peer, values["leases"])
+        elif message.kind == "give back" and self.server is not None:
+            self.drain(peer)
+            self.server.leases.give_back(peer.worker, values["leases"])
+        elif message.kind == "deliver":
+            self.end.keep_file(peer.worker, message.descriptors[0])
+            self.send(peer, Message("deliver"))
         elif message.kind == "idle":
             peer.idle = values["idle"]
         elif message.kind == "snapshot" and self.server is not None:
@@ -98,7 +107,7 @@ class Service:
             self.send(peer, Message("finish", {"coordinates": self.control.coordinator == peer.worker}))
         elif message.kind == "stop":
             if not (values["complete"] and self.unfinished()):
-                self.stopped_early = not values["complete"]
+                self.end.early = not values["complete"]
                 self._stop()
             self.send(peer, Message("stop"))
         elif message.kind == "leave":
@@ -132,6 +141,8 @@ class Service:
             over |= not known
             outcome = self.server.refuse(push) if over else self.server.apply(push, from_coordinator=coordinates)
             changed |= outcome in ("applied", "assigned") or (outcome == "committed" and bool(push.buffers))
+            if not over and (note := self.notes.take(peer.worker, outcome, finite=push.finite)) is not None:
+                log.warning(note)
             done.append((peer.sequence, outcome))
             peer.sequence += 1
         if changed:
@@ -149,6 +160,8 @@ class Service:
         """Take a dead worker out; returns how many of its leases are free again."""
         self.deaths += 1
         self._let_go(peer)
+        if self.control.stopped and peer.worker == self.control.coordinator:
+            self.end.coordinator_gone()
         peer.request = None
         freed = self.server.dismiss(peer.worker) if self.server is not None else 0
         self.count_live()
@@ -191,15 +204,18 @@ class Service:
 
     def _stop(self) -> None:
         self.control.stop()
-        self.stopped_at = self.stopped_at or time.monotonic()
+        self.end.over()
 
     def _commit(self, peer: Peer, leases: list[LeaseId]) -> None:
         assert self.server is not None
-        self.server.leases.commit(peer.worker, [i for i in leases if self.server.leases.holds(peer.worker, [i])])
+        book = self.server.leases
+        book.commit(peer.worker, [lease for lease in leases if book.holds(peer.worker, [lease])])
 
     def _leave(self, peer: Peer, *, stop: bool) -> None:
         self.drain(peer)
         peer.state = "left"
+        if peer.worker == self.control.coordinator:
+            self.end.coordinator_gone()
         if self.server is not None:
             self.server.dismiss(peer.worker)
         self.count_live()
@@ -235,6 +251,7 @@ class Service:
         if request.payload and self.server is None:
             opening = pickle.loads(request.payload)
             self.server = ParameterServer(opening, self.settings)
+            self._sharing = Sharing(self.server.leases, self.settings, self._workers)
             self._first_version = opening.version
             self._open_page()
         if self.server is None:
@@ -279,41 +296,42 @@ class Service:
         return Message("join", values, descriptors=[self._page.segment.fd, peer.mailbox.segment.fd])
 
     def _answer_lease(self, peer: Peer, request: Message) -> Message | None:
-        assert self.server is not None
-        epoch, book = request.values["epoch"], self.server.leases
-        peer.epoch = max(peer.epoch, epoch)
-        nothing = Message("lease", {"leases": [], "order": False})
-        if self.control.stopped:
-            return nothing
-        coordinates = self.control.coordinator == peer.worker
-        if request.payload and not book.has_order(epoch):
-            book.begin(epoch, pickle.loads(request.payload))
-        if not coordinates:
-            if self.server.version - self._first_version < self.settings.warm_start_steps:
-                return None
-            chief = next((p for p in self.peers if p.worker == self.control.coordinator), None)
-            if self.settings.validate == "pause" and chief is not None and (chief.idle or chief.epoch < epoch):
-                return None
-        if not book.has_order(epoch):
-            asked = self._order_asked.get(epoch)
-            if asked is not None and asked != peer.worker and self._is_active(asked):
-                return None
-            self._order_asked[epoch] = peer.worker
-            return Message("lease", {"leases": [], "order": True})
-        reserve = 0
-        if not coordinates:
-            # the coordinator trains a batch of every epoch: without one it would not validate at the epoch's end
-            reserve = int(any(p.worker == self.control.coordinator and p.leased_epoch < epoch for p in self.peers))
-            reserve = max(reserve, self.settings.cooldown_steps if request.values["final"] else 0)
-        leases = book.grant(peer.worker, epoch, workers=self.server.live, reserve=reserve, leftovers=coordinates)
-        if leases:
-            peer.leased_epoch = max(peer.leased_epoch, leases[-1].epoch)
-            return Message("lease", {"leases": leases, "order": False})
-        # the coordinator ends the epoch: it waits for the others, and takes what the dead leave behind
-        return None if coordinates and book.held_by_others(peer.worker, epoch) else nothing
-
-    def _is_active(self, worker: int) -> bool:
-        return any(peer.worker == worker and peer.active for peer in self.peers)
+        if self.server is None or self._sharing is None:
+            return None  # not yet joined
+        values = request.values
+        asked = LeaseRequest(
+            values["epoch"],
+            values["final"],
+            pickle.loads(request.payload) if request.payload else None,
+            values.get("known", 0),
+            values.get("complete", True),
+        )
+        request.payload = b""  # learned once, whatever there is to wait for
+        if self.control.coordinator == peer.worker:
+            for other in self.peers:
+                self.drain(other)  # what is there by now is in time
+        at = Situation(
+            now=time.monotonic(),
+            coordinator=self.control.coordinator,
+            live=self.server.live,
+            steps=self.server.version - self._first_version,
+            stopped=self.control.stopped,
+            frozen=self._holder is not None,
+        )
+        answer = self._sharing.answer(peer, self.peers, asked, at)
+        if answer is None:
+            return None
+        if (taken := self._sharing.taken_over) > self.server.taken_over:
+            if not self.server.taken_over:
+                log.warning(
+                    "worker %d takes over batches that others hold for longer than `straggler_grace=%g` seconds at the "
+                    "end of epoch %d.",
+                    peer.worker,
+                    self.settings.straggler_grace,
+                    asked.epoch,
+                )
+            self.server.taken_over = taken
+        return Message("lease", {"leases": answer.leases, "known": answer.known})
 
     def _answer_slack(self, peer: Peer, request: Message) -> Message | None:
         assert self.server is not None
@@ -329,8 +347,8 @@ class Service:
 
     def _answer_kv(self, peer: Peer, request: Message) -> Message | None:  # noqa: ARG002  # as its siblings
         key, write = request.values["key"], request.values["write"]
-        if write and (request.values["replace"] or key not in self._kv):
-            self._kv[key] = request.payload
-        if key in self._kv:
-            return Message("kv", {"found": True}, self._kv[key])
+        if write and (request.values["replace"] or key not in self.kv):
+            self.kv[key] = request.payload
+        if key in self.kv:
+            return Message("kv", {"found": True}, self.kv[key])
         return None if request.values["wait"] and not self.control.stopped else Message("kv", {"found": False})

@@ -1,6 +1,7 @@
 """Start worker processes with `multiprocessing`, each on its end of a socket pair."""
 
 import contextlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -9,13 +10,14 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal
 
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.channel import ChannelClosedError
 from lightning_accel.async_sgd.shared_memory.client import SharedMemoryStore
 from lightning_accel.async_sgd.shared_memory.peers import WorkerProcess
-from lightning_accel.async_sgd.shared_memory.supervisor import Ending, StartWorker, Supervisor
+from lightning_accel.async_sgd.shared_memory.supervisor import Ending, Remains, StartWorker, Supervisor
 from lightning_accel.async_sgd.store import Statistics
 
 StartMethod = Literal["spawn", "forkserver"]
@@ -30,6 +32,7 @@ def run_workers(
     settings: Settings,
     on_tick: Callable[[Statistics], None] | None = None,
     start_method: StartMethod = "spawn",
+    on_failure: Callable[[Remains], None] | None = None,
 ) -> tuple[Any, Ending]:
     """Run ``function(store, *args)`` in ``workers`` spawned processes around a parameter server in this one.
 
@@ -42,6 +45,8 @@ def run_workers(
         settings: Of the run.
         on_tick: See `Supervisor`.
         start_method: Of `multiprocessing`; ``forkserver`` starts quickly what its server has imported before.
+        on_failure: Called with what the server has when the run does not end well, before the exception (or Ctrl-C)
+            goes on to the caller. All processes have ended then.
 
     Returns:
         What the coordinator returned, and how the run ended.
@@ -51,7 +56,12 @@ def run_workers(
         RuntimeError: If all of them died for good.
     """
     supervisor = Supervisor(workers, settings, starter(function, args, settings, start_method), on_tick=on_tick)
-    ending = supervisor.run()
+    try:
+        ending = supervisor.run()
+    except BaseException:
+        if on_failure is not None:
+            on_failure(supervisor.remains())
+        raise
     return pickle.loads(ending.result), ending
 
 
@@ -60,11 +70,12 @@ def starter(
 ) -> StartWorker:
     """Return what starts one worker process for a `Supervisor`."""
     context: Any = multiprocessing.get_context(start_method)  # a context without processes, says its type
+    task = Task(function, args)
 
     def start(worker: int, incarnation: int, sock: socket.socket) -> WorkerProcess:
         process = context.Process(
             target=_work,
-            args=(function, args, worker, incarnation, sock, settings),
+            args=(task, worker, incarnation, sock, settings),
             name=f"async-sgd-worker-{worker}",
         )
         with _interrupts_ignored():
@@ -90,9 +101,35 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _work(  # noqa: PLR0917  # a process is started with a flat list of arguments
-    function: WorkerFunction,
-    args: tuple[Any, ...],
+class Task:
+    """A function and its arguments, on the way to another process.
+
+    They are pickled apart, so that what cannot be unpickled there is an error of the worker, which can be told, and not
+    one of a process that has just begun. Whatever `multiprocessing` can hand over (locks, queues) still can be.
+    """
+
+    def __init__(self, function: WorkerFunction, args: tuple[Any, ...]) -> None:
+        self._content: tuple[WorkerFunction, tuple[Any, ...]] | bytes = function, args
+
+    def __getstate__(self) -> bytes:
+        # called while a process is being started, which is when locks and descriptors may be pickled
+        packed = io.BytesIO()
+        ForkingPickler(packed, pickle.HIGHEST_PROTOCOL).dump(self._content)
+        return packed.getvalue()
+
+    def __setstate__(self, packed: bytes) -> None:
+        self._content = packed
+
+    def unpack(self) -> tuple[WorkerFunction, tuple[Any, ...]]:
+        """Return function and arguments."""
+        if isinstance(self._content, bytes):
+            unpacked: tuple[WorkerFunction, tuple[Any, ...]] = pickle.loads(self._content)
+            return unpacked
+        return self._content
+
+
+def _work(
+    task: Task,
     worker: int,
     incarnation: int,
     sock: socket.socket,
@@ -101,6 +138,7 @@ def _work(  # noqa: PLR0917  # a process is started with a flat list of argument
     # the parent of a forked process is the fork server, which ends with the process that it serves
     store = SharedMemoryStore(worker, incarnation, sock, settings, parent=os.getppid())
     try:
+        function, args = task.unpack()
         result = pickle.dumps(function(store, *args))
         coordinates = store.finish()
         store.report(result)

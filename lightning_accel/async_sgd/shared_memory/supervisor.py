@@ -19,15 +19,16 @@ import torch
 from lightning_accel.async_sgd.policy.server import LogEntry
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.channel import Channel, ChannelClosedError, Message
+from lightning_accel.async_sgd.shared_memory.deferred_signals import DeferredSignals
 from lightning_accel.async_sgd.shared_memory.peers import Peer, WorkerProcess
 from lightning_accel.async_sgd.shared_memory.service import Service
+from lightning_accel.async_sgd.shared_memory.vital_signs import VitalSigns
 from lightning_accel.async_sgd.store import Opening, Snapshot, Statistics
 
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.05
-_GRACE_SECONDS = 5.0
-STOP, COORDINATOR, LIVE, GENERATION, FIRST_HEARTBEAT = 0, 1, 2, 3, 8  # words of the control page
+_EXIT_SECONDS = 5.0  # that the process of a worker which has left may take to end
 
 
 StartWorker = Callable[[int, int, socket.socket], WorkerProcess]  # worker, incarnation, its end of the socket
@@ -47,6 +48,7 @@ class Ending:
         statistics: Final counts.
         log: The server's log, with ``record_log``.
         state: The server's own parameters, buffers and optimizers; None if the run never opened.
+        file: Open file (a descriptor) that the worker of the result delivered, which is the receiver's to close.
     """
 
     result: bytes
@@ -54,6 +56,29 @@ class Ending:
     statistics: Statistics
     log: list[LogEntry] = field(default_factory=list)
     state: Opening | None = None
+    file: int | None = None
+
+    def take_file(self) -> int | None:
+        """Return the descriptor of the delivered file, for the caller to close; None if there is none, or no more."""
+        file, self.file = self.file, None
+        return file
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What is left of a run that did not end well.
+
+    Attributes:
+        state: The server's parameters, buffers and optimizers; None if the run never opened.
+        statistics: Counts so far.
+        kv: What workers wrote with `ParameterStore.kv`.
+        log: The server's log, with ``record_log``.
+    """
+
+    state: Opening | None
+    statistics: Statistics
+    kv: dict[str, bytes]
+    log: list[LogEntry]
 
 
 class Supervisor:
@@ -89,6 +114,8 @@ class Supervisor:
         self._called_back = 0
         self._ticked = time.monotonic()
         self._former: list[Peer] = []  # left, and since then called back
+        self._failed_to_start = False
+        self._ends: dict[int, str] = {}  # of each worker that died: what was seen last
 
     def run(self) -> Ending:
         """Serve until every worker has left.
@@ -98,17 +125,22 @@ class Supervisor:
             RuntimeError: If every worker died and none could be started again.
         """
         try:
-            with _threads_beside(self._workers):
+            with DeferredSignals() as signals, _threads_beside(self._workers):
                 for worker in range(self._workers):
                     self.peers.append(self._launch(worker, 0))
-                while any(peer.active for peer in self.peers) and self.service.failure is None:
+                while self._goes_on():
                     self._turn()
                     self._call_back()
+                    signals.deliver()
             return self._ending()
         finally:
             self._close()
 
     # --- one turn of the loop
+
+    def _goes_on(self) -> bool:
+        failed = self._failed_to_start or self.service.end.failure is not None
+        return not failed and any(peer.active for peer in self.peers)
 
     def _turn(self) -> None:
         pending = [peer for peer in self.peers if peer.active and not self._flush(peer)]
@@ -135,21 +167,18 @@ class Supervisor:
             if peer.process.exitcode is not None:
                 self._bury(peer)
                 continue
-            heartbeat = service.control.heartbeat(peer.worker)
-            # our own pauses (a suspended machine) must not count as theirs
-            peer.silent_seconds = 0.0 if heartbeat != peer.heartbeat else peer.silent_seconds + min(seconds, 1.0)
-            peer.heartbeat = heartbeat
-            if peer.state != "joined":
-                peer.silent_seconds = 0.0  # a start takes what it takes, and its heart does not beat yet
-            if peer.silent_seconds > self.settings.heartbeat_seconds:
-                log.warning("worker %d was silent for %.0f s; ending it.", peer.worker, peer.silent_seconds)
+            why = peer.signs.look(
+                seconds,
+                heartbeat=service.control.heartbeat(peer.worker),
+                progress=service.control.progress(peer.worker),
+                has_joined=peer.state == "joined",
+            )
+            if why is None and service.end.is_overdue(peer):
+                why = "did not stop when the run was over"
+            if why is not None and peer.ended_for is None:
+                peer.ended_for = why
+                log.warning("worker %d %s; ending it.", peer.worker, why)
                 peer.process.kill()
-                peer.silent_seconds = 0.0
-        if service.stopped_at is not None and time.monotonic() - service.stopped_at > _GRACE_SECONDS:
-            for peer in self.peers:
-                if peer.active and peer.process.exitcode is None:
-                    log.warning("worker %d did not stop when the run was over; ending it.", peer.worker)
-                    peer.process.kill()
         service.ring_waiting()
         if self._on_tick is not None and service.server is not None:
             self._on_tick(service.server.statistics())
@@ -172,7 +201,8 @@ class Supervisor:
             raise
         finally:
             theirs.close()
-        peer = Peer(worker, incarnation, process, Channel(ours))
+        signs = VitalSigns(self.settings, process.pid, heartbeat=self.service.control.heartbeat(worker))
+        peer = Peer(worker, incarnation, process, Channel(ours), signs)
         self._selector.register(peer.channel, selectors.EVENT_READ, peer)
         return peer
 
@@ -188,7 +218,12 @@ class Supervisor:
         self._release(peer)
         freed = service.dismiss(peer)
         code = peer.process.exitcode
-        log.warning("worker %d ended with code %s; %d of its batches go to others.", peer.worker, code, freed)
+        why = peer.ended_for or f"ended with code {code}"
+        self._ends[peer.worker] = why
+        if code is not None and code > 0 and not self._has_begun:
+            self._failed_to_start = True  # what it wrote itself says why, and another try would end alike
+            return
+        log.warning("worker %d %s; %d of its batches go to others.", peer.worker, why, freed)
         stopping = service.control.stopped
         if not stopping and peer.incarnation < self.settings.max_restarts:
             service.restarts += 1
@@ -233,7 +268,7 @@ class Supervisor:
     def _close(self) -> None:
         for peer in self.peers + self._former:
             self._release(peer)
-            peer.process.join(_GRACE_SECONDS if self.service.failure is None and peer.state == "left" else 0.0)
+            peer.process.join(_EXIT_SECONDS if self.service.end.failure is None and peer.state == "left" else 0.0)
             if peer.process.exitcode is None:
                 peer.process.kill()
                 peer.process.join()
@@ -242,28 +277,50 @@ class Supervisor:
 
     def _ending(self) -> Ending:
         service = self.service
-        if service.failure is not None:
-            text = service.failure.values["traceback"]
-            error = WorkerFailedError(f"worker {service.failure.values['worker']} failed:\n{text}")
+        if service.end.failure is not None:
+            text = service.end.failure.values["traceback"]
+            error = WorkerFailedError(f"worker {service.end.failure.values['worker']} failed:\n{text}")
             try:
-                cause = pickle.loads(service.failure.payload)
+                cause = pickle.loads(service.end.failure.payload)
             except Exception:  # an exception that pickles need not unpickle
                 cause = None
             raise error from cause
-        if not service.results:
+        if not service.end.results:
+            ends = "; ".join(f"worker {worker} {why}" for worker, why in sorted(self._ends.items()))
+            if not self._has_begun:
+                raise RuntimeError(
+                    f"no worker ever took part: {ends}. What they wrote before they ended says why; a worker process "
+                    "imports your program again, and what it is given must be importable there."
+                )
             raise RuntimeError(
-                "every worker died and none was left to start again; resume from the last checkpoint with "
+                f"every worker died ({ends}) and none was left to start again; resume from the last checkpoint with "
                 "`fit(ckpt_path=...)`, and allow more with `max_restarts`."
             )
-        result = service.results.get(service.control.coordinator, next(iter(service.results.values())))
+        reported = service.control.coordinator
+        if reported not in service.end.results:
+            reported = next(iter(service.end.results))
+        result, file = service.end.results[reported], service.end.files.pop(reported, None)
         server = service.server
         if server is None:
-            return Ending(result, None, Statistics())
-        lost = server.leases.remaining() if service.unfinished() and not service.stopped_early else 0
+            return Ending(result, None, Statistics(), file=file)
+        if (summary := service.notes.summary()) is not None:
+            log.warning(summary)
+        lost = server.leases.remaining() if service.unfinished() and not service.end.early else 0
         statistics = replace(server.statistics(), lost_batches=lost)
         if lost:
             log.warning("%d batches of the last epoch had nobody left to train on them.", lost)
-        return Ending(result, server.snapshot(), statistics, server.log, server.state())
+        return Ending(result, server.snapshot(), statistics, server.log, server.state(), file)
+
+    @property
+    def _has_begun(self) -> bool:
+        return self.service.server is not None
+
+    def remains(self) -> Remains:
+        """Return what the server has, in the middle of a run or after it failed; nothing of it is a copy."""
+        server = self.service.server
+        if server is None:
+            return Remains(None, Statistics(), dict(self.service.kv), [])
+        return Remains(server.state(), server.statistics(), dict(self.service.kv), server.log)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ import torch
 from torch import distributed, nn
 
 from lightning_accel.async_sgd import ParameterStore, Settings, Worker, run_workers
-from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPage, TensorSpec
+from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPage
 from lightning_accel.bench.async_chaos import chaos
 from lightning_accel.bench.async_faults import HANG_SECONDS, kill_sweep
 from lightning_accel.bench.async_task import ACCURACY, BATCH, Outcome, Task
@@ -122,7 +123,7 @@ def _final_accuracy(found: dict[str, list[Outcome]], ours: str, theirs: str) -> 
 
 def _killed(kills: int) -> BenchRow:
     damage = kill_sweep(kills)
-    died = sum(damage.faults.values())
+    died = damage.deaths + damage.faults["kill of the parent"]
     share = max(0.0, 1.0 - damage.harm / max(1, died))
     return BenchRow(
         suite="async_sgd",

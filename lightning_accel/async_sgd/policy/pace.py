@@ -1,0 +1,63 @@
+"""How long one worker's steps and loads take, and so how long it may be silent in one before it counts as hung."""
+
+import time
+from collections.abc import Callable
+
+_TIMES = 20  # the longest so far
+_LEAST_SECONDS = 30.0
+
+
+class Pace:
+    """Measure what a worker does, by name, and say how long the next may take.
+
+    Args:
+        stall_seconds: The limit; None for twenty times the longest so far, and 30 s at least. Nothing is limited before
+            it was measured once.
+        tell: Told the limit (inf: none) whenever something begins or ends.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        stall_seconds: float | None,
+        tell: Callable[[float], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stall_seconds = stall_seconds
+        self._tell = tell
+        self._clock = clock
+        self._longest: dict[str, float] = {}
+        self._doing: str | None = None
+        self._began = 0.0
+
+    def limit(self, what: str) -> float:
+        """Return the seconds that ``what`` may take; inf for any time."""
+        if self._stall_seconds is not None:
+            return self._stall_seconds
+        return max(_LEAST_SECONDS, _TIMES * self._longest[what]) if what in self._longest else float("inf")
+
+    def begin(self, what: str) -> None:
+        """Begin ``what``; ends what was begun before."""
+        self.end()
+        self._doing, self._began = what, self._clock()
+        self._tell(self.limit(what))
+
+    def end(self) -> None:
+        """End what was begun, if anything."""
+        if self._doing is None:
+            return
+        took = self._clock() - self._began
+        self._longest[self._doing] = max(took, self._longest.get(self._doing, 0.0))
+        self._doing = None
+        self._tell(float("inf"))
+
+    def wait(self, wait: Callable[[], None]) -> None:
+        """Call what waits for others, whose time does not count."""
+        if self._doing is None:
+            wait()
+            return
+        self._tell(float("inf"))
+        began = self._clock()
+        wait()
+        self._began += self._clock() - began
+        self._tell(self.limit(self._doing))
