@@ -1,4 +1,4 @@
-"""Workers of asynchronous SGD that are killed, stopped and slowed down, and the count of what came of it.
+"""Workers of asynchronous SGD that are killed, stopped, slowed down and hang, and the count of what came of it.
 
 The problem is a small regression, so that the server's log can be replayed: torn, lost or twice counted pushes show in
 the last bit. Processes are real and die by SIGKILL; a fork server starts them, without the seconds that imports take.
@@ -38,6 +38,7 @@ _BATCH = 4
 _SHARED_MEMORY = Path("/dev/shm")
 SLOWDOWN = 3.0
 HANG_SECONDS = 5.0
+HANG = signal.SIGHUP  # what the processes here understand as: wait for ever in your next step
 
 Plan = Callable[[SharedMemoryStore, int, str], None]  # told of each stage of each push
 
@@ -74,6 +75,7 @@ def work(store: SharedMemoryStore, job: Job, plan: Plan) -> None:
     pace = {"seconds": job.seconds}
     signal.signal(signal.SIGUSR1, lambda *_: pace.update(seconds=SLOWDOWN * job.seconds))
     signal.signal(signal.SIGUSR2, lambda *_: pace.update(seconds=job.seconds))
+    signal.signal(HANG, lambda *_: pace.update(seconds=1e6))
     x, y, model, optimizer = problem()
     worker = Worker(store, store.settings, dict(model.named_parameters()), {}, [optimizer])
     membership = worker.join(worker.opening)
@@ -89,11 +91,13 @@ def work(store: SharedMemoryStore, job: Job, plan: Plan) -> None:
                     return
                 worker.pending.append(lease.id)
                 pushes += 1
+                store.begin("step")
                 rows = torch.tensor(lease.unit)
                 optimizer.zero_grad()
                 functional.mse_loss(model(x[rows]), y[rows]).backward()
                 time.sleep(pace["seconds"])  # stands for a device of the worker's own
                 optimizer.step()
+                store.rest()
         if store.stopped:
             return
 
@@ -138,6 +142,11 @@ class Damage:
     hangs: int = 0
     left: int = 0
     longest: float = 0.0
+
+    @property
+    def deaths(self) -> int:
+        """Workers that died and were started again."""
+        return self.faults["kill"]
 
     @property
     def harm(self) -> int:
@@ -211,9 +220,11 @@ def unharmed(store: SharedMemoryStore, pushes: int, stage: str) -> None:
 
 
 def kill_sweep(kills: int, *, seed: int = 0) -> Damage:
-    """Kill ``kills`` processes: workers and coordinators at every stage of a push and at any moment, and parents.
+    """Let ``kills`` processes die: workers and coordinators at every stage of a push and at any moment, and parents.
 
-    One in 25 is a parent; of the others half choose a stage of a push and half are hit from outside.
+    One in 25 is a parent. Of the others half choose a stage of a push, in whatever epoch they are, and half are hit
+    from outside: killed, stopped for ever, or made to hang in a step; the last two are ended by the supervisor. Between
+    them workers are stopped for a while, shorter and longer than the end of an epoch waits for them.
     """
     damage = Damage()
     before = shared_memory()
@@ -223,7 +234,7 @@ def kill_sweep(kills: int, *, seed: int = 0) -> Damage:
         deaths = min(12, left)
         inside = -(-deaths // 2)
         _kill_workers(damage, inside, deaths - inside, seed)
-        left = kills - parents - damage.faults["kill"]
+        left = kills - parents - damage.deaths
         seed += inside
     for number in range(parents):
         _kill_parent(damage, seed + number)
@@ -234,23 +245,44 @@ def kill_sweep(kills: int, *, seed: int = 0) -> Damage:
 def _kill_workers(damage: Damage, inside: int, outside: int, seed: int) -> None:
     generator = random.Random(seed)
     watch = Watch(damage)
-    job = Job(epochs=2, batches=150, seconds=0.004)
-    settings = Settings(record_log=True, staleness="none", max_restarts=100, heartbeat_seconds=HANG_SECONDS)
+    job = Job(epochs=6, batches=50, seconds=0.004)
+    settings = Settings(
+        record_log=True,
+        staleness="none",
+        max_restarts=100,
+        heartbeat_seconds=1.5,
+        straggler_grace=0.5,
+        stall_seconds=1.5,
+    )
     plan = SelfDestruction(seed, (inside // 2, inside - inside // 2))
     shots = outside
     next_shot = time.monotonic() + generator.uniform(0.1, 0.3)
+    stopped: list[tuple[float, Peer]] = []
 
     def tick(peers: Sequence[Peer], statistics: Statistics) -> None:
         nonlocal shots, next_shot
+        now = time.monotonic()
         watch.look(peers, statistics)
-        joined = [peer for peer in peers if peer.state == "joined" and peer.process.exitcode is None]
-        if shots and joined and time.monotonic() >= next_shot:
-            victim = generator.choice(joined)
-            shots -= send(victim, signal.SIGKILL)
-            next_shot = time.monotonic() + generator.uniform(0.0, 0.2)
+        for until, peer in [entry for entry in stopped if entry[0] <= now]:
+            send(peer, signal.SIGCONT)
+            stopped.remove((until, peer))
+        held = [peer for _, peer in stopped]
+        joined = [p for p in peers if p.state == "joined" and p.process.exitcode is None and p not in held]
+        if not shots or not joined or now < next_shot:
+            return
+        victim = generator.choice(joined)
+        kind = generator.choice(("kill", "kill", "kill", "stop for ever", "hang", "stop"))
+        number = {"kill": signal.SIGKILL, "hang": HANG}.get(kind, signal.SIGSTOP)
+        if send(victim, number):
+            shots -= kind != "stop"
+            if kind == "stop":
+                damage.faults[kind] += 1
+                stopped.append((now + generator.choice((0.05, 0.2, 1.0)), victim))
+        next_shot = now + generator.uniform(0.0, 0.2)
 
     ending = run(2, settings, job, plan, on_tick=tick)
     damage.faults["kill"] += ending.statistics.restarts
+    damage.faults["batch taken over"] += ending.statistics.taken_over
     damage.judge(ending, job)
     damage.left += sum(is_alive(pid) for pid in watch.pids)
 
@@ -305,5 +337,6 @@ def is_alive(pid: int) -> bool:
 
 
 def shared_memory() -> set[str]:
-    """Return the names in the system's folder of shared memory."""
-    return set(os.listdir(_SHARED_MEMORY)) if _SHARED_MEMORY.is_dir() else set()
+    """Return the names in the system's folder of shared memory that torch, Python or this package gives."""
+    names = os.listdir(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else []
+    return {name for name in names if name.startswith(("torch_", "psm_", "sem.mp-", "lightning"))}

@@ -307,10 +307,16 @@ def fit(
     if isinstance(data, pl.LightningDataModule):
         trainer.fit(module, datamodule=data, ckpt_path=ckpt)
         return trainer
-    trainer.fit(module, data or loader(size), loader(32, shuffle=False) if validate else None, ckpt_path=ckpt)
+    data = loader(size) if data is None else data
+    trainer.fit(module, data, loader(32, shuffle=False) if validate else None, ckpt_path=ckpt)
     return trainer
 
 
 def seeded(build, *arguments, **options):
     torch.manual_seed(7)
     return build(*arguments, **options)
+
+
+def equal(one, other):
+    """Return the names of the entries in which two modules differ."""
+    return [key for key, value in one.state_dict().items() if not torch.equal(value, other.state_dict()[key])]

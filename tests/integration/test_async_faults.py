@@ -14,7 +14,7 @@ from async_workers import PUSH_STAGES, SETTINGS, Killed, check_ending, run_threa
 
 from lightning_accel.async_sgd import Settings, WorkerFailedError, run_workers
 from lightning_accel.bench.async_chaos import chaos
-from lightning_accel.bench.async_faults import kill_sweep, send
+from lightning_accel.bench.async_faults import kill_sweep, send, shared_memory
 from lightning_accel.bench.suites import async_sgd as bench
 
 BOTH = ("here 0 0", "here 1 0")
@@ -119,12 +119,11 @@ def test_other_pushes_see_every_batch_once(settings):
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "victim"), [("half-way", 1), ("before the flag", 0), ("after the bell", 1)])
 def test_sigkill_of_a_process(stage, victim):
-    shm = Path("/dev/shm")
-    before = set(os.listdir(shm)) if shm.exists() else set()
+    before = shared_memory()
     arguments = (2, stage, victim, BOTH)
     _, ending = run_workers(train_and_die, arguments, workers=2, settings=Settings(**SETTINGS, max_restarts=0))
     check_ending(ending, 2)
-    assert not shm.exists() or set(os.listdir(shm)) <= before
+    assert shared_memory() <= before
 
 
 @pytest.mark.slow
@@ -199,8 +198,7 @@ def train_for_ever(store):
 def test_workers_end_when_the_parent_is_killed(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(PARENT.format(here=str(Path(__file__).parent)))
-    shm = Path("/dev/shm")
-    before = set(os.listdir(shm)) if shm.exists() else set()
+    before = shared_memory()
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     try:
@@ -213,7 +211,7 @@ def test_workers_end_when_the_parent_is_killed(tmp_path):
     assert parent.stdout.read() == ""
     assert time.monotonic() < deadline
     assert not any(Path(f"/proc/{pid}").exists() and _runs(pid) for pid in pids)
-    assert not shm.exists() or set(os.listdir(shm)) <= before
+    assert shared_memory() <= before
     parent.stdout.close()
 
 

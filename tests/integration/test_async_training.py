@@ -24,6 +24,7 @@ from async_modules import (
     Synchronized,
     TwoLoaders,
     WaitForAll,
+    equal,
     fit,
     loader,
     seeded,
@@ -37,10 +38,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel import AsyncSGDStrategy
 from lightning_accel.async_sgd import WorkerFailedError
 from lightning_accel.zoo import CNN, Digits
-
-
-def equal(one, other):
-    return [key for key, value in one.state_dict().items() if not torch.equal(value, other.state_dict()[key])]
 
 
 @pytest.mark.slow
