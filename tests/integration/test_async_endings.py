@@ -1,6 +1,7 @@
 """What was trained survives every ending: slow hooks, exceptions, Ctrl-C, SIGTERM, a coordinator dead at the end."""
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -68,7 +69,7 @@ class Fails(Classifier):
         self.steps, self.worker = steps, worker
 
     def training_step(self, batch, batch_idx):
-        store = self.trainer.strategy._store
+        store = getattr(self.trainer.strategy, "_store", None)
         if store is not None and store.worker == self.worker and self.trainer.global_step >= self.steps:
             raise ValueError("out of luck")
         return super().training_step(batch, batch_idx)
@@ -87,10 +88,10 @@ def test_a_run_that_fails_leaves_what_was_trained_in_the_module_and_in_every_che
         callbacks=[WaitForAll(2), *rescuers], default_root_dir=tmp_path, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    before = [p.detach().clone() for p in module.parameters()]
     with pytest.raises(WorkerFailedError, match="out of luck"):
         trainer.fit(module, loader())
-    assert not any(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    changed = set(equal(seeded(Fails, 40, worker), module))
+    assert {"net.0.weight", "net.1.running_mean", "net.4.weight"} <= changed
     assert trainer.global_step >= 40
     assert trainer.strategy.statistics.version == trainer.global_step
     trainer.save_checkpoint(tmp_path / "by hand.ckpt")
@@ -248,12 +249,16 @@ def test_nothing_is_left_behind_by_a_result(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    for _ in range(2):
+
+    def run():
         fit(tmp_path, AsyncSGDStrategy(**QUICK), seeded(Classifier), data=DataLoader(loader().dataset, 8))
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+    run()  # starts the fork server
+    descriptors = run()
+    assert run() <= descriptors
     left = [path for path in (tmp_path / "tmp").rglob("*") if not path.name.startswith(("pymp", "listener"))]
     assert left == []
-    if descriptors:
-        assert len(os.listdir("/proc/self/fd")) <= descriptors + 4  # the fork server's
     with contextlib.suppress(FileNotFoundError):
         assert not [name for name in os.listdir("/dev/shm") if "lightning" in name]
