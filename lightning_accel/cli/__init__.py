@@ -42,6 +42,10 @@ COMMANDS = {
         "plan model=mlp callbacks=[rank_quantization]",
     ),
     "bench": Command("Time the core of an accelerator against its peers on this machine", "bench low_rank quick=true"),
+    "evidence": Command(
+        "Gather comparisons, sweeps and benchmarks into one page with what to do next",
+        "evidence outputs/compare outputs/bench",
+    ),
     "run": Command(
         "Add accelerators to every Trainer of a script that is not changed",
         "run callbacks=[rank_quantization] -- python their_train.py --epochs 3",
@@ -91,6 +95,10 @@ def hydra_overrides(name: str, words: Sequence[str]) -> list[str]:
         words = _own_classes(words)
     if name == "bench" and words and not words[0].startswith("-") and "=" not in words[0]:
         words[0] = f"suite={words[0]}"
+    if name == "evidence":
+        folders = [word for word in words if "=" not in word and not word.startswith("-")]
+        quoted = ",".join("'" + folder.replace("'", "\\'") + "'" for folder in folders)
+        words = [word for word in words if word not in folders] + ([f"folders=[{quoted}]"] if folders else [])
     if name == "run" and "--" in words:
         cut = words.index("--")
         os.environ[OWN_COMMAND_VARIABLE] = json.dumps(words[cut + 1 :])

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_accel.evidence.runs import Run
+from lightning_accel.evidence.measured_runs.runs import Run
 
 SETUP, CALLBACKS, VALIDATION, LOADING, REST = (
     "before the first step",

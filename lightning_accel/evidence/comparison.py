@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_accel.evidence.goal import Goal, Mode
-from lightning_accel.evidence.runs import Run
-from lightning_accel.evidence.step_clock import PHASES
+from lightning_accel.evidence.measured_runs.runs import Run
+from lightning_accel.evidence.measured_runs.step_clock import PHASES
+from lightning_accel.evidence.non_inferiority import DEFAULT_MARGIN, quality_verdict
 from lightning_accel.measure import PairedDifference, PairedRatio, compare_paired, subtract_paired
 
-Unit = Literal["seconds", "bytes", "count", "per second", "metric"]
+Unit = Literal["seconds", "bytes", "count", "per second", "metric", "joules"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def compare_runs(
     price_per_hour: float | None = None,
     currency: str = "EUR",
     confidence: float = 0.95,
+    margin: float = DEFAULT_MARGIN,
 ) -> Comparison:
     """Compare two arms pair by pair.
 
@@ -112,16 +114,19 @@ def compare_runs(
         price_per_hour: Of one device, >= 0.
         currency: Of the price.
         confidence: Of the intervals, in (0, 1).
+        margin: Largest loss of the goal's metric that counts as none, in its unit, >= 0.
 
     Raises:
-        ValueError: If there is no pair, or the price is negative.
+        ValueError: If there is no pair, or the price or the margin is negative.
     """
     old, new = runs[baseline], runs[candidate]
     if not old or len(old) != len(new):
         raise ValueError(f"`runs` must hold complete pairs, got {len(old)} and {len(new)} runs.")
     if price_per_hour is not None and price_per_hour < 0.0:
         raise ValueError(f"`price_per_hour` must be >= 0, got {price_per_hour}.")
-    table = _Table(old, new, confidence)
+    if margin < 0.0:
+        raise ValueError(f"`margin` must be >= 0, got {margin}.")
+    table = _Table(old, new, confidence, margin)
     lines = [
         table.cost("fit, wall clock", "seconds", lambda run: run.fit_seconds, timed=True),
         table.cost("fit, CPU time", "seconds", lambda run: run.cpu_seconds, timed=True),
@@ -136,12 +141,14 @@ def compare_runs(
     ]
     if goal is not None:
         lines.append(table.cost(f"until {goal.words}", "seconds", goal.seconds, timed=True))
+        final = lambda run: run.metrics.get(goal.metric)  # noqa: E731  # as the others in this list
         lines.append(table.quality(f"best {goal.metric}", goal.best, goal.mode))
-        lines.append(table.quality(f"final {goal.metric}", lambda run: run.metrics.get(goal.metric), goal.mode))
+        lines.append(table.quality(f"final {goal.metric}", final, goal.mode))
     lines += [
         table.cost("parameters", "count", lambda run: run.parameters),
         table.operations(),
         table.cost("peak memory", "bytes", lambda run: run.peak_memory_bytes),
+        table.cost("energy", "joules", lambda run: run.energy_joules),
         table.cost("checkpoint", "bytes", lambda run: run.checkpoint_bytes),
     ]
     present = tuple(line for line in lines if line is not None)
@@ -155,7 +162,7 @@ def compare_runs(
         pairs=len(old),
         lines=present,
         goal=goal,
-        headline=headline(baseline, candidate, present[0]),
+        headline=headline(baseline, candidate, present, goal),
         money=money,
     )
 
@@ -165,8 +172,21 @@ def speed_verdict(ratio: PairedRatio) -> str:
     return {"no difference": "no speed-up"}.get(ratio.verdict, ratio.verdict)
 
 
-def headline(baseline: str, candidate: str, line: Line) -> str:
-    """Say in one sentence what the deciding line means."""
+def headline(baseline: str, candidate: str, lines: Sequence[Line], goal: Goal | None) -> str:
+    """Say what was found: how soon the target is reached and whether quality is kept, then how long the fit takes."""
+    target = next((line for line in lines if goal is not None and line.name == f"until {goal.words}"), None)
+    quality = next((line for line in lines if goal is not None and line.name == f"final {goal.metric}"), None)
+    whole = _fit_sentence(baseline, candidate, lines[0])
+    if goal is None or target is None or target.ratio is None or target.verdict in ("", "undecided"):
+        return whole
+    ratio = target.ratio
+    words = {"faster": "shorter", "slower": "longer"}.get(target.verdict, "no shorter")
+    interval = f"ratio {ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+    kept = f"; final {goal.metric} {quality.verdict}" if quality is not None else ""
+    return f"Time until {goal.words}: {words} than {baseline}'s, {interval}{kept}. {whole}"
+
+
+def _fit_sentence(baseline: str, candidate: str, line: Line) -> str:
     ratio = line.ratio
     assert ratio is not None
     interval = f"{ratio.confidence:.0%} interval {ratio.low:.2f} to {ratio.high:.2f}, {write_pairs(ratio.pairs)}"
@@ -192,8 +212,8 @@ def write_pairs(count: int) -> str:
 class _Table:
     """Makes lines from the runs of two arms; a metric that either arm lacks makes none."""
 
-    def __init__(self, old: Sequence[Run], new: Sequence[Run], confidence: float) -> None:
-        self._old, self._new, self._confidence = old, new, confidence
+    def __init__(self, old: Sequence[Run], new: Sequence[Run], confidence: float, margin: float) -> None:
+        self._old, self._new, self._confidence, self._margin = old, new, confidence, margin
 
     def cost(
         self, name: str, unit: Unit, of: Callable[[Run], float | None], *, timed: bool = False, inverse: bool = False
@@ -216,8 +236,7 @@ class _Table:
         if not old:
             return None
         difference = subtract_paired(old, new, confidence=self._confidence)
-        words = {"higher": "better", "lower": "worse"} if mode == "max" else {"higher": "worse", "lower": "better"}
-        verdict = words.get(difference.verdict, difference.verdict)
+        verdict = quality_verdict(difference, mode, metric=name, margin=self._margin)
         return Line(name, "metric", statistics.median(old), statistics.median(new), None, difference, verdict)
 
     def operations(self) -> Line | None:

@@ -7,6 +7,7 @@ from lightning_accel.measure import PairedDifference, PairedRatio
 
 _SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+_JOULES = ((3.6e6, "kWh"), (1e3, "kJ"), (1.0, "J"))
 _COUNTS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -24,9 +25,9 @@ def write_value(value: float, unit: Unit) -> str:
         minutes, seconds = divmod(round(value), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
-    scales = {"seconds": _SECONDS, "bytes": _BYTES}.get(unit, _COUNTS)
+    scales = {"seconds": _SECONDS, "bytes": _BYTES, "joules": _JOULES}.get(unit, _COUNTS)
     scale, name = next(((s, n) for s, n in scales if abs(value) >= s), scales[-1] if unit == "seconds" else (1.0, ""))
-    space = " " if name and unit in ("seconds", "bytes") else ""
+    space = " " if name and unit in ("seconds", "bytes", "joules") else ""
     text = f"{_digits(value / scale)}{space}{name}"
     return f"{text} /s" if unit == "per second" else text
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lightning_accel.evidence.runs import Run
+from lightning_accel.evidence.measured_runs.runs import Run
 
 Mode = Literal["max", "min"]
 

@@ -12,8 +12,8 @@ from typing import Any
 from lightning_accel.evidence.budget import CALLBACKS, LOADING, REST, SETUP, VALIDATION, Share
 from lightning_accel.evidence.comparison import Comparison, write_pairs
 from lightning_accel.evidence.formats import write_effect, write_value
-from lightning_accel.evidence.plots import MissingPackageError
-from lightning_accel.evidence.runs import Run
+from lightning_accel.evidence.measured_runs.runs import Run
+from lightning_accel.evidence.plots import MissingPackageError, dark_twin
 from lightning_accel.evidence.tables import BAD, GOOD
 
 STAGE_COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#7fc8a9", "#00517f", "#2f8f8f")
@@ -32,6 +32,8 @@ class Report:
         messages: What the accelerators said, without machine paths.
         note: Shown above the table: an interruption, an A/A run.
         budgets: Arm to where its time goes; see `lightning_accel.evidence.budget.write_budgets`.
+        alternatives: Of what anyone can do without this package with the plain run.
+        advice: Whether one of them is all that the run needs; see `lightning_accel.evidence.alternatives.advise`.
     """
 
     comparisons: Sequence[Comparison]
@@ -41,6 +43,8 @@ class Report:
     messages: Sequence[str] = ()
     note: str = ""
     budgets: Mapping[str, Sequence[Share]] = field(default_factory=dict)
+    alternatives: Sequence[Comparison] = ()
+    advice: str = ""
 
 
 def write_page(report: Report, path: Path, *, picture: Path | None = None) -> None:
@@ -59,7 +63,7 @@ def write_page(report: Report, path: Path, *, picture: Path | None = None) -> No
         "report.html.j2",
         path,
         report=report,
-        picture=None if picture is None else base64.b64encode(picture.read_bytes()).decode("ascii"),
+        pictures=embed(picture),
         value=write_value,
         effect=write_effect,
         tone=tone,
@@ -67,6 +71,14 @@ def write_page(report: Report, path: Path, *, picture: Path | None = None) -> No
         kinds=[_Kind(c) for c in report.comparisons],
         bars=[_Bar(arm, shares, longest) for arm, shares in report.budgets.items()],
     )
+
+
+def embed(picture: Path | None) -> dict[str, str]:
+    """Return a PNG as text for a page: ``"light"`` and, where there is a twin for dark pages, ``"dark"``."""
+    if picture is None:
+        return {}
+    kinds = {"light": picture, "dark": dark_twin(picture)}
+    return {kind: base64.b64encode(path.read_bytes()).decode("ascii") for kind, path in kinds.items() if path.exists()}
 
 
 def render_page(template: str, path: Path, **values: Any) -> None:
@@ -99,6 +111,7 @@ def render_page(template: str, path: Path, **values: Any) -> None:
 
 def tone(verdict: str) -> str:
     """Return the CSS class of a verdict."""
+    verdict = "kept" if verdict.startswith("not worse") else verdict
     return "good" if verdict in GOOD else "bad" if verdict in BAD else "even"
 
 

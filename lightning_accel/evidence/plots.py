@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_accel.evidence.goal import Goal
-from lightning_accel.evidence.runs import Run
+from lightning_accel.evidence.measured_runs.runs import Run
 
 # Readable on white and on dark pages, and told apart by colour-blind readers (Okabe, Ito).
+_NIGHT, _NIGHT_INK = "#1f2225", "#e9eaec"  # a card of the dark page and what is written on it
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
@@ -46,7 +47,7 @@ def plot_metric_against_time(runs: Mapping[str, Sequence[Run]], goal: Goal, path
     axes.set_ylabel(goal.metric)
     axes.set_xlim(left=0.0)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_for_page(figure, path)
 
 
 def middle_curve(curves: Sequence[tuple[list[float], list[float]]]) -> tuple[list[float], list[float]]:
@@ -166,6 +167,28 @@ def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> 
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     return figure, list(grid) if rows * columns > 1 else grid[0]
+
+
+def save_for_page(figure: Any, path: Path) -> None:
+    """Write a picture twice, for light pages and, beside it as ``NAME.dark.png``, for dark ones."""
+    _save(figure, path)
+    figure.set_facecolor(_NIGHT)
+    for axes in figure.axes:
+        axes.set_facecolor(_NIGHT)
+        axes.tick_params(colors=_NIGHT_INK, which="both")
+        for text in (axes.xaxis.label, axes.yaxis.label, axes.title, *axes.texts):
+            text.set_color(_NIGHT_INK)
+        for spine in axes.spines.values():
+            spine.set_color(_NIGHT_INK)
+        legend = axes.get_legend()
+        for text in legend.get_texts() if legend is not None else []:
+            text.set_color(_NIGHT_INK)
+    _save(figure, dark_twin(path))
+
+
+def dark_twin(path: Path) -> Path:
+    """Return where the picture for dark pages lies."""
+    return path.with_suffix(f".dark{path.suffix}")
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -14,8 +14,9 @@ from lightning_accel.evidence.budget import Share
 from lightning_accel.evidence.comparison import Comparison, speed_verdict, write_pairs
 from lightning_accel.evidence.formats import write_effect, write_ratio, write_value
 from lightning_accel.evidence.rows import BenchRow
+from lightning_accel.evidence.stamp import stamp
 
-GOOD = ("faster", "less", "better", "reached")
+GOOD = ("faster", "less", "better", "reached", "kept")
 BAD = ("slower", "more", "worse", "missed")
 
 
@@ -105,7 +106,7 @@ def write_bench(rows: Sequence[BenchRow], folder: Path, *, environment: dict[str
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "bench.json", folder / "bench.csv", folder / "bench.md"]
-    plain = {"environment": environment, "rows": [bench_dict(row) for row in rows]}
+    plain = {"stamp": stamp(), "environment": environment, "rows": [bench_dict(row) for row in rows]}
     paths[0].write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     with paths[1].open("w", newline="", encoding="utf-8") as table:
         flat = [_flat(row) for row in rows]
@@ -119,6 +120,7 @@ def write_bench(rows: Sequence[BenchRow], folder: Path, *, environment: dict[str
 
 def style_of(verdict: str) -> str:
     """Return the terminal's colour of a verdict."""
+    verdict = "kept" if verdict.startswith("not worse") else verdict
     return "green" if verdict in GOOD else "red" if verdict in BAD else "dim"
 
 

@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
 
 from lightning_accel.decision_line import say_decision
-from lightning_accel.evidence.runs import measure_fit
-from lightning_accel.evidence.step_clock import PHASES, StepClock
+from lightning_accel.evidence.measured_runs.runs import measure_fit
+from lightning_accel.evidence.measured_runs.step_clock import PHASES, StepClock
 
 
 class Hands:
@@ -99,7 +99,7 @@ def _clocked(model, tmp_path, *, callbacks=(), **changes):
 
 def test_time_is_booked_on_the_phase_that_took_it(tmp_path, monkeypatch):
     hands = Hands()
-    monkeypatch.setattr("lightning_accel.evidence.step_clock.time", hands)
+    monkeypatch.setattr("lightning_accel.evidence.measured_runs.step_clock.time", hands)
     clock, _ = _clocked(Busy(hands), tmp_path, callbacks=[Worker(hands)])
     expected = {"forward": 1.0, "backward": 2.0, "optimizer": 4.0, "callbacks": 700.0, "other": 8.0}
     assert list(expected) == list(PHASES)

@@ -19,10 +19,10 @@ from lightning_accel.cli.compare.command import check, compare, shown_messages, 
 from lightning_accel.cli.compare.progress import RunProgress
 from lightning_accel.cli.compose import compose
 from lightning_accel.cli.errors import UsageError, parameters
-from lightning_accel.evidence.ledger import RunLedger
-from lightning_accel.evidence.pairs import Step
-from lightning_accel.evidence.runs import Run
-from lightning_accel.evidence.workers import WorkerError
+from lightning_accel.evidence.measured_runs.ledger import RunLedger
+from lightning_accel.evidence.measured_runs.pairs import Step
+from lightning_accel.evidence.measured_runs.runs import Run
+from lightning_accel.evidence.measured_runs.workers import WorkerError
 
 PLANTED = ["callbacks=[]", "+callbacks.freeze._target_=lightning_accel.cli.compare.arms.FreezeBottomHalf"]
 SMALL = ["model.width=64", "model.depth=3", "trainer.max_epochs=2", "trainer.accelerator=cpu"]

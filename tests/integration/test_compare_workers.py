@@ -10,9 +10,9 @@ import compare_fits as fits
 import pytest
 import torch
 
-from lightning_accel.evidence.ledger import RunLedger
-from lightning_accel.evidence.pairs import run_pairs, schedule
-from lightning_accel.evidence.workers import Arm, ArmWorker, WorkerError
+from lightning_accel.evidence.measured_runs.ledger import RunLedger
+from lightning_accel.evidence.measured_runs.pairs import run_pairs, schedule
+from lightning_accel.evidence.measured_runs.workers import Arm, ArmWorker, WorkerError
 
 
 def _arms(second=fits.burdened):
@@ -83,7 +83,7 @@ import sys
 sys.path.insert(0, {str(Path(fits.__file__).parent)!r})
 import compare_fits as fits
 from pathlib import Path
-from lightning_accel.evidence.workers import Arm, ArmWorker
+from lightning_accel.evidence.measured_runs.workers import Arm, ArmWorker
 if __name__ == "__main__":
     worker = ArmWorker(Arm("endless", fits.endless), log=Path({str(tmp_path)!r}) / "log")
     worker.describe()

@@ -1,6 +1,6 @@
 """Rows for the tests of evidence, made up and easy to calculate with."""
 
-from lightning_accel.evidence.runs import Run
+from lightning_accel.evidence.measured_runs.runs import Run
 
 
 def run(arm="plain", pair=0, **changes):

@@ -5,7 +5,8 @@ from evidence_rows import run, two_arms
 
 from lightning_accel.evidence.comparison import compare_runs, speed_verdict
 from lightning_accel.evidence.goal import Goal, derive_goal
-from lightning_accel.measure import PairedRatio
+from lightning_accel.evidence.non_inferiority import quality_verdict
+from lightning_accel.measure import PairedDifference, PairedRatio
 
 GOAL = Goal("val/accuracy", "max", 0.88)
 
@@ -22,7 +23,11 @@ def test_twice_as_fast_in_six_pairs_is_faster():
     comparison = _compare(two_arms([10, 11, 12, 13, 14, 15], [5, 5.5, 6, 6.5, 7, 7.5]))
     assert comparison.fit.verdict == "faster"
     assert comparison.fit.ratio.median == pytest.approx(2.0)
-    assert comparison.headline.startswith("Accelerated is 2.00 times as fast as plain (95% interval 2.00 to 2.00")
+    assert comparison.headline.startswith(
+        "Time until val/accuracy >= 0.88: shorter than plain's, ratio 2.00 [2.00, 2.00]"
+    )
+    assert "final val/accuracy not worse than 0.5 points" in comparison.headline
+    assert "Accelerated is 2.00 times as fast as plain (95% interval 2.00 to 2.00" in comparison.headline
     assert _line(comparison, "training step").ratio.median == pytest.approx(2.0)
     assert _line(comparison, "samples").ratio.median == pytest.approx(2.0)
     assert _line(comparison, "  backward").candidate == pytest.approx(6.25 / 150)
@@ -32,7 +37,8 @@ def test_interval_that_covers_one_is_no_speed_up():
     comparison = _compare(two_arms([10] * 6, [9, 11, 9.5, 10.5, 9.9, 10.1]))
     assert comparison.fit.ratio.low < 1 < comparison.fit.ratio.high
     assert comparison.fit.verdict == "no speed-up"
-    assert comparison.headline.startswith("No speed-up: accelerated, compared with plain, is 1.0")
+    assert "Time until val/accuracy >= 0.88: no shorter than plain's" in comparison.headline
+    assert "No speed-up: accelerated, compared with plain, is 1.0" in comparison.headline
 
 
 def test_too_few_pairs_are_undecided_whatever_they_say():
@@ -46,9 +52,35 @@ def test_too_few_pairs_are_undecided_whatever_they_say():
 def test_slower_is_said():
     comparison = _compare(two_arms([10] * 6, [20] * 6))
     assert comparison.fit.verdict == "slower"
-    assert comparison.headline == (
+    assert comparison.headline.startswith("Time until val/accuracy >= 0.88: longer than plain's, ratio 0.50")
+    assert comparison.headline.endswith(
         "Accelerated is slower than plain: 0.50 times as fast (95% interval 0.50 to 0.50, 6 pairs)."
     )
+
+
+@pytest.mark.parametrize(
+    ("difference", "mode", "verdict"),
+    [
+        (PairedDifference(0.0, -0.004, 0.004, 0.9, 6), "max", "not worse than 0.5 points"),
+        (PairedDifference(0.0, -0.006, 0.004, 0.9, 6), "max", "not shown"),
+        (PairedDifference(-0.003, -0.004, -0.001, 0.03, 6), "max", "not worse than 0.5 points"),
+        (PairedDifference(-0.02, -0.03, -0.01, 0.03, 6), "max", "worse"),
+        (PairedDifference(0.02, 0.01, 0.03, 0.03, 6), "max", "better"),
+        (PairedDifference(0.02, 0.01, 0.03, 0.03, 6), "min", "worse"),
+        (PairedDifference(0.0, -0.1, 0.004, 0.9, 6), "min", "not worse than 0.5 points"),
+        (PairedDifference(0.0, -0.001, 0.006, 0.9, 6), "min", "not shown"),
+        (PairedDifference(0.0, 0.0, 0.0, 1.0, 5), "max", "undecided"),
+    ],
+)
+def test_quality_is_kept_only_if_the_whole_interval_is_within_the_margin(difference, mode, verdict):
+    assert quality_verdict(difference, mode, metric="val/accuracy", margin=0.005) == verdict
+
+
+def test_margin_is_written_in_the_unit_of_the_metric():
+    same = PairedDifference(0.0, 0.0, 0.0, 1.0, 6)
+    assert quality_verdict(same, "min", metric="val/loss", margin=0.02) == "not worse than 0.02"
+    with pytest.raises(ValueError, match="`margin` must be >= 0, got -1"):
+        compare_runs(two_arms([1.0] * 6, [1.0] * 6), "plain", "accelerated", goal=None, margin=-1.0)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import json
 import pytest
 from evidence_rows import run
 
-from lightning_accel.evidence.ledger import RunLedger
-from lightning_accel.evidence.pairs import Step, schedule
-from lightning_accel.evidence.runs import Run
+from lightning_accel.evidence.measured_runs.ledger import RunLedger
+from lightning_accel.evidence.measured_runs.pairs import Step, schedule
+from lightning_accel.evidence.measured_runs.runs import Run
 
 
 def _ledger(folder, **changes):

@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from lightning_accel.evidence.measured_runs.runs import MakeFit, Run, measure_fit
 from lightning_accel.evidence.rows import BenchRow
-from lightning_accel.evidence.runs import MakeFit, Run, measure_fit
 from lightning_accel.measure import compare_paired
 
 _ARMS = ("plain", "default settings")

@@ -9,41 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_accel import __version__
+from lightning_accel.cli.compare.peers import PEERS, cores, free_alternatives, join, target_sparsity
 from lightning_accel.cli.compose import compose
 from lightning_accel.cli.errors import UsageError, parameters
-from lightning_accel.evidence.runs import Fit, MakeFit
-from lightning_accel.evidence.workers import Arm
+from lightning_accel.evidence.measured_runs.runs import Fit, MakeFit
+from lightning_accel.evidence.measured_runs.workers import Arm
 from lightning_accel.measure import environment
 
 PLAIN, ACCELERATED, PLAIN_AGAIN = "plain", "accelerated", "plain again"
-# What a user writes, and what tables call it.
-_PEERS = {"freeze_bottom_half": "half frozen", "torch_compile": "compiled"}
 _WARMUP_EPOCHS = 2
 # What may differ between rows that belong together.
 _FREE = ("paths", "compare", "hydra", "optimized_metric", "optimized_mode", "monitoring", "logger")
 
 
-class FreezeBottomHalf(Callback):
-    """Freeze the first modules that hold half of the parameters: the cheapest way to make a step faster."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Freeze once all parameters are in the optimizer; those without a gradient are skipped by it."""
-        parameters = list(pl_module.parameters())
-        left = sum(p.numel() for p in parameters) // 2
-        for parameter in parameters:
-            left -= parameter.numel()
-            if left < 0:
-                break
-            parameter.requires_grad_(False)
-
-
 @dataclass(frozen=True)
 class ConfiguredFit:
-    """Builds the fit of one arm in its own process; see `lightning_accel.evidence.runs.MakeFit`.
+    """Builds the fit of one arm in its own process; see `lightning_accel.evidence.measured_runs.runs.MakeFit`.
 
     Attributes:
         config: The composed configuration, resolved, as plain data.
@@ -74,22 +58,8 @@ class ConfiguredFit:
         if not self.accelerators:
             cfg.trainer.strategy = "auto"
         run = build(cfg, accelerators=self.accelerators, monitoring=False, loggers=False, root_dir=folder)
-        if self.peer == "freeze_bottom_half":
-            run.trainer.callbacks.append(FreezeBottomHalf())  # type: ignore[attr-defined]
-        if self.peer == "torch_compile":
-            _compile(run.model)
+        join(self.peer, run.trainer, run.model, target_sparsity(cfg))
         return run.trainer, run.model, run.data
-
-
-def _compile(model: LightningModule) -> None:
-    """Compile ``forward`` in place, or the submodules where the module has none of its own.
-
-    ``torch.compile(model)`` would compile ``training_step``, and fails at the first ``self.log`` in it (torch 2.13,
-    Lightning 2.6.6).
-    """
-    whole = type(model).forward is not LightningModule.forward
-    for module in [model] if whole else list(model.children()):
-        module.compile()
 
 
 def _empty_caches(cfg: DictConfig, folder: Path) -> None:
@@ -124,10 +94,11 @@ def arms(cfg: DictConfig) -> list[Arm]:
             "there is nothing to compare: choose accelerators (callbacks=[rank_quantization]), a strategy, or compare "
             "the plain run with itself (compare --aa)."
         )
-    unknown = [name for name in settings.baselines if name not in _PEERS]
+    unknown = [name for name in settings.baselines if name not in PEERS]
     if unknown:
-        raise UsageError(f"`compare.baselines` must be among {', '.join(_PEERS)}, got {unknown[0]}.")
-    peers = [_arm(_PEERS[name], dataclasses.replace(plain, peer=name)) for name in dict.fromkeys(settings.baselines)]
+        raise UsageError(f"`compare.baselines` must be among {', '.join(PEERS)}, got {unknown[0]}.")
+    wanted = [*settings.baselines, *(free_alternatives(cfg) if settings.alternatives else [])]
+    peers = [_arm(PEERS[name], dataclasses.replace(plain, peer=name)) for name in dict.fromkeys(wanted)]
     return [_arm(PLAIN, plain), _arm(ACCELERATED, dataclasses.replace(plain, accelerators=True)), *peers]
 
 
@@ -168,7 +139,7 @@ def _arm(name: str, fit: ConfiguredFit) -> Arm:
         fit,
         # With caches the first run fills them, so it must be whole.
         make_warmup=dataclasses.replace(fit, is_warmup=True) if settings["cold"] else None,
-        threads=settings["threads"],
+        threads=cores() if fit.peer == "all_threads" else settings["threads"],
         # Counting operations makes a compiled module leave its compiled code.
         count_flops=fit.peer != "torch_compile",
     )
@@ -179,6 +150,7 @@ def fingerprint(cfg: DictConfig) -> str:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     kept = {name: value for name, value in config.items() if name not in _FREE}
     kept["trainer"] = {k: v for k, v in config["trainer"].items() if k != "default_root_dir"}
-    kept["arms"] = [cfg.compare.aa, cfg.compare.cold, sorted(cfg.compare.baselines), cfg.compare.threads]
+    settings = cfg.compare
+    kept["arms"] = [settings.aa, settings.cold, sorted(settings.baselines), settings.alternatives, settings.threads]
     kept["where"] = [__version__, {k: v for k, v in environment().items() if k != "threads"}]
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,16 +17,19 @@ from lightning_accel.cli.compare.progress import RunProgress
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.launch import Interrupted
 from lightning_accel.cli.results import cleaned, cleaned_override, save_configuration
+from lightning_accel.evidence.alternatives import advise
 from lightning_accel.evidence.budget import Share, write_budgets
 from lightning_accel.evidence.comparison import Comparison, compare_runs
+from lightning_accel.evidence.dossier.gather import resumable
 from lightning_accel.evidence.goal import Goal, TargetRule, derive_goal
-from lightning_accel.evidence.ledger import RunLedger
+from lightning_accel.evidence.measured_runs.ledger import RunLedger
+from lightning_accel.evidence.measured_runs.pairs import run_pairs
+from lightning_accel.evidence.measured_runs.runs import Run
+from lightning_accel.evidence.measured_runs.workers import Arm, WorkerError
 from lightning_accel.evidence.page import Report, write_page
-from lightning_accel.evidence.pairs import run_pairs
 from lightning_accel.evidence.plots import MissingPackageError, plot_metric_against_time
-from lightning_accel.evidence.runs import Run
+from lightning_accel.evidence.summaries import write_summary
 from lightning_accel.evidence.tables import budget_table, comparison_table
-from lightning_accel.evidence.workers import Arm, WorkerError
 from lightning_accel.measure import environment
 
 _LIKE = 2
@@ -71,8 +75,10 @@ def compare(cfg: DictConfig) -> float:
         note = f"Interrupted after {done} of {cfg.compare.pairs} pairs. {note}".strip()
         _report(cfg, ledger, chosen, where, console, note=note)
         short = os.path.relpath(folder)
+        command = resumable(_settings(cfg)["command"])
         raise Interrupted(
-            f"{note} Rows are kept in {short}: go on with hydra.run.dir={short} compare.resume=true"
+            f"{note} Rows are kept in {short}; go on with:\n{command} hydra.run.dir={short} compare.resume=true"
+            f" compare.pairs={cfg.compare.pairs}"
         ) from None
     except WorkerError as error:
         ledger.export()
@@ -109,6 +115,8 @@ def check(cfg: DictConfig) -> None:
         raise UsageError(
             f"`compare.target` must be a number, a rule such as plain_best-0.005, or null, got {settings.target}."
         )
+    if not _is_number(settings.margin) or settings.margin < 0:
+        raise UsageError(f"`compare.margin` must be a number >= 0 in the metric's unit, got {settings.margin}.")
     if settings.price_per_hour is not None and not _is_number(settings.price_per_hour):
         raise UsageError(f"`compare.price_per_hour` must be a number or null, got {settings.price_per_hour}.")
     if settings.price_per_hour is not None and settings.price_per_hour < 0:
@@ -157,6 +165,7 @@ def _report(
     runs = ledger.complete_pairs(names)
     written = [ledger.path, *ledger.export()]
     comparisons: list[Comparison] = []
+    advice = ""
     messages: list[str] = []
     budgets: dict[str, list[Share]] = {}
     if runs[PLAIN]:
@@ -170,13 +179,18 @@ def _report(
                 goal=goal,
                 price_per_hour=cfg.compare.price_per_hour,
                 currency=cfg.compare.currency,
+                margin=cfg.compare.margin,
             )
             for baseline in names
             if baseline != candidate
         ]
+        against_plain = [name for name in names if name not in (PLAIN, candidate)]
+        alternatives = [compare_runs(runs, PLAIN, name, goal=goal, margin=cfg.compare.margin) for name in against_plain]
         messages = shown_messages(runs[candidate][-1])
         budgets = write_budgets(runs)
-        report = Report(comparisons, ledger.runs, where, _settings(cfg), messages, note, budgets)
+        advice = advise(comparisons, alternatives)
+        report = Report(comparisons, ledger.runs, where, _settings(cfg), messages, note, budgets, alternatives, advice)
+        written.append(write_summary(report, ledger.folder / "comparison.json"))
         try:
             picture = None
             if goal is not None:
@@ -195,6 +209,9 @@ def _report(
         console.print(message, markup=False, style="dim", soft_wrap=True)
     for comparison in comparisons:
         console.print(comparison.headline, markup=False, style="bold", soft_wrap=True)
+    if advice:
+        console.print(advice, markup=False, style="bold", soft_wrap=True)
+    for comparison in comparisons:
         if comparison.money is not None:
             money = comparison.money
             console.print(
@@ -248,6 +265,6 @@ def _settings(cfg: DictConfig) -> dict[str, str]:
         "epochs": "" if epochs is None else str(epochs),
         "threads": str(cfg.compare.threads or "torch's own choice"),
         "caches": "empty before every run" if cfg.compare.cold else "kept between runs",
-        "command": " ".join(["lightning-accel compare", *map(cleaned_override, overrides)]),
+        "command": shlex.join(["lightning-accel", "compare", *map(cleaned_override, overrides)]),
     }
     return {name: str(cleaned(text)) for name, text in settings.items() if text}

@@ -6,9 +6,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lightning_accel.evidence.ledger import RunLedger
-from lightning_accel.evidence.pairs import Step
-from lightning_accel.evidence.runs import Run
+from lightning_accel.evidence.measured_runs.ledger import RunLedger
+from lightning_accel.evidence.measured_runs.pairs import Step
+from lightning_accel.evidence.measured_runs.runs import Run
 
 
 class RunProgress:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lightning_accel.cli.results import cleaned
 from lightning_accel.evidence.plots import MissingPackageError
+from lightning_accel.evidence.summaries import write_sweep_summary
 from lightning_accel.evidence.sweeps import page
 from lightning_accel.evidence.sweeps.runs import (
     choose_metric,
@@ -72,6 +73,7 @@ def report(config: DictConfig) -> None:
     whole = page.SweepReport(runs, settings, metric, mode, speed, on_front, near_front, said, environment())
     _show(console, whole)
     console.print(said, markup=False, style="bold", soft_wrap=True)
+    write_sweep_summary(whole, folder / "sweep.json")
     picture = None
     try:
         if speed is not None:

@@ -1,12 +1,11 @@
 """The picture and the page of a sweep."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_accel.evidence.page import render_page
-from lightning_accel.evidence.plots import COLOURS, MissingPackageError
+from lightning_accel.evidence.page import embed, render_page
+from lightning_accel.evidence.plots import COLOURS, MissingPackageError, save_for_page
 from lightning_accel.evidence.sweeps.runs import Setting, SweepRun
 
 _UNITS = {"samples_per_second": "training samples a second", "batches_per_second": "training batches a second"}
@@ -79,7 +78,7 @@ def draw_trade_off(report: SweepReport, path: Path) -> None:
     axes.set_ylabel(f"{report.metric} ({'higher' if report.mode == 'max' else 'lower'} is better)")
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=150)
+    save_for_page(figure, path)
 
 
 def write_sweep_page(report: SweepReport, path: Path, *, picture: Path | None) -> None:
@@ -88,5 +87,4 @@ def write_sweep_page(report: SweepReport, path: Path, *, picture: Path | None) -
     Raises:
         MissingPackageError: Without jinja2.
     """
-    encoded = None if picture is None else base64.b64encode(picture.read_bytes()).decode("ascii")
-    render_page("sweep.html.j2", path, report=report, picture=encoded)
+    render_page("sweep.html.j2", path, report=report, pictures=embed(picture))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_accel.evidence.runs import Run
+from lightning_accel.evidence.measured_runs.runs import Run
 
 _LINES = "runs.jsonl"
 

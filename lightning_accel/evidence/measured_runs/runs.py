@@ -18,7 +18,8 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 
 from lightning_accel.decision_line import CHANNELS
-from lightning_accel.evidence.step_clock import PHASES, StepClock
+from lightning_accel.evidence.measured_runs.energy import EnergyMeter
+from lightning_accel.evidence.measured_runs.step_clock import PHASES, StepClock
 
 Fit: TypeAlias = tuple[Trainer, LightningModule, LightningDataModule | None]
 MakeFit: TypeAlias = Callable[[int, Path], Fit]
@@ -53,6 +54,7 @@ class Run:
         peak_memory_bytes: Peak resident memory of the arm's process, on CUDA peak allocated memory.
         checkpoint_bytes: Size of a full checkpoint after ``fit``.
         devices: Number of devices that were busy for ``fit_seconds``.
+        energy_joules: Of processors and device over ``fit_seconds``; ``None`` where the machine does not tell.
         metrics: Last logged value of every metric.
         curve: Metrics against seconds since the start of ``fit``.
         messages: What the accelerators logged: what they did, or why they left the model alone.
@@ -79,6 +81,7 @@ class Run:
     loading_seconds: float = 0.0
     stages: list[dict[str, Any]] = field(default_factory=list)
     devices: int = 1
+    energy_joules: float | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
     curve: list[dict[str, Any]] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
@@ -126,6 +129,7 @@ def measure_fit(
     _forget_peak(device)
     _synchronize(device)
     cpu_before = _cpu_seconds()
+    meter = EnergyMeter(device)
     clock.start()
     begin = time.perf_counter()
     with _Messages() as said:
@@ -133,6 +137,7 @@ def measure_fit(
     _synchronize(device)
     fit_seconds = time.perf_counter() - begin
     cpu_seconds = _cpu_seconds() - cpu_before
+    energy = meter.joules()
     clock.end_epoch()
     metrics = {name: _finite(float(value)) for name, value in trainer.callback_metrics.items()}
     curve = [{**p, "metrics": {k: _finite(v) for k, v in p["metrics"].items()}} for p in clock.curve]
@@ -160,6 +165,7 @@ def measure_fit(
         loading_seconds=sum(clock.waits),
         stages=_stages(clock),
         devices=max(1, trainer.num_devices * trainer.num_nodes),
+        energy_joules=energy,
         metrics=metrics,
         curve=curve,
         messages=said.messages,

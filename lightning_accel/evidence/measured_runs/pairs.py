@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_accel.evidence.ledger import RunLedger
-from lightning_accel.evidence.runs import Run
-from lightning_accel.evidence.workers import Arm, ArmWorker
+from lightning_accel.evidence.measured_runs.ledger import RunLedger
+from lightning_accel.evidence.measured_runs.runs import Run
+from lightning_accel.evidence.measured_runs.workers import Arm, ArmWorker
 
 
 class Step(NamedTuple):

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from lightning_accel.evidence.runs import MakeFit, Run
+from lightning_accel.evidence.measured_runs.runs import MakeFit, Run
 
 _GRACE_SECONDS = 5.0
 
@@ -161,7 +161,7 @@ def _serve(arm: Arm, requests: Connection, lifeline: Connection, log: str) -> No
     _write_to(log)
     import torch
 
-    from lightning_accel.evidence.runs import measure_fit
+    from lightning_accel.evidence.measured_runs.runs import measure_fit
     from lightning_accel.measure import environment
 
     if arm.threads is not None:

@@ -1,0 +1,1 @@
+"""Any number of results gathered into one page that a decision can rest on."""
