@@ -1,5 +1,6 @@
 """`shrink` keeps flags, names and hooks, and leaves alone, with the reason, what it can not follow."""
 
+import threading
 import warnings
 
 import pytest
@@ -349,3 +350,52 @@ def test_lazy_layers_are_refused_by_name_of_what_to_do():
         model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
     with pytest.raises(ValueError, match="lazy layers that have no weights yet: call it once"):
         shrink(model, torch.randn(2, 3))
+
+
+class Locked(nn.Module):
+    """Holds what can not be copied, and state that was computed in an earlier call."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.lock, self.last = nn.Linear(4, 6), nn.Linear(6, 3), threading.Lock(), None
+        clear(self.a, [0, 1])
+
+    def forward(self, x):
+        with self.lock:
+            self.last = self.b(self.a(x).relu())
+        return self.last
+
+
+def test_modules_that_hold_locks_and_graphs_are_copied_without():
+    model = Locked()
+    model(torch.randn(2, 4))
+    last = model.last
+    result = shrink(model, torch.randn(5, 4))
+    assert result.model.a.out_features == 4
+    assert model.last is last
+    assert_same(result, model, torch.randn(5, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:Initializing zero-element:UserWarning")
+def test_scripted_complex_and_empty_layers_stay_and_others_go():
+    torch.manual_seed(0)
+    scripted = torch.jit.script(nn.Linear(6, 6))
+    model = nn.Sequential(nn.Linear(4, 6), scripted, nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    clear(model[0], [0, 1])
+    clear(model[2], [0, 1])
+    result = shrink(model, torch.randn(5, 4))
+    assert result.left["0"]
+    assert result.model[2].out_features == 6
+    assert_same(result, model, torch.randn(5, 4))
+    whole = torch.jit.script(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)))
+    assert_same(shrink(whole, torch.randn(5, 4)), whole, torch.randn(5, 4))
+    of_complex = nn.Sequential(nn.Linear(4, 6, dtype=torch.cfloat), nn.Linear(6, 3, dtype=torch.cfloat))
+    clear(of_complex[0], [0, 1])
+    x = torch.randn(5, 4, dtype=torch.cfloat)
+    result = shrink(of_complex, x)
+    assert result.left.get("0") or result.model[0].out_features == 4
+    assert_same(result, of_complex, x)
+    empty = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3), nn.ReLU(), nn.Linear(3, 2))
+    clear(empty[1], [0])
+    assert_same(shrink(empty, torch.randn(5, 4)), empty, torch.randn(5, 4))

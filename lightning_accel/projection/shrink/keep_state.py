@@ -10,20 +10,27 @@ from torch import Tensor, nn
 
 
 def copy_module(model: nn.Module) -> nn.Module:
-    """Return a deep copy; also of modules that hold tensors computed from their parameters, as old weight norm does."""
+    """Return a deep copy; also of modules that hold tensors computed from their parameters, as old weight norm does.
+
+    What can not be copied at all, such as a lock or an open file, both hold.
+    """
+    values = [value for module in model.modules() for value in module.__dict__.values()]
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+    for value in values:
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, dict(memo))
+    except (TypeError, RuntimeError):
+        return copy.deepcopy(model, memo | {id(value): value for value in values if not _can_be_copied(value, memo)})
 
 
 @contextlib.contextmanager
 def keep_state(model: nn.Module) -> Iterator[None]:
     """Put back what a forward pass changes: buffers, attributes, and the random state, which is the same each time."""
     devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
-    before = [(m, _attributes(m), dict(m._buffers)) for m in model.modules()]
+    plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # those have no such state
+    before = [(m, _attributes(m), dict(m._buffers)) for m in plain]
     values = {id(b): b.clone() for b in model.buffers()}
     with torch.random.fork_rng(devices=sorted(devices, key=str)):
         torch.manual_seed(0)
@@ -47,6 +54,14 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         name: copy.copy(value) if type(value) in (list, dict, set) and not name.startswith("_") else value
         for name, value in module.__dict__.items()
     }
+
+
+def _can_be_copied(value: object, memo: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -80,7 +80,7 @@ def look(model: nn.Module, inputs: Inputs) -> Run:
         name = names[module]
         calls[name] = calls.get(name, 0) + 1
         x = arguments[0] if arguments else named.get("input")
-        if isinstance(module, PRUNABLE) and isinstance(x, Tensor) and x.numel():
+        if isinstance(module, PRUNABLE) and isinstance(x, Tensor) and x.numel() and x.is_floating_point():
             readings[name] = _reading(module, x.detach())
 
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in names if _can_be_hooked(module)]

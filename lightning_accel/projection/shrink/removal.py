@@ -63,7 +63,7 @@ class Shrinking:
 
     def __post_init__(self) -> None:
         for name, layer in self.model.named_modules():
-            if isinstance(layer, PRUNABLE) and isinstance(layer.weight, Tensor):
+            if isinstance(layer, PRUNABLE) and isinstance(layer.weight, Tensor) and layer.weight.numel():
                 self.kept[name] = torch.arange(layer.weight.shape[0])
         self.first = [look(self.model, p) for p in self.probes.inputs]
         self.runs: Sequence[Run] = self.first
@@ -207,8 +207,8 @@ class Shrinking:
                 name=names.get(item.dep.target.module, item.dep.target.name.split(" (")[0]),
                 module=item.dep.target.module,
                 reads=not self._graph.is_out_channel_pruning_fn(item.dep.handler),
-                own=torch.as_tensor(item.idxs),
-                root=torch.as_tensor(item.root_idxs),
+                own=torch.as_tensor(item.idxs, dtype=torch.long),
+                root=torch.as_tensor(item.root_idxs, dtype=torch.long),
             )
             for item in group
         ]

@@ -203,11 +203,12 @@ def _restore(originals: Mapping[str, nn.Module], smaller: nn.Module) -> None:
         if original is None:
             continue
         module.training = original.training
-        flags = [p.requires_grad for p in original._parameters.values() if p is not None]
+        parameters = dict(original._parameters.items())  # of scripted modules, too, which have no `get`
+        flags = [p.requires_grad for p in parameters.values() if p is not None]
         for leaf, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            was = original._parameters.get(leaf)
+            was = parameters.get(leaf)
             # a bias that holds what was folded is as frozen as its layer
             parameter.requires_grad_(any(flags) if was is None else was.requires_grad)
             parameter.grad = None
