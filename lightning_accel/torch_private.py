@@ -12,6 +12,8 @@ from torch.nn.modules import module as module_file
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+HOOK_DICTIONARIES = (*_FORWARD_HOOKS, *_BACKWARD_HOOKS)
+"""Where a module keeps its hooks; torch has no public way to see whether there are any."""
 
 
 def active_transform() -> str | None:
@@ -69,6 +71,56 @@ def global_hooks() -> str | None:
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """Return the attributes that a user gave a module: its dictionary without what every `nn.Module` holds there."""
     return {name: value for name, value in module.__dict__.items() if name not in _EVERY_MODULES}
+
+
+def running_backward() -> int:
+    """Return a number that tells the backward that is running from others; -1 outside of one.
+
+    What one backward collects must not be mixed with another's; there is no public way to tell them apart.
+    """
+    return int(torch._C._current_graph_task_id())
+
+
+def is_jit_tracing() -> bool:
+    """Tell whether ``torch.jit.trace`` is running; ``torch.jit.is_tracing`` is not among its public names."""
+    return torch._C._get_tracing_state() is not None
+
+
+def backward_reaches(node: Any) -> bool:
+    """Tell whether the backward that is running will execute a node of the graph.
+
+    ``torch.autograd.grad`` and ``backward(inputs=...)`` execute only what leads to their inputs. torch's own
+    checkpointing asks in this way.
+    """
+    return bool(torch._C._will_engine_execute_node(node))
+
+
+def node_class(function: type[torch.autograd.Function]) -> Any:
+    """Return the class of the nodes that a function of our own leaves in the graph."""
+    return function._backward_cls
+
+
+def part_of(tensor: torch.Tensor) -> tuple[Any, int, int, int] | None:
+    """Return from which place in the graph a slice was taken, its dimension, its index and how many slices there are.
+
+    ``None`` if ``tensor`` is no result of ``select`` or ``unbind``, whose nodes alone make a gradient as large as what
+    the slice was taken from. What a node was called with, it tells by private attributes only.
+    """
+    node: Any = tensor.grad_fn
+    kind = type(node).__name__
+    if kind == "UnbindBackward0":
+        dim = _signed(node._saved_dim)
+        return node.next_functions[0], dim % (tensor.dim() + 1), tensor.output_nr, len(node._input_metadata)
+    if kind == "SelectBackward0":
+        sizes = node._saved_self_sym_sizes
+        dim = _signed(node._saved_dim) % len(sizes)
+        return node.next_functions[0], dim, _signed(node._saved_index) % int(sizes[dim]), int(sizes[dim])
+    return None
+
+
+def _signed(number: int) -> int:
+    """Undo that nodes show negative numbers as unsigned ones."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 _EVERY_MODULES = frozenset(nn.Module().__dict__)

@@ -1,11 +1,11 @@
 """What people do around IntraStreamScheduling: changing shapes, validation, options of nn.LSTM, compiled modules."""
 
 import logging
+import warnings
 from typing import ClassVar
 
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recurrent_models import FEATURES, HIDDEN, Body, LSTMLoop, PeepholeLoop, RecurrentLayer, data, fit, trainer
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -172,8 +172,32 @@ def test_a_cell_that_is_called_once_is_no_loop():
         def forward(self, x):
             return self.cell(x[0])[0]
 
-    with pytest.raises(MisconfigurationException, match="no module that was called in a loop with its own result"):
-        fit(Once, IntraStreamScheduling())
+    callback = IntraStreamScheduling()
+    fit(Once, callback)
+    assert callback.report == ["cell: plain, called 1 times in a step, not in a loop"]
+
+
+def test_modules_that_could_be_cells_and_are_none_are_said_in_a_warning_at_the_end():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(FEATURES, FEATURES)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    class Blocks(Body):
+        def build(self):
+            self.block = Block()
+
+        def forward(self, x):
+            return self.block(x)
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        module = fit(Blocks, IntraStreamScheduling())
+    assert any("found no recurrent layer in Blocks" in str(w.message) for w in said)
+    assert len(module.losses) == 6
 
 
 def test_the_error_for_an_unknown_schedule_names_all():

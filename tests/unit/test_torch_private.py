@@ -81,3 +81,45 @@ def test_attributes_of_a_module_are_the_users_own():
     layer = nn.Linear(2, 3)
     layer.scale = 0.5
     assert torch_private.own_attributes(layer) == {"in_features": 2, "out_features": 3, "scale": 0.5}
+
+
+def test_a_backward_tells_which_one_it_is_and_what_it_reaches():
+    seen = []
+    mark = torch.zeros((), requires_grad=True)
+    node = torch.autograd.graph.get_gradient_edge(mark).node
+
+    class Looking(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, mark, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            seen.append((torch_private.running_backward(), torch_private.backward_reaches(node)))
+            return None, g
+
+    x = torch.ones(2, requires_grad=True)
+    assert torch_private.running_backward() == -1
+    Looking.apply(mark, x).sum().backward()
+    torch.autograd.grad(Looking.apply(mark, x).sum(), x)
+    assert [reached for _, reached in seen] == [True, False]
+    assert len({number for number, _ in seen} - {-1}) == 2
+    assert type(Looking.apply(mark, x).grad_fn) is torch_private.node_class(Looking)
+
+
+def test_slices_tell_where_they_were_taken_from():
+    x = torch.ones(3, 4, 5, requires_grad=True) * 1
+    edge = (x.grad_fn, 0)
+    assert torch_private.part_of(x[:, -1]) == (edge, 1, 3, 4)
+    assert torch_private.part_of(x.select(-3, 2)) == (edge, 0, 2, 3)
+    assert torch_private.part_of(x.unbind(1)[2]) == (edge, 1, 2, 4)
+    assert torch_private.part_of(list(x)[1]) == (edge, 0, 1, 3)
+    assert torch_private.part_of(x[1:2]) is None
+    assert torch_private.part_of(torch.ones(2)) is None
+
+
+def test_jit_tracing_is_seen():
+    seen = []
+    assert not torch_private.is_jit_tracing()
+    torch.jit.trace(lambda x: (seen.append(torch_private.is_jit_tracing()), x + 1)[1], torch.ones(1), check_trace=False)
+    assert seen == [True]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_accel.recurrent.deferred.deferred_cell import DeferredCell
 from lightning_accel.recurrent.deferred.find_cells import DeferredCells
 from lightning_accel.recurrent.instance_forward import InstanceForward
 from lightning_accel.recurrent.module import Recurrent
@@ -21,7 +22,7 @@ class ScheduledLayers:
         model: Whose layers.
         schedule: For `Recurrent` layers and deferred cells.
         packed: Whether packed ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` run padded.
-        deferred_cells: Whether loops over cells are deferred.
+        deferred_cells: Whether loops over cells are computed at their first calls.
         calls_left: How many batches are to come; schedules that have to be compiled must pay within them.
     """
 
@@ -34,6 +35,7 @@ class ScheduledLayers:
         self.padded: dict[str, int] = {}
         self._forwards: list[InstanceForward] = []
         self.deferred: DeferredCells | None = None
+        self._compared: set[str] = set()
         self._schedule_of = {n: [choice.schedule for choice in layer.schedules] for n, layer in self.recurrent.items()}
         for layer in self.recurrent.values():
             for choice in layer.schedules:
@@ -48,24 +50,67 @@ class ScheduledLayers:
 
     @contextmanager
     def training_step(self) -> Iterator[None]:
-        """Watch the first step, defer cells in the later ones."""
+        """Watch modules of which nothing is known yet; compute the loops of those that were compared."""
         if self.deferred is None:
             yield
             return
-        with self.deferred.active() if self.deferred.decided else self.deferred.watch():
+        with self.deferred.watch(), self.deferred.active(tuple(self._compared)):
             yield
 
     @property
+    def to_compare(self) -> dict[str, DeferredCell]:
+        """Return the cells that must not be computed before a whole training step was compared."""
+        cells = {} if self.deferred is None else self.deferred.cells
+        for name, cell in cells.items():
+            if cell.doubt and not cell.reason:
+                self._compared.discard(name)
+        return {name: cell for name, cell in cells.items() if name not in self._compared and not cell.reason}
+
+    @contextmanager
+    def scheduled(self, copy: nn.Module) -> Iterator[None]:
+        """Compute the loops of a copy of the model as those of the model would be, compared or not."""
+        if self.deferred is None:
+            yield
+            return
+        twin = self.deferred.twin(copy)
+        try:
+            with twin.active():
+                yield
+        finally:
+            twin.remove()
+        failed = [f"`{name}`: {cell.reason}" for name, cell in twin.cells.items() if cell.is_fault]
+        if failed:
+            raise RuntimeError("; ".join(failed))
+
+    def confirm(self) -> None:
+        """Note that a whole training step was compared, and that it computes the same."""
+        for name, cell in self.to_compare.items():
+            cell.doubt = ""
+            self._compared.add(name)
+
+    def refuse(self, reason: str) -> list[str]:
+        """Leave what was not compared plain; return its names."""
+        cells = self.to_compare
+        for cell in cells.values():
+            cell.remove(reason)
+        return list(cells)
+
+    @property
+    def may_find(self) -> bool:
+        """Whether there is anything that is, or may turn out to be, recurrent."""
+        return bool(self.recurrent or self.layers or self.deferred is None or self.deferred.candidates)
+
+    @property
     def found_nothing(self) -> bool:
-        """Whether there is no recurrent layer, as far as is known after the first step."""
-        cells = self.deferred is not None and bool(self.deferred.cells or self.deferred.reasons)
+        """Whether no recurrent layer was seen so far."""
+        deferred = self.deferred
+        cells = deferred is not None and bool(deferred.cells or deferred.reasons or deferred.torch_cells)
         return not (self.recurrent or self.layers or cells)
 
     def state(self) -> dict[str, Any]:
         """Return what was chosen, as plain values."""
         chosen = {n: [dict(c.choices) for c in layer.schedules] for n, layer in self.recurrent.items()}
-        decided = self.deferred.state() if self.deferred is not None and self.deferred.decided else None
-        return {"recurrent": chosen, "deferred": decided}
+        return {"recurrent": chosen, "deferred": None if self.deferred is None else self.deferred.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Repeat what was chosen."""
@@ -88,12 +133,14 @@ class ScheduledLayers:
                 f"{name}: {calls} packed calls run padded" if calls else f"{name}: torch's kernel, nothing to gain"
             )
         if self.deferred is not None:
-            for name, cell in self.deferred.cells.items():
-                used = ", ".join(sorted(set(cell.choice.choices.values())))
-                speed = max(cell.choice.speed.values(), default=float("nan"))
-                said = f"{cell.chains} chains of {cell.steps} steps, {used} (measured {speed:.1f} times the loop)"
-                lines.append(f"{name}: plain, {cell.reason}" if cell.reason else f"{name}: {said}")
+            lines += [f"{name}: {_said(cell)}" for name, cell in self.deferred.cells.items()]
             lines += [f"{name}: plain, {reason}" for name, reason in self.deferred.reasons.items()]
+            known = {**self.deferred.cells, **self.deferred.reasons}
+            for name in self.deferred.torch_cells:
+                if name not in known:
+                    calls = self.deferred.called.get(name, 0)
+                    seen = f"called {calls} times in a step, not in a loop" if calls else "not called with gradients"
+                    lines.append(f"{name}: plain, {seen}")
         return lines
 
     def remove(self) -> None:
@@ -116,3 +163,14 @@ class ScheduledLayers:
 
         forward = InstanceForward(layer, call)
         return forward
+
+
+def _said(cell: DeferredCell) -> str:
+    if cell.reason:
+        return f"plain, {cell.reason}"
+    if not cell.chains:
+        return f"plain, {cell.idle or 'its loops are not compared with the plain ones yet'}"
+    used = ", ".join(sorted(set(cell.choice.choices.values())))
+    speed = max(cell.choice.speed.values(), default=None)
+    measured = "" if speed is None else f" (measured {speed:.1f} times the loop)"
+    return f"{cell.chains} chains of {cell.steps} steps, {used}{measured}"

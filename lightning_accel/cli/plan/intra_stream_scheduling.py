@@ -44,9 +44,11 @@ def watch(module: nn.Module, settings: dict[str, Any]) -> Iterator[Seen]:
     )
     try:
         with layers.training_step():
-            yield seen
+            try:
+                yield seen
+            finally:
+                calls.stop()  # before cells are judged by the hooks they have
     finally:
-        calls.stop()
         layers.remove()
     seen.nothing = layers.found_nothing and callback.schedule != "loop"
     for name, layer in layers.recurrent.items():

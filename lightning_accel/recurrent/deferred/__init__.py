@@ -1,1 +1,1 @@
-"""Python loops over cells that nobody changed: calls are deferred and run as one chain."""
+"""Python loops over cells that nobody changed: their first call computes all steps, the others get ordinary tensors."""

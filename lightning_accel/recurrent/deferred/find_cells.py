@@ -1,60 +1,31 @@
-"""Find the cells that a model loops over, by watching one batch, and defer their calls from then on."""
+"""Find the cells that a model loops over, by watching its training steps, and answer their calls from then on."""
 
 import dataclasses
+import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_accel.recurrent.cell_step import is_torch_cell
-from lightning_accel.recurrent.deferred.call_layout import CallLayout, flatten, learn_layout
-from lightning_accel.recurrent.deferred.deferred_cell import DeferredCell, result_shapes
-from lightning_accel.recurrent.deferred.deferred_tensor import custom_functions_get_values
+from lightning_accel.recurrent.deferred.call_layout import CallLayout, torch_layout
+from lightning_accel.recurrent.deferred.deferred_cell import DeferredCell
+from lightning_accel.recurrent.deferred.feeds import FeedForm
+from lightning_accel.recurrent.deferred.kernel import Kernel
+from lightning_accel.recurrent.deferred.watch import LOOP, Origins, Watch, seeing
 from lightning_accel.recurrent.schedule_choice import Schedule, ScheduleChoice
+from lightning_accel.torch_private import HOOK_DICTIONARIES, global_hooks
 
-_SIDE_BY_SIDE = 4
-_LOOP = 3  # chained calls in one batch that make a loop
-
-
-class _Watch:
-    """What was seen of one module during the watched batch."""
-
-    def __init__(self) -> None:
-        self.recent: list[list[Any]] = []  # results of the last calls; several chains may run side by side
-        self.layout: CallLayout | None = None
-        self.chained = 0
-        self.same = True
-        self.call: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-        self.shapes: list[tuple[int, ...]] | None = None
-        self.inputs: list[tuple[Tensor, int]] = []
-
-    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        leaves: list[Any] = []
-        flatten((args, kwargs), leaves)
-        self.inputs += [(t, t._version) for t in leaves if isinstance(t, Tensor)]
-        before = next((r for r in self.recent if any(t is p for t in leaves for p in r if isinstance(t, Tensor))), None)
-        if before is not None:
-            layout = learn_layout(args, kwargs, result, before)
-            self.chained += 1
-            if self.layout is None:
-                self.layout, self.shapes = layout, result_shapes(result)
-            self.same = self.same and layout == self.layout
-            self.call = layout.split(leaves) if layout is not None else None
-        results: list[Any] = []
-        flatten(result, results)
-        self.recent = [results, *self.recent[: _SIDE_BY_SIDE - 1]]
-
-    @property
-    def inputs_changed(self) -> bool:
-        """Whether an input was changed in place after the call that took it."""
-        return any(t._version != version for t, version in self.inputs)
+_ALWAYS = 8  # batches that are watched; of the later ones, those whose number is a power of two
+_WEIGHTS = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
+_CELL_TYPES = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
 
 class DeferredCells:
-    """Defer the cells of a model.
+    """Find the loops of a model over its cells and compute them at their first calls.
 
     Args:
         root: The model.
@@ -62,8 +33,9 @@ class DeferredCells:
         apart_from: Names of modules that schedule the cells inside them themselves.
 
     Attributes:
-        cells: What is deferred, by name.
+        cells: What is computed so, by name.
         reasons: Why a cell that is called in a loop is not.
+        called: How often the others that are cells, or look like ones, were called in a batch, by name.
         calls_left: How many batches are to come, see `ScheduleChoice`.
     """
 
@@ -71,142 +43,178 @@ class DeferredCells:
         self.root, self.schedule, self._apart_from = root, schedule, apart_from
         self.cells: dict[str, DeferredCell] = {}
         self.reasons: dict[str, str] = {}
+        self.called: dict[str, int] = {}
         self.calls_left = math.inf
-        self._watches: dict[str, _Watch] | None = None
+        self._batches = 0
 
     @property
-    def decided(self) -> bool:
-        """Whether it is known which cells to defer, from a watched batch or a saved state."""
-        return self._watches is not None
-
-    def state(self) -> dict[str, Any]:
-        """Return what was decided, as plain values; `restore` repeats it without watching and measuring anew."""
-        found = {}
-        for name, cell in self.cells.items():
-            layout = None if cell.native else dataclasses.asdict(cell.layout)
-            found[name] = {
-                "layout": layout,
-                "shapes": [list(shape) for shape in cell.shapes],
-                "choices": dict(cell.choice.choices),
-                "reason": cell.reason,
-            }
-        return {"cells": found, "reasons": dict(self.reasons)}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Repeat what was decided."""
-        self._watches = {}
-        self.reasons = dict(state["reasons"])
-        for name, saved in state["cells"].items():
-            cell = self.root.get_submodule(name)
-            choice = self._choice(name, cell)
-            choice.choices.update(saved["choices"])
-            layout = None if saved["layout"] is None else CallLayout(**_as_tuples(saved["layout"]))
-            self.cells[name] = DeferredCell(cell, choice, layout, [tuple(shape) for shape in saved["shapes"]])
-            if saved["reason"]:
-                self.cells[name].remove(saved["reason"])
+    def candidates(self) -> dict[str, nn.Module]:
+        """Return the modules of which nothing is known yet and that may be cells."""
+        known = {**self.cells, **self.reasons}
+        return {
+            name: module
+            for name, module in self.root.named_modules()
+            if name
+            and _may_be_cell(module)
+            and not any(name == other or name.startswith(f"{other}.") for other in (*self._apart_from, *known))
+        }
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Watch the calls of the model's own modules; decide at the end."""
-        self._watches = {}
-        handles = []
-        for name, module in self.root.named_modules():
-            apart = any(name == other or name.startswith(f"{other}.") for other in self._apart_from)
-            if is_torch_cell(module) and _is_compiled(self.root, name):
-                self.reasons[name] = "it is compiled"
-            elif name and not apart and _may_be_cell(module) and not _is_compiled(self.root, name):
-                self._watches[name] = watch = _Watch()
-                handles.append(module.register_forward_hook(_seeing(watch), with_kwargs=True))
+        """Watch the calls of the model's own modules, if this batch is one to watch; decide at the end."""
+        self._batches += 1
+        due = self._batches <= _ALWAYS or self._batches & (self._batches - 1) == 0
+        watches, handles, origins = [], [], Origins()
+        for name, module in self.candidates.items() if due else ():
+            if is_compiled(self.root, name):
+                if isinstance(module, _CELL_TYPES):
+                    self.reasons[name] = "it is compiled"
+                continue
+            watch = Watch(name, module, origins)
+            watches.append(watch)
+            before, after = seeing(watch)
+            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        with torch.enable_grad():
-            self._decide(self._watches)
-        for watch in self._watches.values():
-            watch.__init__()  # type: ignore[misc]  # let go of the batch's tensors
+            self._decide(watches)
+            for watch in watches:
+                watch.forget()
+
+    @property
+    def torch_cells(self) -> list[str]:
+        """Return the names of torch's cells, whatever is known of them."""
+        return [
+            name
+            for name, module in self.root.named_modules()
+            if isinstance(module, _CELL_TYPES) and not any(name.startswith(f"{o}.") for o in self._apart_from)
+        ]
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Defer calls inside."""
-        running = [cell for cell in self.cells.values() if not cell.reason]
-        if not running:
-            yield
-            return
+    def active(self, names: Sequence[str] | None = None) -> Iterator[None]:
+        """Answer calls inside; of the cells with these names, by default of all."""
+        running = [c for name, c in self.cells.items() if not c.reason and (names is None or name in names)]
         for cell in running:
-            cell.active = True
+            cell.begin()
         try:
-            with custom_functions_get_values():
-                yield
+            yield
         finally:
             for cell in running:
-                cell.active = False
+                cell.end()
 
     def remove(self) -> None:
         """Give every cell its own forward back."""
         for cell in self.cells.values():
             cell.remove()
 
-    def _decide(self, watches: dict[str, _Watch]) -> None:
-        loops = {n: w for n, w in watches.items() if w.chained >= _LOOP}
-        torchs = {n for n in loops if is_torch_cell(self.root.get_submodule(n))}
+    def twin(self, root: nn.Module) -> "DeferredCells":
+        """Return the same for a copy of the model; what was compiled serves both."""
+        twin = DeferredCells(root, self.schedule, self._apart_from)
+        for name, cell in self.cells.items():
+            if not cell.reason:
+                twin.cells[name] = DeferredCell(root.get_submodule(name), cell.kernel, cell.forms)
+                twin.cells[name].lengths = list(cell.lengths)
+        return twin
+
+    def state(self) -> dict[str, Any]:
+        """Return what was decided, as plain values; `restore` repeats it without watching and measuring anew."""
+        found = {}
+        for name, cell in self.cells.items():
+            found[name] = {
+                "layout": None if cell.native else _as_plain(dataclasses.asdict(cell.layout)),
+                "forms": [[[form.kind, form.stride] for form in forms] for forms in cell.forms],
+                "lengths": [list(length) for length in cell.lengths],
+                "choices": dict(cell.choice.choices),
+                "reason": cell.reason,
+            }
+        return {"cells": found, "reasons": dict(self.reasons), "batches": self._batches}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Repeat what was decided, of the cells that the model still has."""
+        self._batches = state["batches"]
+        self.reasons = dict(state["reasons"])
+        modules = dict(self.root.named_modules())
+        for name, saved in state["cells"].items():
+            if name not in modules or is_compiled(self.root, name):
+                continue
+            cell = modules[name]
+            try:
+                layout = torch_layout(cell) if saved["layout"] is None else CallLayout(**_as_tuples(saved["layout"]))
+            except (AttributeError, ImportError):  # a class that calls hold is gone
+                continue
+            choice = self._choice(name, cell)
+            choice.choices.update(saved["choices"])
+            forms = [tuple(FeedForm(kind, stride) for kind, stride in loop) for loop in saved["forms"]]
+            self.cells[name] = made = DeferredCell(cell, Kernel(layout, choice), forms)
+            made.lengths = [(used, over) for used, over in saved["lengths"]]
+            if saved["reason"]:
+                made.remove(saved["reason"])
+
+    def _decide(self, watches: list[Watch]) -> None:
+        loops = {w.name: w for w in watches if w.chained >= LOOP}
+        inner = {name for name in loops if isinstance(self.root.get_submodule(name), _CELL_TYPES)}
         for name, watch in loops.items():
-            cell = self.root.get_submodule(name)
-            if name not in torchs and any(other.startswith(f"{name}.") for other in torchs):
+            if name not in inner and any(other.startswith(f"{name}.") for other in inner):
                 continue  # torch's cells inside have better kernels than the whole
             if any(name.startswith(f"{other}.") for other in (*self.cells, *self.reasons)):
                 continue  # part of a cell
-            choice = self._choice(name, cell)
-            reason = self._refusal(watch, choice)
-            if reason is not None:
+            choice = self._choice(name, watch.module)
+            try:
+                reason = _refusal(watch)
+            except Exception as error:
+                reason = f"looking at it failed: {type(error).__name__}: {error}"
+            if reason:
                 self.reasons[name] = reason
                 continue
-            self.cells[name] = DeferredCell(cell, choice, watch.layout, watch.shapes or ())
+            assert watch.layout is not None
+            self.cells[name] = made = DeferredCell(watch.module, Kernel(watch.layout, choice), watch.forms())
+            made.lengths = watch.lengths()
+        for watch in watches:
+            if watch.name in self.cells or watch.name in self.reasons:
+                self.called.pop(watch.name, None)
+            elif watch.is_changed:
+                self.reasons[watch.name] = (
+                    "its state is changed between the steps (masked, detached, scaled or copied), "
+                    "so that a step is not known before the one before it"
+                )
+            elif watch.calls and isinstance(watch.module, _CELL_TYPES):
+                self.called[watch.name] = watch.calls
 
     def _choice(self, name: str, cell: nn.Module) -> ScheduleChoice:
         choice = ScheduleChoice(cell, self.schedule, name=name)
         choice.calls_left = self.calls_left
         return choice
 
-    def _refusal(self, watch: _Watch, choice: ScheduleChoice) -> str | None:
-        cell = choice.module
-        if watch.inputs_changed:
-            return "its loop changes an input in place after the call"
-        if cell._backward_hooks or cell._backward_pre_hooks:
-            return "it has backward hooks"
-        if is_torch_cell(cell):
-            return None
-        if watch.layout is None or not watch.same or watch.shapes is None or watch.call is None:
-            return "its calls differ in form"
-        if any(len(watch.shapes) <= slot or slot < 0 for slot in watch.layout.state_slots):
-            return "its states are no tensors that it returned"
-        xs, states = ([t.detach() for t in group] for group in watch.call)
-        return choice.refusal(watch.layout, xs, states)
+
+def _refusal(watch: Watch) -> str | None:
+    """Say why a module that is called in a loop can not be computed at once."""
+    cell = watch.module
+    if heard := listeners(cell):
+        return heard
+    if is_torch_cell(cell) and (set(cell._parameters) != _WEIGHTS or list(cell.children())):
+        return "its weights are computed from others"
+    if any(dim < 2 or streams != watch.specs[0][1] or kind != watch.specs[0][2] for dim, streams, kind in watch.specs):
+        return "its results are not all of one type and shape (B, ...)"
+    if watch.problem:
+        return watch.problem
+    return None if watch.forms() else "its calls differ in form"
 
 
-def _as_tuples(layout: dict[str, Any]) -> dict[str, Any]:
-    def deep(value: Any) -> Any:
-        return tuple(deep(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-    return {name: deep(value) for name, value in layout.items()}
-
-
-def _seeing(watch: _Watch) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if torch.is_grad_enabled():
-            watch.see(args, kwargs, result)
-
-    return hook
+def listeners(cell: nn.Module) -> str | None:
+    """Say which hooks see every call of a cell or of a module inside it."""
+    for name, module in cell.named_modules():
+        for kind in HOOK_DICTIONARIES:
+            if module.__dict__.get(kind) and (name or kind != "_forward_hooks"):
+                return f"{f'`{name}` inside it' if name else 'it'} has {kind.strip('_').replace('_', ' ')}"
+    everywhere = global_hooks()
+    return None if everywhere is None else f"there are {everywhere}"
 
 
-def _may_be_cell(module: nn.Module) -> bool:
-    """Tell torch's cells and modules of the user's own; torch's other layers hold no state that is passed on."""
-    return is_torch_cell(module) or not type(module).__module__.startswith("torch.")
-
-
-def _is_compiled(root: nn.Module, name: str) -> bool:
-    """Tell whether a module or one around it is compiled: its calls are not Python's to record."""
+def is_compiled(root: nn.Module, name: str) -> bool:
+    """Tell whether a module or one around it is compiled: its calls are not Python's to answer."""
     module, path = root, [root]
     for part in name.split("."):
         module = module.get_submodule(part)
@@ -217,3 +225,31 @@ def _is_compiled(root: nn.Module, name: str) -> bool:
         "_compiler_ctx",
     )  # the last one: a Trainer took the compiled wrapper off
     return any(getattr(m, mark, None) is not None for m in path for mark in marks)
+
+
+def _may_be_cell(module: nn.Module) -> bool:
+    """Tell torch's cells and modules of the user's own; torch's other layers hold no state that is passed on."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    return isinstance(module, _CELL_TYPES) or not type(module).__module__.startswith("torch.")
+
+
+def _as_plain(value: Any) -> Any:
+    if isinstance(value, type):
+        return f"class {value.__module__}:{value.__qualname__}"
+    if isinstance(value, dict):
+        return {name: _as_plain(v) for name, v in value.items()}
+    return [_as_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _as_tuples(layout: dict[str, Any]) -> dict[str, Any]:
+    def deep(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("class "):
+            module, _, path = value.removeprefix("class ").partition(":")
+            found: Any = importlib.import_module(module)
+            for part in path.split("."):
+                found = getattr(found, part)
+            return found
+        return tuple(deep(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+    return {name: deep(value) for name, value in layout.items()}

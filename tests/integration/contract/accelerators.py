@@ -54,6 +54,7 @@ class Accelerator:
         acted: Says of the module after ``fit`` (row 1, 3, 4) whether the accelerator did something.
         nothing_to_act_on: Pattern of the error for a network without anything to act on (row 7), or None if it acts on
             any network.
+        nothing_is_a_warning: Whether that is a warning when training ends, since only training can show it.
         hopeless_network: Such a network; the same data must fit.
         steps_aside: Callbacks that find, without a fake clock, that acting does not pay, or None if it always acts
             (row 9). The run must equal plain training bit for bit.
@@ -79,6 +80,7 @@ class Accelerator:
     acted: Callable[[LightningModule], bool]
     nothing_to_act_on: str | None
     data: Callable[[], TensorDataset] = classification_data
+    nothing_is_a_warning: bool = False
     hopeless_network: Callable[[], nn.Module] = embedding_only
     steps_aside: Callable[[], list[Callback]] | None = None
     aside_log: str = ""
@@ -249,6 +251,7 @@ ACCELERATORS = (
         neutral=lambda: [IntraStreamScheduling("loop")],
         acted=has_recurrent_report,
         nothing_to_act_on="found no recurrent layer",
+        nothing_is_a_warning=True,
         conf=("intra_stream_scheduling",),
     ),
     Accelerator(
@@ -258,6 +261,7 @@ ACCELERATORS = (
         neutral=lambda: [IntraStreamScheduling("loop")],
         acted=has_recurrent_report,
         nothing_to_act_on="found no recurrent layer",
+        nothing_is_a_warning=True,
     ),
     Accelerator(
         name="intra_stream_scheduling_of_a_decoder",
@@ -266,8 +270,9 @@ ACCELERATORS = (
         neutral=lambda: [IntraStreamScheduling("loop")],
         acted=has_recurrent_report,
         nothing_to_act_on="found no recurrent layer",
+        nothing_is_a_warning=True,
         steps_aside=lambda: [IntraStreamScheduling()],
-        aside_log="uses every step's result before the next step",
+        aside_log="may use every step's result before the next step",
     ),
     Accelerator(
         name="async_sgd",

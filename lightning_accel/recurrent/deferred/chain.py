@@ -1,0 +1,348 @@
+"""A loop over a cell whose steps were all computed at its first call, and whose graph is that of the loop.
+
+Every call gets its results as ordinary tensors of their own memory. In the graph they depend on that call's inputs and
+states and, through a token, on what the whole loop got at its first call: one node a step, `_Step`, and below all of
+them `_Whole`. In a usual backward the nodes of the steps only collect the gradients of their results; `_Whole` comes
+last and makes one backward of all steps, whose gradients it brings to the inputs, the first states and the parameters.
+Where somebody wants to know more (hooks on hidden states, gradients with respect to one, second derivatives), every
+node makes the backward of its own step instead, as the loop's nodes would.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from lightning_accel.recurrent.deferred.feeds import Feed, Rows, is_listened_to, same_values
+from lightning_accel.recurrent.deferred.kernel import SHORTEST, Kernel
+from lightning_accel.torch_private import backward_keeps_graph, backward_reaches, node_class, running_backward
+
+GOES_ON = "it goes on longer than foretold"
+_FREED = (
+    "Trying to backward through the graph a second time, but a recurrent loop has freed what it kept; call the first "
+    "backward with `retain_graph=True`."
+)
+
+
+class Chain:
+    """All steps of a loop.
+
+    Args:
+        kernel: Computes them.
+        feeds: Of the inputs.
+        firsts: Inputs of the first call.
+        states: States before the first call.
+        parameters: The cell's parameters, in the kernel's order.
+        steps: How many calls are foretold.
+        asked: Called for each backward that goes step by step.
+
+    Attributes:
+        values: The distinct results of all steps, each of shape (T, B, ...).
+        given: How many calls have got their results.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        feeds: Sequence[Feed],
+        firsts: Sequence[Tensor],
+        states: Sequence[Tensor],
+        *,
+        parameters: Sequence[Tensor],
+        steps: int,
+        asked: Callable[[], None],
+    ) -> None:
+        self.kernel, self.feeds, self.steps, self._asked = kernel, list(feeds), steps, asked
+        self.given = 0
+        self.parameters = list(parameters)
+        self._xs = [feed.values(steps) for feed in feeds]
+        self._states = [s.detach().clone() for s in states]
+        self._wanted = (
+            [feed.wants_gradient for feed in feeds],
+            [s.requires_grad for s in states],
+            [p.requires_grad for p in parameters],
+        )
+        self._made: _Made | None = _Made(self, steps)
+        self.values = [v.detach() for v in self._made.outputs]
+        self._rows = [v.unbind(0) for v in self.values]
+        self._last: list[weakref.ref[Tensor]] = []
+        self._watched: list[weakref.ref[Tensor]] = []
+        self.listened_to = False
+        self._modes: dict[int, bool] = {}
+        self._received: dict[int, dict[int, tuple[Tensor | None, ...]]] = {}
+        self._rows_received: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+        self._weight_gradients: dict[int, list[Tensor | None]] = {}
+        mark = torch.zeros((), requires_grad=True)
+        self._mark = get_gradient_edge(mark).node
+        self._edges = mark, (*firsts, *states, *parameters)
+
+    def begin(self) -> Tensor:
+        """Join the graph of the model, once; return the token for the calls, which the chain itself must not hold."""
+        (mark, tensors), self._edges = self._edges, None  # type: ignore[assignment]  # they may hold the chain itself
+        wanted = [flag for group in self._wanted for flag in group]
+        edges = [t for t, flag in zip(tensors, wanted, strict=True) if flag]
+        for feed, first in zip(self.feeds, tensors, strict=False):
+            feed.begin(first)
+        token: Tensor = _Whole.apply(self, mark, *edges) if edges else mark.detach()
+        return token
+
+    def accepts(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str | None:
+        """Say why a call is not the next foretold one; ``None`` if it is."""
+        for state, slot in zip(states, self.kernel.layout.state_slots, strict=True):
+            if state._version or is_listened_to(state) or not same_values(state, self._rows[slot][self.given - 1]):
+                return "its state is changed or listened to between the steps"
+        if self.given >= self.steps:
+            return GOES_ON
+        if not all(feed.accepts(self.given, x) for feed, x in zip(self.feeds, xs, strict=True)):
+            return "an input is not the one that was foretold"
+        return None
+
+    def follows(self, states: Sequence[Tensor]) -> bool:
+        """Tell whether these are the very results of the last call."""
+        slots = self.kernel.layout.state_slots
+        return bool(self._last) and all(s is self._last[k]() for s, k in zip(states, slots, strict=True))
+
+    def gave(self, tensor: Tensor, step: int, slot: int) -> bool:
+        """Tell whether a tensor is a result of a step, as it was given."""
+        node: Any = tensor.grad_fn
+        if type(node) is not STEP_NODE or node.chain is not self or (node.step, tensor.output_nr) != (step, slot):
+            return False
+        return not tensor._version and same_values(tensor, self._rows[slot][step])
+
+    def next(self, token: Tensor, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the next call's results."""
+        step, self.given = self.given, self.given + 1
+        outputs: tuple[Tensor, ...] = _Step.apply(self, step, token, *xs, *states)
+        self._last = [weakref.ref(o) for o in outputs]
+        self._watched += [self._last[slot] for slot in self.kernel.layout.state_slots]
+        self._watched += [weakref.ref(x) for x, feed in zip(xs, self.feeds, strict=True) if feed.wants_gradient]
+        return outputs
+
+    def copies(self, step: int) -> tuple[Tensor, ...]:
+        """Return a step's results in memory of their own."""
+        return tuple(rows[step].clone(memory_format=torch.contiguous_format) for rows in self._rows)
+
+    def goes_step_by_step(self) -> bool:
+        """Tell whether the running backward makes each step's by itself."""
+        backward = running_backward()
+        if backward not in self._modes:
+            if len(self._modes) > _REMEMBERED:
+                self._modes.clear()
+            answer = (
+                torch.is_grad_enabled()
+                or self.listened_to
+                or not backward_reaches(self._mark)
+                or any(tensor is not None and is_listened_to(tensor) for tensor in (r() for r in self._watched))
+                or any(isinstance(feed, Rows) and feed.source.goes_step_by_step() for feed in self.feeds)
+            )
+            self._modes[backward] = answer
+            if answer:
+                self._asked()
+        return self._modes[backward]
+
+    def receive(self, step: int, gradients: tuple[Tensor | None, ...]) -> None:
+        """Keep the gradients of a step's results until all are there."""
+        self._received.setdefault(running_backward(), {})[step] = gradients
+
+    def receive_rows(self, slot: int, steps: Tensor, gradients: Tensor) -> None:
+        """Keep gradients of one result at several steps, from a loop that it feeds."""
+        self._rows_received.setdefault(running_backward(), []).append((slot, steps, gradients))
+
+    def step_back(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Make the backward of one step.
+
+        Args:
+            tensors: The step's inputs and states.
+            gradients: Of its results.
+
+        Returns:
+            Gradients of ``tensors``; those of the parameters wait for `collect`.
+        """
+        twice = torch.is_grad_enabled()
+        count = len(self.feeds)
+        with torch.enable_grad(), _without_autocast(self._xs[0]):
+            leaves = [_twin(t, twice) for t in (*tensors, *self.parameters)]
+            xs, states, weights = leaves[:count], leaves[count : len(tensors)], leaves[len(tensors) :]
+            outputs = [o[0] for o in self.kernel.run_one_by_one([x[None] for x in xs], states, weights)]
+        found = _gradients(outputs, gradients, leaves, create_graph=twice)
+        known = self._weight_gradients.setdefault(running_backward(), [None] * len(weights))
+        for k, new in enumerate(found[len(tensors) :]):
+            known[k] = new if known[k] is None or new is None else known[k] + new  # type: ignore[operator]
+        return found[: len(tensors)]
+
+    def collect(self) -> list[Tensor | None]:
+        """Return the gradients of what the loop got at its first call, once all steps have theirs."""
+        backward, (for_xs, for_states, for_weights) = running_backward(), self._wanted
+        if self.goes_step_by_step():
+            found = self._weight_gradients.pop(backward, [None] * len(for_weights))
+            weights = [g for g, flag in zip(found, for_weights, strict=True) if flag]
+            return [*[None] * (sum(for_xs) + sum(for_states)), *weights]
+        received, rows = self._received.pop(backward, {}), self._rows_received.pop(backward, [])
+        used = 1 + max(
+            max((t for t, gradients in received.items() if any(g is not None for g in gradients)), default=-1),
+            max((int(steps.max()) for _, steps, _ in rows if len(steps)), default=-1),
+        )
+        if not used:
+            return [None] * (sum(for_xs) + sum(for_states) + sum(for_weights))
+        gradients = [self._joined(slot, used, received, rows) for slot in range(len(self.values))]
+        keep = backward_keeps_graph()
+        made = self._made
+        if made is None:
+            raise RuntimeError(_FREED)
+        heard = any(is_listened_to(p) for p in (*self.parameters, *self.kernel.parameters))
+        one_by_one = heard or used < SHORTEST or not made.serves(gradients)
+        if one_by_one or used < self.steps:  # what lies behind the last step that counts may be NaN
+            found = _Made(self, used, one_by_one=one_by_one).gradients(gradients, keep=False)
+        else:
+            found = made.gradients(gradients, keep=keep)
+        if not keep:
+            self._made = None
+        given: list[Tensor | None] = []
+        flags = [*for_xs, *for_states, *for_weights]
+        for k, (gradient, flag) in enumerate(zip(found, flags, strict=True)):
+            if flag:
+                given.append(self.feeds[k].bring(gradient) if gradient is not None and k < len(for_xs) else gradient)
+        return given
+
+    def _joined(
+        self,
+        slot: int,
+        steps: int,
+        received: dict[int, tuple[Tensor | None, ...]],
+        rows: list[tuple[int, Tensor, Tensor]],
+    ) -> Tensor | None:
+        single = [received[t][slot] if t in received else None for t in range(steps)]
+        rows = [part for part in rows if part[0] == slot]
+        if not rows and all(g is None for g in single):
+            return None
+        zero = torch.zeros_like(self.values[slot][0])
+        joined = torch.stack([zero if g is None else g for g in single])
+        for _, places, gradient in rows:
+            joined.index_add_(0, places, gradient)
+        return joined
+
+    def made_from(self, steps: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return new leaves for inputs and states."""
+        for_xs, for_states, _ = self._wanted
+        xs = [x[:steps].detach().requires_grad_(flag) for x, flag in zip(self._xs, for_xs, strict=True)]
+        return xs, [s.detach().requires_grad_(flag) for s, flag in zip(self._states, for_states, strict=True)]
+
+
+class _Made:
+    """The graph of all steps, apart from the model's."""
+
+    def __init__(self, chain: Chain, steps: int, *, one_by_one: bool = False) -> None:
+        xs, states = chain.made_from(steps)
+        weights: list[Any] = chain.kernel.parameters
+        self._last: dict[int, Tensor] = {}
+        with torch.enable_grad(), _without_autocast(xs[0]):
+            if one_by_one:
+                weights = [_twin(w, twice=False) for w in weights]
+                self.outputs = chain.kernel.run_one_by_one(xs, states, weights)
+            else:
+                self.outputs, self._last = chain.kernel.run(xs, states)
+        self._leaves = [*xs, *states, *weights]
+
+    def serves(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Tell whether gradients of these results can be had: a kernel may know some of the last step's only."""
+        inner = [slot for slot in self._last if (g := gradients[slot]) is not None and bool(g[:-1].any())]
+        return not inner
+
+    def gradients(self, gradients: Sequence[Tensor | None], *, keep: bool) -> list[Tensor | None]:
+        """Make the backward; return the gradients of inputs, states and parameters."""
+        outputs, given = list(self.outputs), list(gradients)
+        for slot, last in self._last.items():
+            gradient = given[slot]
+            outputs[slot], given[slot] = last, None if gradient is None else gradient[-1]
+        return _gradients(outputs, given, self._leaves, keep=keep)
+
+
+class _Step(torch.autograd.Function):
+    """One call: results that depend on its inputs and states and on the whole loop."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, step: int, token: Tensor, *tensors: Tensor) -> Any:  # noqa: ARG004
+        ctx.chain, ctx.step = chain, step
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        return chain.copies(step)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        chain: Chain = ctx.chain
+        if chain.goes_step_by_step():
+            tensors = ctx.saved_tensors
+            if all(g is None for g in gradients):
+                return (None,) * (3 + len(tensors))
+            return (None, None, None, *chain.step_back(tensors, gradients))
+        chain.receive(ctx.step, gradients)
+        return (None,) * (3 + len(chain.feeds) + len(chain.kernel.layout.state_slots))
+
+
+class _Whole(torch.autograd.Function):
+    """The whole loop: what it got at its first call, and the token that its steps depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, mark: Tensor, *edges: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.chain = chain
+        ctx.set_materialize_grads(False)
+        return mark.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:  # noqa: ARG004
+        return (None, None, *ctx.chain.collect())
+
+
+def _hear(node: Any, hook: Any) -> Any:
+    """Register a hook on a step's node, and let its loop's backward go step by step for it."""
+    node.chain.listened_to = True
+    return super(STEP_NODE, node).register_prehook(hook)
+
+
+def _hear_after(node: Any, hook: Any) -> Any:
+    node.chain.listened_to = True
+    return super(STEP_NODE, node).register_hook(hook)
+
+
+STEP_NODE = node_class(_Step)
+STEP_NODE.register_prehook, STEP_NODE.register_hook = _hear, _hear_after
+_REMEMBERED = 16  # backwards of one loop
+
+
+def _twin(tensor: Tensor, twice: bool) -> Tensor:
+    """Return a stand-in whose gradient is not seen by hooks on the tensor; part of its graph for second derivatives."""
+    if twice and tensor.requires_grad:
+        return tensor.view_as(tensor)
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _gradients(
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    leaves: Sequence[Tensor],
+    *,
+    keep: bool = False,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(leaves)
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            retain_graph=keep or create_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+def _without_autocast(like: Tensor) -> torch.autocast:
+    return torch.autocast(like.device.type, enabled=False)
