@@ -22,6 +22,11 @@ def callbacks_of(trainer: "pl.Trainer") -> list["pl.Callback"]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
+def logging_period(trainer: "pl.Trainer") -> int:
+    """Return after how many steps the Trainer logs: a public attribute as well, set by its logger connector."""
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # see `callbacks_of`
+
+
 def averaged_modules(trainer: "pl.Trainer") -> list[nn.Module]:
     """Return the copies of the module that weight-averaging callbacks keep.
 

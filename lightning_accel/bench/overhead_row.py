@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from lightning_accel.callbacks.projection.l1inf_projection import L1InfProjection
-from lightning_accel.callbacks.projection.projected_training import Timing
+from lightning_accel.callbacks.projection.timing import Timing
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import compare_paired, synchronize
 from lightning_accel.zoo.models.autoencoder import SupervisedAutoencoder

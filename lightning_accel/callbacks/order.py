@@ -35,9 +35,12 @@ def correct_order(trainer: "pl.Trainer") -> None:
     while moved:
         moved = False
         for first, later in ORDER:
-            places = {_name(callback): index for index, callback in enumerate(callbacks)}
-            if first in places and later in places and places[later] < places[first]:
-                callbacks.insert(places[later], callbacks.pop(places[first]))
+            names = [_name(callback) for callback in callbacks]
+            if first not in names or later not in names:
+                continue
+            begin, end = names.index(later), len(names) - 1 - names[::-1].index(first)  # of several of a class, too
+            if begin < end:
+                callbacks.insert(begin, callbacks.pop(end))
                 moved = True
     if callbacks != callbacks_of(trainer):
         if trainer.is_global_zero:

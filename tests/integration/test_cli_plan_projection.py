@@ -37,7 +37,7 @@ def test_plan_shows_what_a_target_sparsity_clears(name, more, capsys):
 
 
 def test_plan_shows_a_shared_radius_and_what_it_leaves_nothing_of(capsys):
-    settings = ["target_sparsity=null", "radius=0.0", "scope=global", "every_n_epochs=2"]
+    settings = ["radius=0.0", "scope=global", "every_n_epochs=2", "min_groups=0", "parameters='*weight'"]
     assert (
         call("plan", *SAE, "callbacks=[l1inf_projection]", *(f"callbacks.l1inf_projection.{w}" for w in settings)) == 0
     )
@@ -50,7 +50,7 @@ def test_plan_shows_a_shared_radius_and_what_it_leaves_nothing_of(capsys):
 
 
 def test_plan_says_what_a_fraction_of_the_norm_is(capsys):
-    settings = ["target_sparsity=null", "radius_fraction=0.5", "at_end=true"]
+    settings = ["radius_fraction=0.5", "at_end=true", "parameters='*weight'"]
     assert (
         call("plan", *SAE, "callbacks=[l1inf_projection]", *(f"callbacks.l1inf_projection.{w}" for w in settings)) == 0
     )
@@ -58,6 +58,20 @@ def test_plan_says_what_a_fraction_of_the_norm_is(capsys):
     _, _, norm, radius, _ = table(out)["decoder.2.weight"]
     assert float(radius) == pytest.approx(float(norm) / 2, rel=1e-3)
     assert "once, when training ends" in out
+
+
+def test_plan_leaves_out_what_writes_the_output(capsys):
+    assert call("plan", *SAE, "callbacks=[l1inf_projection]") == 0
+    out = capsys.readouterr().out
+    assert set(table(out)) == {"encoder.0.weight", "decoder.0.weight", "all"}
+    assert table(out)["all"][4] == "20 (50.0%)"
+    assert "Left alone: encoder.2.weight (writes the model's output), decoder.2.weight (writes" in out
+
+
+def test_plan_says_why_nothing_would_be_projected(capsys):
+    words = ["model=mlp", "data=digits", "callbacks=[l1inf_projection]", "callbacks.l1inf_projection.min_groups=2000"]
+    assert call("plan", *words) == 2
+    assert "nothing would be projected: hidden.0.weight only 1024 groups" in capsys.readouterr().err
 
 
 def test_plan_explains_that_no_parameter_fits(capsys):

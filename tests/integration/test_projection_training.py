@@ -21,6 +21,7 @@ from lightning_accel.callbacks import L1InfProjection, MultilevelProjection, Ran
 from lightning_accel.low_rank import RankPlan
 
 FEATURES, HIDDEN = 12, 16
+ALL = "*weight"  # by default the layer that writes the output is left alone
 
 
 class Net(LightningModule):
@@ -110,7 +111,11 @@ def zero_rows(weight, dim=0):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: L1InfProjection(2.0), lambda: L1InfProjection(2.0, method="exact"), lambda: MultilevelProjection(2.0)],
+    [
+        lambda: L1InfProjection(2.0, parameters=ALL),
+        lambda: L1InfProjection(2.0, method="exact", parameters=ALL),
+        lambda: MultilevelProjection(2.0, parameters=ALL),
+    ],
 )
 def test_every_weight_is_feasible_after_training(make):
     net = Net()
@@ -154,7 +159,7 @@ def test_projections_equal_global_step_under_accumulation(kind):
 
 @BOTH
 def test_projections_equal_global_step_with_two_optimizers_by_hand(kind):
-    callback, after = kind(2.0), AfterSteps(2.0)
+    callback, after = kind(2.0, parameters=ALL), AfterSteps(2.0)
     net = Net("manual")
     trainer = fit(net, callback, after)
     assert callback.projections == trainer.global_step == 18
@@ -163,7 +168,9 @@ def test_projections_equal_global_step_with_two_optimizers_by_hand(kind):
 
 
 @pytest.mark.parametrize("optimization", ["automatic", "manual"])
-@pytest.mark.parametrize("settings", [{"radius": 2.0}, {"target_sparsity": 0.5, "freeze_zero_groups": True}])
+@pytest.mark.parametrize(
+    "settings", [{"radius": 2.0}, {"target_sparsity": 0.5, "schedule": "constant", "freeze_zero_groups": True}]
+)
 @BOTH
 def test_projections_equal_global_step_when_amp_skips_steps(kind, optimization, settings):
     steps, before, kept = [], {}, []
@@ -202,7 +209,7 @@ BALLS = {
 @pytest.mark.parametrize("when", [{}, {"mode": "project_then_retrain", "retrain_epoch": 1}])
 def test_target_sparsity_is_met_within_one_group(ball, scope, groups, sparsity, when):
     net = Net(hidden=150)
-    fit(net, BALLS[ball](target_sparsity=sparsity, scope=scope, groups=groups, **when))
+    fit(net, BALLS[ball](target_sparsity=sparsity, scope=scope, groups=groups, parameters=ALL, **when))
     dim = ("rows", "columns").index(groups)
     found = {name: (zero_rows(w, dim=dim), w.shape[dim]) for name, w in weights(net).items()}
     if scope == "global":
@@ -232,7 +239,7 @@ def test_infinite_radius_equals_plain_training_bit_for_bit():
 def test_radius_fraction_is_of_the_norm_at_the_start():
     net = Net()
     before = {n: l1inf(w) for n, w in weights(net).items()}
-    fit(net, L1InfProjection(radius_fraction=0.3))
+    fit(net, L1InfProjection(radius_fraction=0.3, parameters=ALL))
     for name, weight in weights(net).items():
         assert l1inf(weight) == pytest.approx(0.3 * before[name], rel=1e-3)
 
@@ -263,7 +270,7 @@ def test_target_sparsity_rises_with_the_ramp(method, scope):
         def on_train_batch_end(self, trainer, pl_module, *_):
             cleared.append([zero_rows(w) for w in weights(pl_module).values()])
 
-    settings = {"schedule": "cubic", "start_step": 2, "end_step": 10, "method": method, "scope": scope}
+    settings = {"start_step": 2, "end_step": 10, "method": method, "scope": scope, "parameters": ALL}
     fit(Net(hidden=40), L1InfProjection(target_sparsity=0.5, **settings), Watch())
     parts = [1.0 - (1.0 - min(max(step - 2, 0), 8) / 8) ** 3 for step in range(1, 13)]
     if scope == "global":
@@ -278,7 +285,7 @@ def test_target_sparsity_rises_with_the_ramp(method, scope):
         ({"every_n_steps": 4}, [4, 8, 12, 16, 20, 24]),
         ({"every_n_epochs": 1}, [6, 12, 18, 24]),
         ({"every_n_epochs": 2}, [12, 24]),
-        ({"at_end": True}, []),
+        ({"at_end": True}, [24]),
     ],
 )
 def test_other_times_project_then_and_leave_feasible_weights_at_the_end(when, projected):
@@ -289,7 +296,7 @@ def test_other_times_project_then_and_leave_feasible_weights_at_the_end(when, pr
             if all(l1inf(w) <= 1.0 for w in weights(pl_module).values()):
                 feasible.append(trainer.global_step)
 
-    net, callback = Net(), L1InfProjection(1.0, **when)
+    net, callback = Net(), L1InfProjection(1.0, parameters=ALL, **when)
     fit(net, callback, Watch(), epochs=4)
     assert feasible == projected
     assert all(l1inf(w) <= 1.0 for w in weights(net).values())
@@ -348,18 +355,37 @@ def test_project_then_retrain_keeps_zeros_and_rewinds_survivors(rewind, tmp_path
     "settings",
     [
         {"radius_fraction": 0.3, "method": "exact"},
-        {"target_sparsity": 0.5, "every_n_steps": 2, "freeze_zero_groups": True},
+        {"target_sparsity": 0.5, "every_n_steps": 2, "freeze_zero_groups": True, "schedule": "constant"},
+        {"radius": 1.0, "every_n_steps": 5},
+        {"radius": 1.0, "every_n_epochs": 3},
+        {"target_sparsity": 0.5, "at_end": True},
         {"radius": 1.0, "schedule": "cubic", "end_step": 15, "scope": "global"},
         {"target_sparsity": 0.5, "mode": "project_then_retrain", "retrain_epoch": 1, "rewind": "init"},
     ],
 )
 @pytest.mark.parametrize("at", [1, 2])
-def test_resumed_run_equals_uninterrupted_run(settings, at, tmp_path):
+def test_a_fit_that_goes_on_further_equals_a_longer_one(settings, at, tmp_path):
     whole = Net()
     fit(whole, L1InfProjection(**settings), epochs=4)
     fit(Net(), L1InfProjection(**settings), SaveEachEpoch(tmp_path / "last.ckpt"), epochs=at)
     resumed = Net()
     fit(resumed, L1InfProjection(**settings), epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    for (name, expected), actual in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, actual), name
+
+
+@pytest.mark.parametrize("settings", [{}, {"scope": "global", "every_n_steps": 4}, {"every_n_epochs": 2}])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_resumed_run_with_default_choices_equals_uninterrupted_run(settings, at, tmp_path):
+    class SaveOnce(SaveEachEpoch):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch + 1 == at:
+                super().on_train_epoch_end(trainer, pl_module)
+
+    whole, resumed = Net(), Net()
+    fit(whole, L1InfProjection(**settings), SaveOnce(tmp_path / "last.ckpt"), epochs=4)
+    fit(resumed, L1InfProjection(**settings), epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    assert zero_rows(whole.first.weight.detach()) > 0
     for (name, expected), actual in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(expected, actual), name
 
@@ -376,7 +402,7 @@ def test_checkpoint_in_the_middle_of_an_epoch_is_feasible(tmp_path):
 @pytest.mark.parametrize("first", [True, False])
 def test_averaged_weights_are_thinned_out_before_validation_and_at_the_end(first, tmp_path):
     net = Net()
-    mine = L1InfProjection(target_sparsity=0.5)
+    mine = L1InfProjection(target_sparsity=0.5, parameters=ALL)
     averaging = EMAWeightAveraging(decay=0.9)
     checkpoint = ModelCheckpoint(tmp_path, save_last=True)
     fit(net, *((mine, averaging) if first else (averaging, mine)), checkpoint, epochs=3, validate=True)
@@ -395,7 +421,7 @@ def test_averaged_weights_are_thinned_out_before_validation_and_at_the_end(first
 )
 def test_averaged_weights_are_feasible(kind, average, tmp_path):
     net = Net()
-    fit(net, average(), kind(1.0), ModelCheckpoint(tmp_path, save_last=True), epochs=4, validate=True)
+    fit(net, average(), kind(1.0, parameters=ALL), ModelCheckpoint(tmp_path, save_last=True), epochs=4, validate=True)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert all(l1inf(weight) <= 1.0 for weight in weights(net).values())
     for found in (net.seen_in_validation, {name: saved[name] for name in weights(net)}):
@@ -405,7 +431,9 @@ def test_averaged_weights_are_feasible(kind, average, tmp_path):
 
 def test_averages_of_weights_that_are_retrained_keep_the_zeros(tmp_path):
     net, average = Net(), EMAWeightAveraging(decay=0.9)
-    mine = L1InfProjection(target_sparsity=0.5, mode="project_then_retrain", retrain_epoch=2, rewind="init")
+    mine = L1InfProjection(
+        target_sparsity=0.5, mode="project_then_retrain", retrain_epoch=2, rewind="init", parameters=ALL
+    )
     fit(net, average, mine, ModelCheckpoint(tmp_path, save_last=True), epochs=4, validate=True)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     raw = saved["lightning_accel_average_before_projection"]
@@ -417,7 +445,7 @@ def test_averages_of_weights_that_are_retrained_keep_the_zeros(tmp_path):
 
 def test_averages_resume_as_they_were_before_projection(tmp_path):
     def callbacks():
-        return L1InfProjection(target_sparsity=0.5), EMAWeightAveraging(decay=0.9)
+        return L1InfProjection(target_sparsity=0.5, schedule="constant"), EMAWeightAveraging(decay=0.9)
 
     whole, resumed = Net(), Net()
     fit(whole, *callbacks(), epochs=3, validate=True)
@@ -430,7 +458,8 @@ def test_averages_resume_as_they_were_before_projection(tmp_path):
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_stochastic_weight_averages_are_thinned_out(batch_norm):
     net = Net(batch_norm=batch_norm)
-    fit(net, L1InfProjection(target_sparsity=0.5), StochasticWeightAveraging(1e-2, swa_epoch_start=1), epochs=4)
+    mine = L1InfProjection(target_sparsity=0.5, parameters=ALL)
+    fit(net, mine, StochasticWeightAveraging(1e-2, swa_epoch_start=1), epochs=4)
     for name, weight in weights(net).items():
         assert zero_rows(weight) >= len(weight) // 2, name
 

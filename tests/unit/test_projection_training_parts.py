@@ -122,7 +122,7 @@ def test_invalid_ramps_are_refused(arguments, match):
 
 
 INVALID = [
-    ({}, "give exactly one of `radius`.*, got none"),
+    ({"min_groups": -1}, "`min_groups` must be >= 0, got -1"),
     ({"radius": 1.0, "target_sparsity": 0.5}, "got `radius` and `target_sparsity`. Set the others to None"),
     ({"radius": -1.0}, "`radius` must be >= 0"),
     ({"radius_fraction": 1.5}, "`radius_fraction` must be in"),
@@ -166,7 +166,8 @@ WRONG_KINDS = [
     ({"radius": 1.0, "mode": "project_then_retrain", "retrain_epoch": True}, "`retrain_epoch` must be an integer"),
     ({"radius": 1.0, "at_end": "no"}, "`at_end` must be True or False, got 'no'"),
     ({"radius": 1.0, "freeze_zero_groups": 1}, "`freeze_zero_groups` must be True or False, got 1"),
-    ({"radius": 1.0, "parameters": None}, "`parameters` must be text or several texts, got None"),
+    ({"radius": 1.0, "min_groups": 0.5}, "`min_groups` must be an integer, got 0.5"),
+    ({"radius": 1.0, "parameters": 3}, "`parameters` must be text or several texts, got 3"),
     ({"radius": 1.0, "parameters": ["*weight", 3]}, "`parameters` must be text .*, such as '.weight'"),
     ({"radius": 1.0, "module_types": [nn.Linear]}, "`module_types` must be text or .* a class name, such as 'Linear'"),
     ({"radius": 1.0, "groups": 0}, r"`groups` must name dimensions as integers, such as \(0,\), got 0"),

@@ -13,6 +13,7 @@ def check_kinds(
     counts: Mapping[str, object],
     optional_counts: Mapping[str, object],
     switches: Mapping[str, object],
+    optional_switches: Mapping[str, object],
 ) -> None:
     """Refuse arguments of another kind, such as text from a configuration.
 
@@ -21,6 +22,7 @@ def check_kinds(
         counts: Name to what must be an integer.
         optional_counts: Name to what must be an integer or ``None``.
         switches: Name to what must be true or false.
+        optional_switches: Name to what must be true, false or ``None``.
 
     Raises:
         TypeError: If one is not.
@@ -34,6 +36,9 @@ def check_kinds(
         check_integer(name, value)
     for name, value in switches.items():
         check_switch(name, value)
+    for name, value in optional_switches.items():
+        if value is not None:
+            check_switch(name, value)
 
 
 def words(name: str, given: str | Sequence[str], what: str) -> tuple[str, ...]:

@@ -1,114 +1,31 @@
-"""What both projection callbacks do while a Trainer runs."""
+"""What a projection callback does while a Trainer runs."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 
-from lightning_accel.callbacks.projection.group_sparsity import GroupSparsity
-from lightning_accel.callbacks.projection.nothing_found import nothing_found
-from lightning_accel.decision_line import say_decision
-from lightning_accel.lightning_private import averaged_modules, callbacks_of, load_checkpoint_file
+from lightning_accel.callbacks.projection.averages import ProjectedAverages
+from lightning_accel.callbacks.projection.messages import nothing_found
+from lightning_accel.callbacks.projection.roles import LayerRoles
+from lightning_accel.callbacks.projection.selection import Selection
+from lightning_accel.callbacks.projection.shortfalls import Shortfalls
+from lightning_accel.callbacks.projection.sparsity_log import log_sparsity
+from lightning_accel.callbacks.projection.timing import Timing, ends_now
+from lightning_accel.lightning_private import averaged_modules, callbacks_of, load_checkpoint_file, logging_period
 from lightning_accel.projection.kernels.compiled import Compile, check_compile
 from lightning_accel.projection.sharded import alike, gather
 from lightning_accel.projection.training.ball_specification import Ball
 from lightning_accel.projection.training.projector import Projector
-from lightning_accel.projection.training.ramp import Ramp
-from lightning_accel.projection.training.targets import NAMED_GROUPS, Target, find_targets
 
 _REFUSED = {"FSDPStrategy", "DeepSpeedStrategy"}
-_RAW_AVERAGE = "lightning_accel_average_before_projection"
-
-Mode = Literal["project", "project_then_retrain"]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which parameters; the arguments of `lightning_accel.projection.training.targets.find_targets`."""
-
-    parameters: tuple[str, ...]
-    module_types: tuple[str, ...] | None
-    groups: str | tuple[int, ...]
-    num_heads: int | None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.groups, str) and self.groups not in NAMED_GROUPS:
-            raise ValueError(f"`groups` must be of {NAMED_GROUPS} or dimensions, got {self.groups!r}.")
-        if self.num_heads is not None and self.num_heads < 1:
-            raise ValueError(f"`num_heads` must be >= 1, got {self.num_heads}.")
-
-    def find(self, model: nn.Module) -> list[Target]:
-        """Find the targets in ``model``."""
-        return find_targets(
-            model, self.parameters, module_types=self.module_types, groups=self.groups, num_heads=self.num_heads
-        )
-
-
-def selection(
-    parameters: str | Sequence[str],
-    module_types: Sequence[str] | None,
-    groups: str | Sequence[int],
-    num_heads: int | None,
-) -> Selection:
-    """Make a `Selection` of what users and configuration files give."""
-    return Selection(
-        (parameters,) if isinstance(parameters, str) else tuple(parameters),
-        None if module_types is None else tuple(module_types),
-        groups if isinstance(groups, str) else tuple(groups),
-        num_heads,
-    )
-
-
-@dataclass(frozen=True)
-class Timing:
-    """When to project; see `MultilevelProjection`.
-
-    Raises:
-        ValueError: If a value is out of range, or values exclude each other.
-    """
-
-    every_n_steps: int | None = None
-    every_n_epochs: int | None = None
-    at_end: bool = False
-    mode: Mode = "project"
-    retrain_epoch: int | None = None
-    rewind: str = "none"
-    ramped: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("every_n_steps", "every_n_epochs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be >= 1, got {value}.")
-        given = [bool(self.every_n_steps), bool(self.every_n_epochs), self.at_end]
-        if sum(given) > 1:
-            raise ValueError("give at most one of `every_n_steps`, `every_n_epochs` and `at_end`.")
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"`mode` must be of {get_args(Mode)}, got {self.mode!r}.")
-        retrains = self.mode == "project_then_retrain"
-        if retrains and (any(given) or self.ramped):
-            raise ValueError(
-                "mode 'project_then_retrain' projects once, at `retrain_epoch`; give no other time or schedule."
-            )
-        if retrains != (self.retrain_epoch is not None):
-            raise ValueError("`retrain_epoch` must be given for mode 'project_then_retrain', and only for it.")
-        if self.retrain_epoch is not None and self.retrain_epoch < 0:
-            raise ValueError(f"`retrain_epoch` must be >= 0, got {self.retrain_epoch}.")
-        if not retrains and self.rewind != "none":
-            raise ValueError("`rewind` needs mode 'project_then_retrain'.")
-
-    @functools.cached_property
-    def period(self) -> int:
-        """Optimizer steps from one projection to the next; 0: none follows a step."""
-        if self.mode != "project" or self.at_end or self.every_n_epochs is not None:
-            return 0
-        return self.every_n_steps or 1
 
 
 @dataclass
@@ -120,36 +37,40 @@ class ProjectedTraining:
         projections: How often an optimizer step was followed by a projection; a step that a gradient scaler skipped
             counts, as it does in ``global_step``, and its projection changes no bit unless a ramp has moved on.
         steps: Of each optimizer that owns targets, by its place in the Trainer's list.
+        position: The last one on the ramp.
     """
 
     name: str
     selection: Selection
     timing: Timing
     ball: Ball
-    ramp: Ramp
     freeze_zero_groups: bool
     compile: Compile = "auto"
     projections: int = 0
     steps: dict[int, int] = field(default_factory=dict)
+    position: int = 0
     masked: bool = False
     first_weights: dict[str, Tensor] | None = None
     projector: Projector | None = None
     _restored: Mapping[str, Any] | None = None
-    _owned: dict[int, list[Target]] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
-    _averages: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _begun: set[int] = field(default_factory=set)
     _waits: bool = False
+    _projected: bool = False
+    _before_end: dict[str, Tensor] | None = None
+    _logged_at: int = -1
 
     def __post_init__(self) -> None:
         check_compile(self.compile)
         # tells apart several callbacks of one class in a checkpoint; Lightning asks for it at every call of a hook
-        self.state_key = f"{self.name}{self.selection}"
+        self.state_key = f"{self.name}{self.selection}{self.ball}{self.timing}"
+        self.averages = ProjectedAverages(self.selection)
+        self.roles = LayerRoles(self.name, self.selection, self.ball)
+        self.shortfalls = Shortfalls(self.name, self.timing, self.ball)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a run: hooks, and the model that targets point to."""
-        empty: dict[str, Any] = {"projector": None, "_owned": {}, "_handles": [], "_averages": [], "_begun": set()}
-        return self.__dict__ | empty
+        return self.__dict__ | {"projector": None, "_handles": [], "_begun": set()}
 
     def refuse_strategies(self, strategy: object) -> None:
         """Refuse strategies that flatten or partition parameters out of their shapes."""
@@ -168,73 +89,91 @@ class ProjectedTraining:
             raise ValueError(
                 f"`rewind` must be 'none', 'init' or the path of a checkpoint, got {source!r}, where there is no file."
             )
-        self.projector = Projector([], self.ball, self.ramp, self.freeze_zero_groups, self.compile)
+        self.projector = Projector([], self.ball, self.timing.ramp, self.freeze_zero_groups, self.compile)
+        self._projected, self._before_end, self._logged_at = False, None, -1
+        self.shortfalls.forget()
+        self.roles.forget(None if self._restored is None else self._restored["roles"])
         self.resolve(trainer, module)
-        if not self.projector.targets:
+        if not self.roles.candidates:
             self._expect_layers(trainer, module)
         if self._restored is None:
-            self.projections, self.steps, self.masked = 0, {}, False
+            self.projections, self.steps, self.position, self.masked = 0, {}, 0, False
             self.first_weights = None
             if self.timing.rewind == "init":
                 self.first_weights = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
         else:
-            self.projector.load_state_dict(self._restored["projector"])
+            self._restore(self.projector, self._restored)
             self._restored = None
         self.projector.remember_first_norms()
         for index, optimizer in enumerate(trainer.optimizers):
-            self._handles.append(optimizer.register_step_post_hook(functools.partial(self._after_step, index)))
+            hook = functools.partial(self._after_step, trainer, index)
+            self._handles.append(optimizer.register_step_post_hook(hook))
 
     def resolve(self, trainer: "pl.Trainer", module: nn.Module) -> None:
-        """Find the targets (anew, after layers were exchanged) that some optimizer trains."""
-        if self.projector is None:
-            return
-        self._owned, had = {}, bool(self.projector.targets)
-        found = self.selection.find(module)
-        for index, optimizer in enumerate(trainer.optimizers):
-            owned = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-            mine = [t for t in found if id(t.parameter) in owned]
-            if mine:
-                self._owned[index] = mine
-        trained = {id(t) for mine in self._owned.values() for t in mine}
-        self.projector.targets = [t for t in found if id(t) in trained]
-        names = ", ".join(t.name for t in self.projector.targets)
-        if names or had:
-            say_decision(trainer, self.name, f"projects {names or 'nothing any more'}.")
+        """Find the targets, anew after layers were exchanged, thawed or got their shapes."""
+        if self.projector is not None:
+            self.projector.targets = self.roles.resolve(trainer, module)
+            self.projector.remember_first_norms()
 
     def change_layers(self, trainer: "pl.Trainer", module: nn.Module) -> None:
         """Follow an exchange of layers in the middle of a run."""
         self.resolve(trainer, module)
-        if self.projector is not None:
-            self._waits = self._waits and not self.projector.targets
-            self.projector.remember_first_norms()
+        self._waits = self._waits and not self.roles.candidates
 
     def stop(self) -> None:
-        """Stop watching the optimizers."""
+        """Stop watching the optimizers and the model."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._begun, self._waits = [], set(), False
+        self.roles.look_away()
+
+    def check_schedule(self, trainer: "pl.Trainer") -> None:
+        """Say what this fit is too short for."""
+        self.shortfalls.look_ahead(trainer)
+
+    def at_batch_start(self, trainer: "pl.Trainer", module: nn.Module) -> None:
+        """Watch the calls of the model where it is not known yet which layers write its output."""
+        if self._handles:
+            self.roles.look(trainer, module)
+
+    def before_backward(self, trainer: "pl.Trainer", module: nn.Module, loss: Tensor) -> None:
+        """Read off the graph which layers write the output."""
+        if self.projector is not None and self.roles.are_open:
+            self.projector.targets = self.roles.sort_out(trainer, module, loss)
+            self.projector.remember_first_norms()
 
     def before_step(self, trainer: "pl.Trainer", optimizer: torch.optim.Optimizer) -> None:
         """Note that a step begins: one that a gradient scaler skips never gets to the optimizer's own hook."""
         if self._handles:
             index = [id(other) for other in trainer.optimizers].index(id(optimizer))
             if index in self._begun:  # several steps a batch, by hand
-                self._after_step(index)
+                self._after_step(trainer, index)
             self._begun.add(index)
 
-    def _after_step(self, index: int, *_: Any) -> None:
+    def _after_step(self, trainer: "pl.Trainer", index: int, *_: Any) -> None:
         """Project what this optimizer has just moved."""
         if self._begun:
             self._begun.discard(index)
-        mine = self._owned.get(index)
-        if not mine or self.projector is None:
+        if self.projector is None:
+            return
+        if self.roles.have_changed(trainer):
+            self.resolve(trainer, trainer.lightning_module)
+        if self.roles.are_open:  # nobody has said where the backward pass began
+            self.projector.targets = self.roles.sort_out(trainer, trainer.lightning_module, None)
+            self.projector.remember_first_norms()
+        if not self.roles.trains(index):
             return
         step = self.steps[index] = self.steps.get(index, 0) + 1
+        self._before_end, self._projected = None, False
+        mine = self.roles.owned_by(index)
+        position = self.position = self.timing.position(trainer, step)
         period = self.timing.period
-        if period and step % period == 0 and step > self.ramp.start_step:
-            self.projector.project(step, mine)
+        if period and step % period == 0 and position > self.timing.ramp.start_step:
+            if mine:
+                self.projector.project(position, mine)
             self.projections += 1
-        elif self.masked or self.freeze_zero_groups:
+            self._projected = True
+        elif mine and (self.masked or self.freeze_zero_groups):
             self.projector.hold(mine)
 
     def at_epoch_start(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
@@ -242,96 +181,92 @@ class ProjectedTraining:
         if self.projector is None:
             return
         if self.timing.retrain_epoch == trainer.current_epoch and not self.masked:
-            self.projector.project(self._last_step() + 1)
+            self.projector.project(self.position + 1)
             self.projector.mask()
             self.masked = True
             self._rewind(trainer, module)
             self.projector.hold()
-        elif averaged_modules(trainer) and self.timing.mode == "project":
+        elif self.timing.mode == "project" and averaged_modules(trainer):
             self.projector.thin_out(self.projector.targets)
 
     def at_batch_end(self, trainer: "pl.Trainer") -> None:
-        """Project at the end of an epoch where that is due; look at a GPU's norms now and then."""
+        """Project at the end of an epoch or of the fit where that is due; look at a GPU's norms now and then."""
         epochs = self.timing.every_n_epochs
         if self.projector is None:
             return
+        self.roles.look_away()
         for index in sorted(self._begun):
-            self._after_step(index)
+            self._after_step(trainer, index)
         if self._waits:
             self._expect_layers(trainer, trainer.lightning_module)
         if epochs is not None and trainer.is_last_batch and (trainer.current_epoch + 1) % epochs == 0:
-            self.projector.project(self._last_step())
+            self.projector.project(self.position)
+            self._projected = True
+        self.finish(trainer)
         if trainer.is_last_batch or trainer.global_step % 50 == 0:
             self.projector.check_finite()
+
+    def finish(self, trainer: "pl.Trainer") -> None:
+        """Project where the fit is about to end, so that the last checkpoint is projected in every mode.
+
+        What was there before stays in that checkpoint too, for a fit that resumes and goes on further.
+        """
+        if self.projector is None or self._projected or self.timing.mode != "project" or not self._handles:
+            return
+        if ends_now(trainer) and self.timing.ramp.at(self.position) > 0.0:
+            self._before_end = {t.name: t.view().clone() for t in self.projector.targets}
+            self.projector.project(self.position)
+            self._projected = True
 
     def at_end(self, trainer: "pl.Trainer") -> None:
         """Leave feasible weights, whatever was written over the module last."""
         if self.projector is None:
             return
+        late = not self._projected
         if self.masked:
             self.projector.hold()
         elif self.timing.mode == "project":
             if averaged_modules(trainer):
                 self.projector.thin_out(self.projector.targets)
-            self.projector.project(self._last_step())
+            self.projector.project(self.position)
+            self._projected = True
         self.projector.check_finite()
+        self.shortfalls.look_back(trainer, self.projector, self.position, masked=self.masked, late=late)
         self.stop()
 
     def swap_in_averages(self, trainer: "pl.Trainer") -> None:
         """Project the averages, which a validation is about to use; `swap_out_averages` takes that back."""
-        self._averages = []
-        for average in averaged_modules(trainer):
-            targets = self._average_targets(average)
-            self._averages += [(t.view(), t.view().clone()) for t in targets]
-            self._project_average(targets)
+        if self.projector is not None and self._handles:
+            self.averages.swap_in(trainer, self.projector)
 
     def swap_out_averages(self) -> None:
         """Put the averages back as they were: they go on as averages of what was trained."""
-        for average, before in self._averages:
-            average.copy_(before)
-        self._averages = []
+        self.averages.swap_out()
 
-    def save(self, trainer: "pl.Trainer", checkpoint: dict[str, Any]) -> None:
-        """Project the average in a checkpoint, and keep it as it was for those who resume."""
-        if "averaging_state" not in checkpoint or self.projector is None:
+    def save(self, trainer: "pl.Trainer", module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Project the average in a checkpoint, and note how far the projection was then."""
+        if self.projector is None:
             return
-        weights = checkpoint["state_dict"]  # WeightAveraging put the average's own tensors there
-        names = {
-            name
-            for average in averaged_modules(trainer)
-            for target in self._average_targets(average)
-            for name, parameter in average.named_parameters()
-            if parameter is target.parameter
-        }
-        checkpoint[_RAW_AVERAGE] = {name: weights[name].clone() for name in names}
-        self.swap_in_averages(trainer)
-        weights |= {name: weights[name].clone() for name in names}
-        self.swap_out_averages()
+        part = self.timing.ramp.at(self.position) if self._projected else 0.0
+        self.shortfalls.note_checkpoint(trainer, part)
+        if "averaging_state" in checkpoint:
+            self.averages.save(trainer, module, checkpoint, self.projector, ended=not self._handles)
 
     def load(self, trainer: "pl.Trainer", checkpoint: Mapping[str, Any]) -> None:
-        """Go on with the average as it was before it was projected into the checkpoint."""
-        for average in averaged_modules(trainer):
-            parameters = dict(average.named_parameters())
-            for name, value in checkpoint.get(_RAW_AVERAGE, {}).items():
-                if name in parameters:
-                    parameters[name].data.copy_(value)
+        """Take averages up as they were."""
+        self.averages.load(trainer, checkpoint)
 
-    def log(self, log_dict: Callable[..., None], prefix: str) -> None:
-        """Log norm, tau, zero groups and zero entries of each parameter, and the zero groups of all."""
+    def log(self, trainer: "pl.Trainer", log_dict: Callable[..., None], prefix: str) -> None:
+        """Log how sparse the parameters are, no more often than the Trainer logs, and at the end.
+
+        An epoch may be a single batch, and a value costs Lightning as much as a small layer's training step.
+        """
         if self.projector is None or not self.projector.targets:
             return
-        overall, values = GroupSparsity(), dict[str, Any]()
-        for target in self.projector.targets:
-            weight = gather(target.view())
-            overall.to(weight.device).update(weight, target.group_dims)
-            single = GroupSparsity().to(weight.device)
-            single.update(weight, target.group_dims)
-            values |= {f"{prefix}/{target.name}/{k}": v.float() for k, v in single.compute().items()}
-        values |= {f"{prefix}/{k}": v.float() for k, v in overall.compute().items()}
-        for name, found in self.projector.last.items():
-            values |= {f"{prefix}/{name}/norm": found.norm.float(), f"{prefix}/{name}/tau": found.tau.float()}
-        # every process has the same values: the maximum is theirs, to the bit
-        log_dict(values, sync_dist=True, reduce_fx="max")
+        step = trainer.global_step
+        if self._logged_at < 0 or step - self._logged_at >= logging_period(trainer) or ends_now(trainer):
+            log_sparsity(self.projector, log_dict, prefix)
+            self._logged_at = step
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
@@ -341,33 +276,45 @@ class ProjectedTraining:
             "projector": self.projector.state_dict(),
             "projections": self.projections,
             "steps": dict(self.steps),
+            "position": self.position,
             "masked": self.masked,
             "first_weights": None if self.masked or self.first_weights is None else _whole(self.first_weights),
+            "roles": self.roles.state_dict(),
+            "before_end": None if self._before_end is None else _whole(self._before_end),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Keep the state until the model's parameters are known; strategies that shard restore after that."""
         if state:
             if self.projector is not None and self._handles:
-                self.projector.load_state_dict(state["projector"])
+                self._restore(self.projector, state)
             else:
                 self._restored = state
             self.projections, self.steps = state["projections"], dict(state["steps"])
-            self.masked, self.first_weights = state["masked"], state["first_weights"]
+            self.position, self.masked = state["position"], state["masked"]
+            self.first_weights = state["first_weights"]
+
+    @torch.no_grad()
+    def _restore(self, projector: Projector, state: Mapping[str, Any]) -> None:
+        projector.load_state_dict(state["projector"])
+        for target in projector.targets:  # this fit goes on behind the end of the one that saved
+            before = (state["before_end"] or {}).get(target.name)
+            if before is not None:
+                target.view().copy_(alike(before, target.view()))
 
     def _expect_layers(self, trainer: "pl.Trainer", module: nn.Module) -> None:
-        """Refuse to project nothing, unless another callback is still to make layers."""
+        """Refuse to project nothing, unless another callback is still to make layers or to thaw some."""
         self._waits = True
         states = [getattr(callback, "structure_state", None) for callback in callbacks_of(trainer)]
         if any(state() == "pending" for state in states if state is not None):
             return
+        if self.roles.waiting and any(isinstance(callback, BaseFinetuning) for callback in callbacks_of(trainer)):
+            self._waits = False
+            return
         chosen = self.selection
         raise MisconfigurationException(
-            nothing_found(self.name, module, chosen.parameters, chosen.module_types, chosen.groups)
+            nothing_found(self.name, module, chosen.patterns, chosen.module_types, chosen.groups)
         )
-
-    def _last_step(self) -> int:
-        return max(self.steps.values(), default=0)
 
     def _rewind(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
         if self.timing.rewind == "none":
@@ -381,18 +328,6 @@ class ProjectedTraining:
         self.first_weights = None
         for optimizer in trainer.optimizers:  # moments of other weights would push the rewound ones about
             optimizer.state.clear()
-
-    def _average_targets(self, average: nn.Module) -> list[Target]:
-        names = {t.name for t in self.projector.targets} if self.projector is not None else set()
-        return [t for t in self.selection.find(average) if t.name in names]
-
-    def _project_average(self, targets: Sequence[Target]) -> None:
-        if self.projector is None:
-            return
-        if self.masked:
-            Projector(list(targets), self.ball, memories=self.projector.memories).hold()
-        elif self.timing.mode == "project":
-            self.projector.thin_out(targets)
 
 
 def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

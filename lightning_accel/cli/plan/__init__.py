@@ -88,6 +88,7 @@ class Scene:
         folder: Where files go.
         console: Where tables go.
         seen: What the sketch's own ``watch`` gave, if it has one.
+        loss: Of the step, where the backward pass is about to begin from it.
     """
 
     module: LightningModule
@@ -101,6 +102,7 @@ class Scene:
     folder: Path
     console: Console
     seen: Any = None
+    loss: Tensor | None = None
 
 
 def plan(cfg: DictConfig) -> None:
@@ -155,7 +157,7 @@ class _FirstStep(Callback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if pl_module.automatic_optimization:
-            self._show(trainer, pl_module)
+            self._show(trainer, pl_module, loss)
 
     @override
     def on_train_batch_end(
@@ -163,7 +165,7 @@ class _FirstStep(Callback):
     ) -> None:
         self._show(trainer, pl_module)
 
-    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _show(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor | None = None) -> None:
         inputs, self._inputs = self._inputs, None
         if inputs is None:
             return
@@ -185,6 +187,7 @@ class _FirstStep(Callback):
                     folder=self._folder,
                     console=self._console,
                     seen=self._seen.get(name),
+                    loss=loss,
                 )
             )
         raise _AllShownError

@@ -2,7 +2,9 @@
 
 from lightning_accel.callbacks.projection.l1inf_projection import L1InfProjection
 from lightning_accel.cli.plan import Scene
-from lightning_accel.cli.plan.multilevel_projection import show
+from lightning_accel.cli.plan.multilevel_projection import show, watch
+
+__all__ = ["sketch", "watch"]
 
 
 def sketch(scene: Scene) -> None:

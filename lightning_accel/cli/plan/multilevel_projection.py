@@ -1,24 +1,38 @@
 """Which parameters would be kept in a ball of nested norms, and what that takes."""
 
+import contextlib
 import statistics
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from rich.table import Table
 
 from lightning_accel.callbacks.projection.l1inf_projection import L1InfProjection
 from lightning_accel.callbacks.projection.multilevel_projection import MultilevelProjection
-from lightning_accel.callbacks.projection.projected_training import Timing
+from lightning_accel.callbacks.projection.timing import Timing
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.plan import Scene
 from lightning_accel.measure import time_interleaved, undisturbed
 from lightning_accel.projection.balls.norm_pyramid import check_levels, fibre_norms, pyramid
 from lightning_accel.projection.training.ball_specification import Ball
+from lightning_accel.projection.training.output_layers import OutputLayers
 from lightning_accel.projection.training.projector import Projector
 from lightning_accel.projection.training.targets import Target
 
 _ROUNDS = 7  # timed projections, after one that is not
+
+
+@contextlib.contextmanager
+def watch(module: LightningModule, _: Mapping[str, object]) -> Iterator[OutputLayers]:
+    """Watch which layers write the output, for as long as a step goes on."""
+    seen = OutputLayers(module)
+    try:
+        yield seen
+    finally:
+        seen.close()
 
 
 def sketch(scene: Scene) -> None:
@@ -65,8 +79,15 @@ def show(scene: Scene, name: str, callback: L1InfProjection | MultilevelProjecti
     run = callback._run
     try:
         run.start(scene.trainer, scene.module)
-        run.stop()
         assert run.projector is not None
+        if scene.seen is not None:
+            run.roles.adopt(scene.seen)
+            run.projector.targets = run.roles.sort_out(scene.trainer, scene.module, scene.loss)
+        alone = dict(run.roles.alone)
+        run.stop()
+        if not run.projector.targets:
+            reasons = ", ".join(f"{name} {why}" for name, why in alone.items())
+            raise MisconfigurationException(f"nothing would be projected: {reasons}. Name it in `parameters`.")
         projector = Projector(run.projector.targets, run.ball)
         with undisturbed(scene.module):
             rows, milliseconds = _project(projector)
@@ -104,6 +125,8 @@ def show(scene: Scene, name: str, callback: L1InfProjection | MultilevelProjecti
         f"One projection of all takes {milliseconds:.3f} ms here, {_when(run.timing)}.",
     ]
     cleared = [row.name for row in rows if row.zero_groups == row.groups]
+    if alone:
+        lines.append("Left alone: " + ", ".join(f"{name} ({why})" for name, why in alone.items()) + ".")
     if cleared:
         lines.append(f"Nothing would be left of {', '.join(cleared)}: leave it out of `parameters`, or ask for less.")
     for line in lines:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.newton import SMALL_RADIUS, Newton, joined
 from lightning_accel.projection.balls.outcome import Cut
 from lightning_accel.projection.kernels.eager import clamp, excess, group_norms, quick_group_norms
@@ -35,6 +36,7 @@ def project_exact(
     state: ExactState | None = None,
     dead: Sequence[Tensor | None] = (),
     name: str = "x",
+    floor: Floor | None = None,
 ) -> Cut:
     r"""Project tensors together onto one l1,inf ball, exactly.
 
@@ -53,6 +55,7 @@ def project_exact(
         state: Start and updated end of a sequence of similar projections.
         dead: For each tensor a boolean ``(groups,)`` of groups to clear whatever their norm, or ``None``.
         name: For errors.
+        floor: Groups that stay; none by default.
 
     Raises:
         ValueError: If there is NaN or infinity and ``nonfinite`` is ``"raise"``; nothing was written then.
@@ -86,6 +89,8 @@ def project_exact(
     unchanged = bounds is None
     if bounds is None:
         bounds = torch.full_like(largest, torch.inf)
+    elif floor is not None:
+        bounds = floor.keep(largest if floor.sparsity is None else totals, bounds)
     if clear is not None and finite:
         bounds = bounds.masked_fill(clear, 0.0)
     pieces = list(bounds.split([s.shape[1] for s in sources]))
@@ -95,7 +100,7 @@ def project_exact(
         else:
             clamp(block.source, round_bound(bound, block.source.dtype), block.target)
             block.finish()
-    return Cut(norm, theta, pieces)
+    return Cut(norm, theta, pieces, list(largest.split([s.shape[1] for s in sources])))
 
 
 def _norms(

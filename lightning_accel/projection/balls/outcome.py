@@ -13,11 +13,13 @@ class Cut(NamedTuple):
         tau: float64 scalar, what was taken off the norm of each group (the exact method: off its l1 norm); 0 where
             nothing was done.
         bounds: float64 ``(groups,)`` for each tensor; infinite where a group was left alone.
+        tops: As ``bounds``, the norms of the groups before.
     """
 
     norm: Tensor
     tau: Tensor
     bounds: list[Tensor]
+    tops: list[Tensor]
 
 
 class LoneCut(NamedTuple):
@@ -35,4 +37,4 @@ class LoneCut(NamedTuple):
 
     def cut(self) -> Cut:
         """Return the same as a `Cut`."""
-        return Cut(self.tops.sum(), self.tops.new_full((), self.tau), [self.left])
+        return Cut(self.tops.sum(), self.tops.new_full((), self.tau), [self.left], [self.tops])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.l1_thresholds import Thresholds, l1_thresholds, single_threshold, threshold_near
 from lightning_accel.projection.balls.norm_pyramid import Norm, Pyramid, fibre_norms, project_fibres
 from lightning_accel.projection.balls.outcome import Cut, LoneCut
@@ -25,6 +26,7 @@ class Team:
         dead: For each tensor a boolean ``(groups,)`` of groups to clear whatever their norm, or ``None``; none by
             default.
         name: For errors.
+        floor: Groups that stay; none by default.
         start: The tau of similar tensors, or 0; looked at on CPU where no other team has as many groups, so that
             shards find what the whole does.
     """
@@ -34,6 +36,7 @@ class Team:
     dead: Sequence[Tensor | None] = ()
     name: str = "x"
     start: float = 0.0
+    floor: Floor | None = None
 
 
 def cut(teams: Sequence[Team], *, outer: Norm = "l1", nonfinite: str = "raise") -> list[Cut]:
@@ -67,6 +70,9 @@ def cut(teams: Sequence[Team], *, outer: Norm = "l1", nonfinite: str = "raise") 
         if nonfinite == "raise":
             require_finite(thresholds.norm, ", ".join(teams[i].name for i in members))
         found |= {i: Thresholds(*(part[row] for part in thresholds)) for row, i in enumerate(members)}
+    for i, team in enumerate(teams):
+        if team.floor is not None:
+            found[i] = found[i]._replace(bounds=team.floor.keep(together[i], found[i].bounds))
     return [_write(team, tops[i], found[i]) for i, team in enumerate(teams)]
 
 
@@ -77,10 +83,12 @@ def cut_alone(
     start: float = 0.0,
     nonfinite: str = "raise",
     name: str = "x",
+    floor: Floor | None = None,
 ) -> LoneCut:
     """Do what `cut` does for a single tensor on CPU and the outermost norm l1, in as few small operations as possible.
 
-    ``radius`` may be what gives it for the norms of the groups. ``start`` is the tau of a similar tensor, or 0.
+    ``radius`` may be what gives it for the norms of the groups. ``start`` is the tau of a similar tensor, or 0;
+    ``floor`` says which groups stay.
     """
     tops = part.tops()
     if callable(radius):
@@ -89,12 +97,16 @@ def cut_alone(
     near = threshold_near(tops, radius, terms, start) if start > 0.0 else None
     if near is not None:
         bounds, tau = near
+        if floor is not None:
+            bounds = floor.keep(tops, bounds)
         part.cut(bounds, normal=tau > _LARGE)  # differences of float64 numbers that large are 0 or normal anywhere
         return LoneCut(tops, tau, bounds)
     bounds, tau, size = single_threshold(tops, radius, terms)
     if nonfinite == "raise" and not math.isfinite(size):
         require_finite(tops.new_full((), size), name)
     if radius < size < math.inf:
+        if floor is not None:
+            bounds = floor.keep(tops, bounds)
         part.cut(bounds)
     else:
         part.leave()
@@ -132,4 +144,4 @@ def _write(team: Team, tops: Sequence[Tensor], found: Thresholds) -> Cut:
             part.leave()
         else:
             part.cut(bound)
-    return Cut(found.norm, found.tau, bounds)
+    return Cut(found.norm, found.tau, bounds, list(tops))

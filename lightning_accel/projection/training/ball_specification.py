@@ -1,4 +1,4 @@
-"""What to project onto, and how hard."""
+"""Which ball parameters are projected onto: its norms, its size, and what it may not clear."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -9,11 +9,13 @@ from lightning_accel.projection.multilevel import Method, Nonfinite
 from lightning_accel.projection.sparsity import check_sparsity
 
 Scope = Literal["parameter", "global"]
+DEFAULT_TARGET_SPARSITY = 0.5
+"""Fraction of the groups that is cleared where nobody says how much."""
 
 
 @dataclass(frozen=True)
 class Ball:
-    """What to project onto, and how hard; exactly one of the three sizes.
+    """A ball of nested norms, of exactly one of the three sizes.
 
     Attributes:
         radius: See `project_multilevel`; of every parameter, or of all together.
@@ -24,6 +26,7 @@ class Ball:
         method: ``"exact"`` for the nearest point, with norms ``("l1", "linf")``.
         scope: ``"parameter"``: one radius (or sparsity) a parameter; ``"global"``: one budget over all.
         nonfinite: ``"raise"`` or ``"skip"``.
+        min_groups: Groups of each parameter that stay whatever the size, >= 0; 0 lets a layer be cleared whole.
 
     Raises:
         ValueError: If a value is out of range, or values exclude each other.
@@ -37,6 +40,7 @@ class Ball:
     method: Method = "bilevel"
     scope: Scope = "parameter"
     nonfinite: Nonfinite = "raise"
+    min_groups: int = 1
 
     def __post_init__(self) -> None:
         sizes = {
@@ -69,3 +73,5 @@ class Ball:
         if self.scope not in get_args(Scope):
             raise ValueError(f"`scope` must be 'parameter' or 'global', got {self.scope!r}.")
         check_nonfinite(self.nonfinite)
+        if self.min_groups < 0:
+            raise ValueError(f"`min_groups` must be >= 0, got {self.min_groups}.")

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_accel.projection.balls.exact import ExactState, project_exact
+from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.norm_pyramid import MaxPyramid, Pyramid, check_levels, fibre_norms, pyramid
 from lightning_accel.projection.balls.outcome import Cut, LoneCut
 from lightning_accel.projection.balls.shared_radius import Team, cut, cut_alone
 from lightning_accel.projection.kernels.compiled import Compile, compiling
 from lightning_accel.projection.kernels.rounding import require_finite
 from lightning_accel.projection.sharded import GatheredPyramid, ShardedMaxPyramid, alike, gather, scatter
-from lightning_accel.projection.sparsity import bilevel_radius, gap_middle
 from lightning_accel.projection.training.ball_specification import Ball
 from lightning_accel.projection.training.parameter_state import Memory
 from lightning_accel.projection.training.ramp import Ramp
@@ -125,13 +125,11 @@ class Projector:
             whole = self._pyramid(x, target)
         elif isinstance(whole, MaxPyramid) and not whole.blocks.source.is_cpu:
             return False
-        memory = self.memory(target)
-        size: float | Callable[[Tensor], float]
-        if ball.target_sparsity is None:
-            size = self._size([target], part)
-        else:
-            size = functools.partial(_sparse_radius, sparsity=ball.target_sparsity * part)
-        found = cut_alone(whole, size, start=memory.tau, nonfinite=ball.nonfinite, name=target.name)
+        memory, floor = self.memory(target), self._floor([target], part)
+        size: float | Callable[[Tensor], float] = floor.radius
+        if ball.target_sparsity is not None:
+            size = functools.partial(_sparse_radius, floor)
+        found = cut_alone(whole, size, start=memory.tau, nonfinite=ball.nonfinite, name=target.name, floor=floor)
         self._last[target.name], memory.tau = found, found.tau
         return True
 
@@ -164,17 +162,22 @@ class Projector:
         are those of a copy of the model, or the targets themselves after the average was written over them.
         """
         for target in targets:
-            last = self.last
-            found = last.get(target.name) or last.get(_ALL)
-            if found is None or self.ball.norms[0] != "l1":
-                continue
-            if target.name in last:
-                bounds = found.bounds[0]
-            else:
-                bounds = found.bounds[[t.name for t in self.targets].index(target.name)]
-            sparsity = float((bounds == 0.0).double().mean())
-            ball = replace(self.ball, radius=None, radius_fraction=None, target_sparsity=sparsity, scope="parameter")
-            Projector([target], ball, compile=self.compile).project(1)
+            sparsity = self.zero_groups(target.name)
+            if sparsity > 0.0 and self.ball.norms[0] == "l1":
+                free = replace(self.ball, scope="parameter", min_groups=0)
+                ball = replace(free, radius=None, radius_fraction=None, target_sparsity=sparsity)
+                Projector([target], ball, compile=self.compile).project(1)
+
+    def zero_groups(self, name: str) -> float:
+        """Return the fraction of a target's groups that the last projection left at zero."""
+        last = self.last
+        found, place = last.get(name), 0
+        if found is None and _ALL in last:
+            names = [t.name for t in self.targets]
+            found, place = (last[_ALL], names.index(name)) if name in names else (None, 0)
+        if found is None or place >= len(found.bounds):
+            return 0.0
+        return float((torch.minimum(found.bounds[place], found.tops[place]) == 0.0).double().mean())
 
     def check_finite(self) -> None:
         """Look at the norms that were found on a GPU since the last call.
@@ -236,12 +239,16 @@ class Projector:
         dead = [self.memory(t).dead for t in targets] if self.freeze_zero_groups else []
         pyramids = [self._pyramid(t.view(), t) for t in targets]
         start = self.memory(targets[0]).tau if len(targets) == 1 else 0.0
-        return Team(pyramids, lambda norms: self._radius(targets, part, norms), dead, name, start)
+        floor = self._floor(targets, part)
+        return Team(pyramids, functools.partial(_radius, floor), dead, name, start, floor)
 
-    def _radius(self, targets: Sequence[Target], part: float, norms: Tensor) -> Tensor:
-        if self.ball.target_sparsity is not None:
-            return bilevel_radius(norms, self.ball.target_sparsity * part).reshape(1)
-        return torch.full((1,), self._size(targets, part), dtype=torch.float64, device=norms.device)
+    def _floor(self, targets: Sequence[Target], part: float) -> Floor:
+        """Return which groups of ``targets`` may be cleared, ``part`` of the way to the full projection."""
+        sizes, ball = [target.num_groups for target in targets], self.ball
+        least = ball.min_groups if ball.norms[0] == "l1" else 0  # no other outermost norm clears groups
+        if ball.target_sparsity is not None:
+            return Floor(sizes, least, sparsity=ball.target_sparsity * part)
+        return Floor(sizes, least, radius=self._size(targets, part))
 
     def _size(self, targets: Sequence[Target], part: float) -> float:
         if self.ball.radius is not None and part == 1.0:
@@ -254,23 +261,29 @@ class Projector:
         whole = [gather(t.view()) for t in targets]
         dims = [t.group_dims for t in targets]
         dead = [self.memory(t).dead for t in targets] if self.freeze_zero_groups else []
-        radius: Tensor | Callable[[Tensor], Tensor]
+        floor = self._floor(targets, part)
+        radius: Tensor | Callable[[Tensor], Tensor] = floor.tau
         if self.ball.target_sparsity is None:
-            radius = self._radius(targets, part, whole[0])
-        else:
-            radius = functools.partial(gap_middle, sparsity=self.ball.target_sparsity * part)
+            radius = _radius(floor, whole[0])
         starts = [self.memory(t).mu for t in targets]
         state = ExactState(torch.cat([s for s in starts if s is not None]) if None not in starts else None)
         parts = [(x, d, x) for x, d in zip(whole, dims, strict=True)]
-        found = project_exact(parts, radius, nonfinite=nonfinite, state=state, dead=dead, name=name)
+        found = project_exact(parts, radius, nonfinite=nonfinite, state=state, dead=dead, name=name, floor=floor)
         for x, target, bounds in zip(whole, targets, found.bounds, strict=True):
             scatter(x, target.view())
             self.memory(target).mu = None if state.mu is None else bounds
         return found
 
 
-def _sparse_radius(norms: Tensor, sparsity: float) -> float:
-    return float(bilevel_radius(norms, sparsity))
+def _sparse_radius(floor: Floor, norms: Tensor) -> float:
+    return float((norms - floor.tau(norms)).clamp_min_(0.0).sum())
+
+
+def _radius(floor: Floor, norms: Tensor) -> Tensor:
+    """Return the radius, float64 ``(1,)``, for norms of groups; without a host synchronization."""
+    if floor.sparsity is None:
+        return torch.full((1,), floor.radius, dtype=torch.float64, device=norms.device)
+    return (norms - floor.tau(norms)).clamp_min_(0.0).sum().reshape(1)
 
 
 def _place_of(x: Tensor) -> Place:

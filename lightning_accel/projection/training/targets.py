@@ -1,10 +1,12 @@
 """Which parameters of a model are projected, and what a group of each is."""
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_accel.projection.kernels.layout import normalize_dims
 
@@ -49,6 +51,11 @@ class Target:
         return data if data.shape == self.shape else data.view(self.shape)
 
     @property
+    def num_groups(self) -> int:
+        """How many groups there are."""
+        return math.prod(self.shape[d] for d in self.group_dims)
+
+    @property
     def rest_dims(self) -> tuple[int, ...]:
         """Dimensions of `view` within a group."""
         return tuple(d for d in range(len(self.shape)) if d not in self.group_dims)
@@ -89,7 +96,9 @@ def find_targets(
         path, _, leaf = full_name.rpartition(".")
         owner = modules[path]
         wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in parameters)
-        if not wanted or parameter.numel() == 0 or not _is_of(owner, module_types):
+        if not wanted or not _is_of(owner, module_types) or isinstance(parameter, UninitializedParameter):
+            continue
+        if parameter.numel() == 0:
             continue
         shape, dims = tuple(parameter.shape), groups
         if dims == "heads" and parameter.ndim >= 2:
@@ -99,6 +108,22 @@ def find_targets(
             continue
         numbered = {"rows": (0,), "columns": (1,)}[dims] if isinstance(dims, str) else dims
         found.append(Target(name, owner, leaf, normalize_dims(numbered, len(shape)), shape))
+    return found
+
+
+def find_lazy(
+    model: nn.Module, parameters: Sequence[str] = ("*weight",), module_types: Sequence[str] | None = None
+) -> list[str]:
+    """Return the names of parameters whose shapes the first forward pass is still to find; arguments as above."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = []
+    for full_name, parameter in model.named_parameters():
+        name = full_name.replace("_orig_mod.", "")
+        lazy = isinstance(parameter, UninitializedParameter) and _is_of(
+            modules[full_name.rpartition(".")[0]], module_types
+        )
+        if lazy and any(fnmatch.fnmatchcase(name, pattern) for pattern in parameters):
+            found.append(name)
     return found
 
 

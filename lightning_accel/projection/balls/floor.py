@@ -1,0 +1,90 @@
+"""Groups that stay whatever a ball asks for: a layer without any output is dead, and so is what follows it."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Floor(NamedTuple):
+    """How many groups a projection may clear, and which it may not.
+
+    Attributes:
+        sizes: Groups of each tensor that shares the budget.
+        least: Groups of each that stay, >= 0.
+        sparsity: Fraction of all groups to clear; ``None`` where a radius decides.
+        radius: Of the ball; read only without a sparsity.
+    """
+
+    sizes: Sequence[int]
+    least: int
+    sparsity: float | None = None
+    radius: float = math.inf
+
+    @property
+    def cleared(self) -> int:
+        """Groups to clear for the sparsity, as far as the floor allows."""
+        most = sum(max(size - self.least, 0) for size in self.sizes)
+        return min(round((self.sparsity or 0.0) * sum(self.sizes)), most)
+
+    def protected(self, norms: Tensor) -> Tensor | None:
+        """Return which groups no budget may clear, boolean ``(groups,)``: the largest of each tensor.
+
+        ``None`` where the number of groups to clear sees to that: for one tensor and a sparsity.
+        """
+        if self.least == 0 or (len(self.sizes) == 1 and self.sparsity is not None):
+            return None
+        mask = torch.zeros_like(norms, dtype=torch.bool)
+        for part, marks in zip(norms.split(list(self.sizes)), mask.split(list(self.sizes)), strict=True):
+            marks[part.argsort(descending=True, stable=True)[: self.least]] = True
+        return mask
+
+    def tau(self, norms: Tensor) -> Tensor:
+        """Return what to take off each norm, float64 scalar, so that `cleared` groups go; without a synchronization.
+
+        It is the middle between the largest norm to go and the smallest to stay.
+        """
+        cleared = self.cleared
+        if cleared == 0:
+            return norms.new_zeros(())
+        mask = self.protected(norms)
+        values = norms if mask is None else norms.masked_fill(mask, torch.inf)
+        if cleared == len(values):
+            return values.max()
+        if values.is_cpu:  # finds one of 10,000 in a sixth of the time of sorting them
+            low, high = values.kthvalue(cleared).values, values.kthvalue(cleared + 1).values
+        else:
+            low, high = values.sort().values[cleared - 1 : cleared + 1]
+        middle = torch.where(torch.isinf(high), low, low + 0.5 * (high - low))
+        return torch.where(low > 0.0, middle, 0.0)
+
+    def keep(self, norms: Tensor, bounds: Tensor) -> Tensor:
+        """Return bounds that let live what has to: groups beyond the number to clear (ties), and those of the floor.
+
+        Args:
+            norms: float64 ``(groups,)``, before.
+            bounds: As ``norms``, what a projection would leave of each; infinite where it leaves a group alone.
+
+        Groups of the floor stay as they are for a sparsity. For a radius they keep a share of it, in proportion to
+        their norms, and all others make room for that.
+        """
+        gone = (bounds == 0.0) & (norms > 0.0)
+        if self.sparsity is not None:
+            if norms.is_cpu and int((bounds == 0.0).sum()) <= self.cleared and len(self.sizes) == 1:
+                return bounds
+            mask = self.protected(norms)
+            order = (norms if mask is None else norms.masked_fill(mask, torch.inf)).argsort(stable=True)
+            stays = torch.ones_like(gone).index_fill(0, order[: self.cleared], False)
+            return bounds.masked_fill(gone & stays, torch.inf)
+        if self.least == 0 or (self.least == 1 and len(self.sizes) == 1 and self.radius > 0.0):
+            return bounds  # the largest norm of a ball of some radius is never cleared
+        mask = self.protected(norms)
+        lost = gone if mask is None else gone & mask
+        if self.radius == 0.0:
+            return bounds.masked_fill(lost, torch.inf)
+        share = self.radius / norms.sum()
+        reserve = torch.where(lost, norms * share, 0.0)
+        rest = torch.where(torch.isinf(bounds), bounds, bounds * (1.0 - reserve.sum() / self.radius).clamp_min(0.0))
+        return torch.where(lost, reserve, rest)
