@@ -5,14 +5,12 @@ Nothing heavy is imported before it is known what to do: help and mistakes answe
 
 import difflib
 import importlib
-import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-OWN_COMMAND_VARIABLE = "LIGHTNING_ACCEL_RUN_COMMAND"  # what `run` starts; kept out of configurations, which are saved
+from lightning_accel.cli.words import NotAnOverrideError, hydra_overrides
 
 
 @dataclass(frozen=True)
@@ -75,60 +73,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, *rest = words
     if name not in COMMANDS:
         sys.exit(_not_a_command(name))
-    overrides = hydra_overrides(name, rest)
+    try:
+        overrides = hydra_overrides(name, rest)
+    except NotAnOverrideError as error:
+        print(f"lightning-accel {name}: {error}", file=sys.stderr)
+        sys.exit(2)
     from lightning_accel.cli.launch import launch
 
     sys.exit(launch(name, overrides))
 
 
-def hydra_overrides(name: str, words: Sequence[str]) -> list[str]:
-    """Turn the words behind a command into overrides and flags of Hydra.
-
-    ``compare --aa`` is ``compare.aa=true``, ``bench low_rank`` is ``suite=low_rank``, ``export model=module.Class`` is
-    a class of the user's, and what stands behind ``--`` of ``run`` goes into the environment, untouched by Hydra's
-    grammar.
-    """
-    words = list(words)
-    if name == "compare":
-        words = ["compare.aa=true" if word == "--aa" else word for word in words]
-    if name == "export":
-        words = _own_classes(words)
-    if name == "bench" and words and not words[0].startswith("-") and "=" not in words[0]:
-        words[0] = f"suite={words[0]}"
-    if name == "evidence":
-        folders = [word for word in words if "=" not in word and not word.startswith("-")]
-        quoted = ",".join("'" + folder.replace("'", "\\'") + "'" for folder in folders)
-        words = [word for word in words if word not in folders] + ([f"folders=[{quoted}]"] if folders else [])
-    if name == "run" and "--" in words:
-        cut = words.index("--")
-        os.environ[OWN_COMMAND_VARIABLE] = json.dumps(words[cut + 1 :])
-        words = words[:cut]
-    return ["--help" if word == "-h" else word for word in words]
-
-
-def _own_classes(words: Sequence[str]) -> list[str]:
-    """Let ``model=module.Class`` and ``model._target_=module.Class`` stand alone, without an option of the package."""
-    words = list(words)
-    for group in ("model", "data"):
-        named = [word.partition("=")[2] for word in words if word.startswith(f"{group}=") and "." in word]
-        chosen = any(word.startswith(f"{group}=") for word in words)
-        if not named and (chosen or not any(word.startswith(f"{group}._target_=") for word in words)):
-            continue
-        rest = [word for word in words if not word.startswith(f"{group}=")]
-        words = [f"~{group}", *(f"+{group}._target_={name}" for name in named[-1:])]
-        words += [f"+{word}" if word.startswith(f"{group}.") else word for word in rest]
-        if group == "model" and not any(word.lstrip("+~").startswith("data") for word in words):
-            words.append("~data")
-    return words
-
-
 def show_commands() -> None:
     """Print the commands with an example each."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    from lightning_accel.cli.terminal import open_console
+
+    console = open_console()
     console.print("Usage: lightning-accel COMMAND [key=value ...]\n", markup=False)
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, command in COMMANDS.items():

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 
 from lightning_accel.bench.suites import suites
 from lightning_accel.cli.compare.arms import plain_and_accelerated
 from lightning_accel.cli.compare.command import shown_messages
 from lightning_accel.cli.errors import UsageError, did_you_mean
+from lightning_accel.cli.terminal import open_console
 from lightning_accel.evidence.plots import MissingPackageError, plot_bench
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.evidence.tables import bench_table, write_bench
@@ -38,7 +38,7 @@ def bench(cfg: DictConfig) -> None:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     folder = Path(cfg.paths.output_dir)
-    console = Console(highlight=False)
+    console = open_console()
     rows: list[BenchRow] = []
     try:
         with console.status("") as status:

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 
 from lightning_accel.cli.errors import UsageError
+from lightning_accel.cli.terminal import open_console
 from lightning_accel.evidence.dossier.gather import gather
 from lightning_accel.evidence.dossier.page import headline, write_dossier
 
@@ -26,7 +26,7 @@ def evidence(cfg: DictConfig) -> None:
     path = Path(cfg.paths.output_dir) / "evidence.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_dossier(findings, path)
-    console = Console(highlight=False)
+    console = open_console()
     for finding in findings:
         console.print(finding.title, markup=False, style="bold", soft_wrap=True)
         console.print(f"  {finding.verdict}\n  {finding.next_step}", markup=False, soft_wrap=True)

@@ -16,12 +16,9 @@ from lightning_accel.cli import task
 from lightning_accel.cli.compose import hydra_main
 from lightning_accel.cli.errors import INTERRUPTED, explain
 from lightning_accel.cli.results import save_failure
+from lightning_accel.cli.words import FLAGS_WITH_VALUE
 
 _TRACEBACK_VARIABLE = "HYDRA_FULL_ERROR"
-_FLAGS_WITH_VALUE = (
-    *("--cfg", "--package", "--config-path", "--config-name", "--config-dir", "--info", "--experimental-rerun"),
-    *("-c", "-p", "-cp", "-cn", "-cd", "-i"),
-)
 _MULTIRUN = {"-m", "--multirun"}
 
 
@@ -89,7 +86,7 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
             plain.append(word)
             continue
         flags.append(word)
-        if word in _FLAGS_WITH_VALUE:
+        if word in FLAGS_WITH_VALUE:
             flags.extend(value for value in [next(rest, None)] if value is not None)
     return flags, plain
 

@@ -43,6 +43,7 @@ def cleaned_override(override: str) -> str:
 
 def save_configuration(cfg: DictConfig, folder: Path) -> None:
     """Write ``config.yaml``, cleaned, with its interpolations unresolved, so that no secret is looked up."""
+    folder.mkdir(parents=True, exist_ok=True)
     plain = cast(dict[str, object], cleaned(OmegaConf.to_container(cfg, resolve=False)))
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
 

@@ -11,20 +11,21 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_accel.cli import OWN_COMMAND_VARIABLE
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.factory import CALLBACKS_VARIABLE, TAKEN_VARIABLE
 from lightning_accel.cli.results import save_configuration
+from lightning_accel.cli.words import OWN_COMMAND_VARIABLE
 
 _FORWARDED = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, n)]
 
 
 def run(cfg: DictConfig) -> None:
-    """Run the command behind ``--`` with ``cfg.callbacks`` composed in, and exit as it does.
+    """Run the user's command with ``cfg.callbacks`` composed in, and exit as it does.
 
     Raises:
         UsageError: If there is no command, it can not be found, or no callback is chosen or can be built.
-        SystemExit: With the command's exit code where that is not 0; 128 + n if signal n ended it.
+        SystemExit: With the command's exit code where that is not 0; 128 + n if signal n ended it; with 1 if no Trainer
+            took the callbacks and ``cfg.run.require`` holds.
     """
     command = json.loads(os.environ.get(OWN_COMMAND_VARIABLE, "[]"))
     if not command:
@@ -47,11 +48,12 @@ def run(cfg: DictConfig) -> None:
     with _forwarded_signals(child):
         code = child.wait()
     if not taken.exists():
-        print(
-            "lightning-accel run: no Trainer took the callbacks: the command made none, or its Python does not have "
-            "lightning-accel.",
-            file=sys.stderr,
-        )
+        message = "no Trainer took the callbacks: the command made none, or its Python does not have lightning-accel."
+        if cfg.run.require if cfg.run.require is not None else os.environ.get("CI", "") not in ("", "0", "false"):
+            print(f"lightning-accel run: {message} run.require=false lets that pass.", file=sys.stderr)
+            code = code or 1
+        else:
+            print(f"lightning-accel run: {message} run.require=true makes it an error.", file=sys.stderr)
     if code != 0:
         raise SystemExit(code if code > 0 else 128 - code)
 

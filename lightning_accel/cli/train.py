@@ -5,12 +5,12 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.fit import Run, best_checkpoint, build, fit
 from lightning_accel.cli.results import save_configuration, save_metrics
+from lightning_accel.cli.terminal import open_console
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -46,7 +46,7 @@ def optimized(metrics: dict[str, float], name: str | None) -> float | None:
 
 
 def _show(run: Run, metrics: dict[str, float], folder: Path) -> None:
-    console = Console(highlight=False)
+    console = open_console()
     table = Table(box=None, show_header=False, padding=(0, 2))
     table.add_column()
     table.add_column(overflow="fold")

@@ -83,6 +83,19 @@ signal.pause()
 
 
 @pytest.mark.parametrize(
+    ("ci", "option", "code"),
+    [("", [], 0), ("true", [], 1), ("true", ["run.require=false"], 0), ("", ["run.require=true"], 1)],
+)
+def test_run_fails_where_nothing_took_its_callbacks_and_that_is_required(timer_option, ci, option, code):
+    folder = ["paths.output_dir=new/folder"]
+    words = ["run", *timer_option, *folder, *option, sys.executable, "-c", "pass"]  # without dashes
+    done = start(*words, env=os.environ | {"CI": ci})
+    assert done.returncode == code, done.stderr
+    assert "no Trainer took the callbacks" in done.stderr
+    assert Path("new/folder/config.yaml").exists()
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["callbacks=[timer]"], "There is no command."),

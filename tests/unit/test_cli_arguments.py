@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 
 import pytest
 from hydra import initialize_config_module
@@ -10,11 +11,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from lightning_accel.cli import COMMANDS, OWN_COMMAND_VARIABLE, hydra_overrides, main
+from lightning_accel.cli import COMMANDS, main
 from lightning_accel.cli.compose import compose, instantiate, targets
 from lightning_accel.cli.errors import UsageError, did_you_mean, explain
 from lightning_accel.cli.launch import split_flags
 from lightning_accel.cli.results import cleaned, cleaned_override
+from lightning_accel.cli.words import OWN_COMMAND_VARIABLE, NotAnOverrideError, hydra_overrides
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
@@ -160,3 +162,47 @@ def test_compose_works_inside_a_hydra_application():
             compose("compare", ["no_such_key=1"])
         assert GlobalHydra.instance().hydra is application
     assert not GlobalHydra.instance().is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (["--epochs", "3"], "write trainer.max_epochs=3"),
+        (["--max_epochs=3"], "write trainer.max_epochs=3"),
+        (["--max-epoch", "3"], "write trainer.max_epochs=3"),
+        (["--learning-rate", "0.1", "seed=1"], "write model.lr=0.1"),
+        (["--gpus"], "write trainer.devices=VALUE"),
+        (["--frobnicate", "seed=1"], "write frobnicate=VALUE (lightning-accel train --help lists the keys)"),
+    ],
+)
+def test_a_flag_is_answered_with_the_override_to_write(words, written, capsys):
+    with pytest.raises(NotAnOverrideError, match=re.escape(written)):
+        hydra_overrides("train", words)
+    with pytest.raises(SystemExit) as end:
+        main(["train", *words])
+    assert end.value.code == 2
+    assert written in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["-m", "seed=1,2"], ["--cfg", "job"], ["--config-dir", "here", "seed=1"], ["~callbacks"], ["a=-1", "-1"]]
+)
+def test_flags_of_hydra_and_overrides_pass(words):
+    assert hydra_overrides("train", words) == words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["callbacks=[x]", "--", "python", "train.py", "--epochs", "3", "a=1"],
+        ["callbacks=[x]", "python", "train.py", "--epochs", "3", "a=1"],
+    ],
+)
+def test_run_parts_the_users_command_with_and_without_dashes(words, monkeypatch):
+    monkeypatch.delenv(OWN_COMMAND_VARIABLE, raising=False)
+    assert hydra_overrides("run", words) == ["callbacks=[x]"]
+    assert json.loads(os.environ.pop(OWN_COMMAND_VARIABLE)) == ["python", "train.py", "--epochs", "3", "a=1"]
+
+
+def test_results_folders_become_a_list():
+    assert hydra_overrides("evidence", ["a b", "c", "seed=1"]) == ["seed=1", "folders=['a b','c']"]

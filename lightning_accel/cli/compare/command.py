@@ -17,6 +17,7 @@ from lightning_accel.cli.compare.progress import RunProgress
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.launch import Interrupted
 from lightning_accel.cli.results import cleaned, cleaned_override, save_configuration
+from lightning_accel.cli.terminal import open_console
 from lightning_accel.evidence.alternatives import advise
 from lightning_accel.evidence.budget import Share, write_budgets
 from lightning_accel.evidence.comparison import Comparison, compare_runs
@@ -54,7 +55,7 @@ def compare(cfg: DictConfig) -> float:
     folder = Path(cfg.paths.output_dir)
     ledger = _ledger(cfg, folder)
     save_configuration(cfg, folder)
-    console = Console(highlight=False)
+    console = open_console()
     where: dict[str, str | int] = environment()
     note = _SAME if cfg.compare.aa else ""
     if cfg.compare.resume and not ledger.runs:

@@ -11,12 +11,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.fit import build
 from lightning_accel.cli.results import cleaned, cleaned_override, save_configuration
+from lightning_accel.cli.terminal import open_console
 from lightning_accel.evidence.feature_selection.overhead import Overhead, measure_overhead
 from lightning_accel.evidence.feature_selection.page import SelectionReport, write_selection_page
 from lightning_accel.evidence.feature_selection.plots import plot_accuracy_against_features, plot_weights
@@ -56,7 +56,7 @@ def compare_selection(cfg: DictConfig) -> float:
         raise UsageError(f"`compare.pairs` must be an integer >= 1, got {cfg.compare.pairs}.")
     folder = Path(cfg.paths.output_dir)
     save_configuration(cfg, folder)
-    console = Console(highlight=False)
+    console = open_console()
     make = _fits(cfg, folder)
     with _quiet(), _threads(cfg.compare.threads):
         trained: list[Trained] = []

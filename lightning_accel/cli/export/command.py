@@ -12,7 +12,6 @@ from typing import Any, cast
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningModule
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch import nn
 
 from lightning_accel.cli.checkpoint import load_weights
@@ -22,6 +21,7 @@ from lightning_accel.cli.export.formats import CannotWriteError
 from lightning_accel.cli.export.model_file import Settings, check_settings, example_of, load_class, write
 from lightning_accel.cli.export.shrink import write_kept
 from lightning_accel.cli.fit import example_input
+from lightning_accel.cli.terminal import open_console
 
 
 def export(cfg: DictConfig) -> None:
@@ -33,7 +33,7 @@ def export(cfg: DictConfig) -> None:
     """
     settings = Settings(cfg.format, cfg.low_rank, cfg.zero_groups)
     check_settings(settings.file_format, settings.low_rank, settings.zero_groups)
-    console = Console(highlight=False)
+    console = open_console()
     say = partial(console.print, markup=False, soft_wrap=True)
     described = _description(cfg)
     model, checkpoint, build = _model(cfg, described)

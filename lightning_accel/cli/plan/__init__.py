@@ -28,6 +28,7 @@ from lightning_accel.cli.checkpoint import load_weights
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.fit import build, build_callbacks, fit, quiet
 from lightning_accel.cli.results import save_configuration
+from lightning_accel.cli.terminal import open_console
 from lightning_accel.low_rank import eligible_layers
 
 _STRATEGY = "async_sgd"
@@ -118,7 +119,7 @@ def plan(cfg: DictConfig) -> None:
         raise UsageError("No callback is chosen: add callbacks=[...]; lightning-accel plan --help lists them.")
     sketches = {name: _sketch(name) for name in names}
     folder = Path(cfg.paths.output_dir)
-    console = Console(highlight=False)
+    console = open_console()
     build_callbacks(cfg, "callbacks")  # mistakes in their settings show here
     watch = _FirstStep(cfg, sketches, folder, console)
     with quiet():

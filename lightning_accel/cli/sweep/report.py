@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_accel.cli.results import cleaned
+from lightning_accel.cli.terminal import open_console
 from lightning_accel.evidence.plots import MissingPackageError
 from lightning_accel.evidence.summaries import write_sweep_summary
 from lightning_accel.evidence.sweeps import page
@@ -55,7 +56,7 @@ def report(config: DictConfig) -> None:
     runs = read_runs(folder)
     if not runs:
         return
-    console = Console(highlight=False)
+    console = open_console()
     write_table(runs, folder / "sweep.csv")
     metric, mode = choose_metric(runs, config.get("optimized_metric"), config.get("optimized_mode", "max"))
     for run in runs:
