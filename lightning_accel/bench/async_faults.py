@@ -111,7 +111,8 @@ def run(
     on_tick: Callable[[Sequence[Peer], Statistics], None] | None = None,
 ) -> Ending:
     """Run the job in real processes around a server in this one."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    # the first optimizer of a process imports the second module, which takes seconds
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "torch._dynamo"])
 
     def tick(statistics: Statistics) -> None:
         if on_tick is not None:

@@ -42,7 +42,9 @@ class AsyncSGDLauncherBody:
         parts = launcher_module(strategy.distribution)
         parts._check_missing_main_guard()
         if strategy.start_method == "forkserver":
-            multiprocessing.set_forkserver_preload([type(strategy).__module__, "lightning_accel.strategies.session"])
+            # the first optimizer of a process imports the last of these, which takes seconds
+            modules = [type(strategy).__module__, "lightning_accel.strategies.session", "torch._dynamo"]
+            multiprocessing.set_forkserver_preload(modules)
         prepare_to_come_back(trainer)
         make_averages_picklable(trainer)
         strategy.optimizers = []  # of an earlier fit; the workers make their own
