@@ -48,8 +48,8 @@ class Settings:
             the coordinator takes them over one by one, and what their holders push for them is refused. The same after
             the end of training, for workers that still train.
         stall_seconds: Time without progress after which a worker in the middle of a batch (loading one, or in its
-            step) is ended and replaced, > 0. None: twenty times its longest step or load so far and at least 30 s, ten
-            times that while its process computes, and no limit before its first step.
+            step) is ended and replaced, > 0. None: twenty times its longest step or load so far, at least 30 s for a
+            step and 300 s for a load, ten times that while its process computes, and no limit before its first one.
         record_log: Whether the server keeps the log that `replay` needs.
 
     Raises:

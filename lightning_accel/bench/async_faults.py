@@ -338,6 +338,11 @@ def is_alive(pid: int) -> bool:
 
 
 def shared_memory() -> set[str]:
-    """Return the names in the system's folder of shared memory that torch, Python or this package gives."""
+    """Return what processes that are no more have left in the system's folder of shared memory, and what is ours.
+
+    Torch names its entries after the process; other programs of this machine come and go with theirs.
+    """
     names = os.listdir(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else []
-    return {name for name in names if name.startswith(("torch_", "psm_", "sem.mp-", "lightning"))}
+    of_torch = {name: name.split("_")[1] for name in names if name.startswith("torch_")}
+    orphans = {name for name, pid in of_torch.items() if pid.isdecimal() and not is_alive(int(pid))}
+    return orphans | {name for name in names if name.startswith("lightning")}

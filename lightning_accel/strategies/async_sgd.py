@@ -25,10 +25,10 @@ from lightning_accel.async_sgd.policy.rules import StalenessRule
 from lightning_accel.async_sgd.settings import Buffers, Outer, Validate
 from lightning_accel.async_sgd.shared_memory.spawn import StartMethod
 from lightning_accel.lightning_private import attach_launcher, keep_written_metrics
-from lightning_accel.strategies.leased_data import lease_training_data
 from lightning_accel.strategies.refusals import refuse_lock_step
 from lightning_accel.strategies.rescue import Rescue
-from lightning_accel.strategies.session import Session, stop_first
+from lightning_accel.strategies.worker_process.leased_data import lease_training_data
+from lightning_accel.strategies.worker_process.session import Session, stop_first
 
 if TYPE_CHECKING:  # the real base comes from the distribution at hand
     from lightning.pytorch.strategies import ParallelStrategy as _Base

@@ -23,10 +23,11 @@ from lightning_accel.async_sgd import Remains, SharedMemoryStore, run_workers
 from lightning_accel.async_sgd.shared_memory.memory import anonymous_file
 from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import launcher_module, make_averages_picklable
-from lightning_accel.strategies.layer_exchange import prepare_to_come_back
 from lightning_accel.strategies.live import live_table
 from lightning_accel.strategies.rescue import Rescue, load_values
 from lightning_accel.strategies.results import bring_back, bring_back_optimizers, collect
+from lightning_accel.strategies.worker_process.layer_exchange import prepare_to_come_back
+from lightning_accel.strategies.worker_process.snapshots import remove_part
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class AsyncSGDLauncherBody:
         parts._check_missing_main_guard()
         if strategy.start_method == "forkserver":
             # the first optimizer of a process imports the last of these, which takes seconds
-            modules = [type(strategy).__module__, "lightning_accel.strategies.session", "torch._dynamo"]
+            modules = [type(strategy).__module__, "lightning_accel.strategies.worker_process.session", "torch._dynamo"]
             multiprocessing.set_forkserver_preload(modules)
         prepare_to_come_back(trainer)
         make_averages_picklable(trainer)
@@ -55,6 +56,7 @@ class AsyncSGDLauncherBody:
         say_decision(trainer, "AsyncSGDStrategy", _decision(strategy))
 
         def rescue(remains: Remains) -> None:
+            remove_part(trainer.default_root_dir)
             strategy.rescue = Rescue(trainer, remains)
 
         with live_table(strategy) as on_tick, _termination_as_exception(strategy.distribution):
@@ -67,6 +69,7 @@ class AsyncSGDLauncherBody:
                 start_method=strategy.start_method,
                 on_failure=rescue,
             )
+        remove_part(trainer.default_root_dir)
         strategy.statistics, strategy.ending = ending.statistics, ending
         if output is None:
             if ending.state is not None:

@@ -7,7 +7,7 @@ import torch
 
 from lightning_accel.async_sgd import estimate_traffic
 from lightning_accel.async_sgd.estimate import copy_speed
-from lightning_accel.strategies.schedules import SharedPace, follow_pace, step_to_show
+from lightning_accel.strategies.worker_process.schedules import SharedPace, follow_pace, step_to_show
 
 
 def estimate(**others):

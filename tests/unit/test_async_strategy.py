@@ -14,11 +14,11 @@ from lightning_accel.async_sgd import Lease, Settings, Statistics, Supervisor, W
 from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.shared_memory.client import SharedMemoryStore
 from lightning_accel.async_sgd.shared_memory.memory import ParameterPage
-from lightning_accel.strategies.checkpoints import rewind_loops
-from lightning_accel.strategies.leased_data import lease_batches, refuse_unleasable
 from lightning_accel.strategies.live import Rates, live_table, render
 from lightning_accel.strategies.registration import register_by_name
-from lightning_accel.strategies.shared_epochs import UnitsOfEpoch
+from lightning_accel.strategies.worker_process.checkpoints import rewind_loops
+from lightning_accel.strategies.worker_process.leased_data import lease_batches, refuse_unleasable
+from lightning_accel.strategies.worker_process.shared_epochs import UnitsOfEpoch
 
 
 def test_importing_the_package_imports_neither_torch_nor_lightning():

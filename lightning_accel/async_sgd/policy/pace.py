@@ -4,15 +4,15 @@ import time
 from collections.abc import Callable
 
 _TIMES = 20  # the longest so far
-_LEAST_SECONDS = 30.0
+_LEAST_SECONDS = {"load": 300.0, "step": 30.0}  # storage may be slow for a while, and a load holds nobody up
 
 
 class Pace:
     """Measure what a worker does, by name, and say how long the next may take.
 
     Args:
-        stall_seconds: The limit; None for twenty times the longest so far, and 30 s at least. Nothing is limited before
-            it was measured once.
+        stall_seconds: The limit; None for twenty times the longest so far, and at least 30 s for a step, 300 s for a
+            load. Nothing is limited before it was measured once.
         tell: Told the limit (inf: none) whenever something begins or ends.
         clock: Seconds.
     """
@@ -34,7 +34,9 @@ class Pace:
         """Return the seconds that ``what`` may take; inf for any time."""
         if self._stall_seconds is not None:
             return self._stall_seconds
-        return max(_LEAST_SECONDS, _TIMES * self._longest[what]) if what in self._longest else float("inf")
+        if what not in self._longest:
+            return float("inf")
+        return max(_LEAST_SECONDS.get(what, 0.0), _TIMES * self._longest[what])
 
     def begin(self, what: str) -> None:
         """Begin ``what``; ends what was begun before."""

@@ -20,11 +20,12 @@ from lightning_accel.lightning_private import (
     restart_fetching,
     validate_once_more,
 )
-from lightning_accel.strategies.checkpoints import rewind_loops, with_values_of
-from lightning_accel.strategies.coordination import Watchers, log_statistics
-from lightning_accel.strategies.layer_exchange import follow_layers
-from lightning_accel.strategies.schedules import SharedPace, follow_pace, step_to_show
-from lightning_accel.strategies.shared_epochs import SharedEpochs
+from lightning_accel.strategies.worker_process.checkpoints import rewind_loops, with_values_of
+from lightning_accel.strategies.worker_process.coordination import Watchers, log_statistics
+from lightning_accel.strategies.worker_process.layer_exchange import follow_layers
+from lightning_accel.strategies.worker_process.schedules import SharedPace, follow_pace, step_to_show
+from lightning_accel.strategies.worker_process.shared_epochs import SharedEpochs
+from lightning_accel.strategies.worker_process.snapshots import save_snapshot
 
 
 class Session:
@@ -254,8 +255,7 @@ class Session:
         if every is None or version < self._next_snapshot:
             return
         if self._next_snapshot:
-            path = f"{self._trainer.default_root_dir}/async_sgd.ckpt"
-            self._trainer.save_checkpoint(path)  # Lightning's writer replaces the file at once, when it is whole
+            save_snapshot(self._trainer)
         self._next_snapshot = (version // every + 1) * every
 
     # --- other layers

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_accel.async_sgd import Lease
 from lightning_accel.async_sgd.policy.leases import LeaseId
-from lightning_accel.strategies.shared_epochs import UnitsOfEpoch
+from lightning_accel.strategies.worker_process.shared_epochs import UnitsOfEpoch
 
 
 class Share(Protocol):

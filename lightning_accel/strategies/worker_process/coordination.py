@@ -67,14 +67,17 @@ class Watchers:
 
     def publish(self) -> None:
         """Let the others know the state of the watchers."""
-        watching = [callback for callback in self._trainer.callbacks if isinstance(callback, self._kinds)]
         plateaus = [c.scheduler for c in self._strategy.lr_scheduler_configs if c.reduce_on_plateau]
         state = {
-            "callbacks": {callback.state_key: callback.state_dict() for callback in watching},
+            "callbacks": self._states(),
             "plateaus": [scheduler.state_dict() for scheduler in plateaus],
             "loggers": pickled_loggers(self._trainer),
         }
         self._store.kv(_KEY, pickle.dumps(state), replace=True)
+
+    def _states(self) -> dict[str, Any]:
+        watching = [callback for callback in self._trainer.callbacks if isinstance(callback, self._kinds)]
+        return {callback.state_key: callback.state_dict() for callback in watching}
 
     def publish_progress(self, steps: int) -> None:
         """Let the caller's process know twice a second how far the loops are, for a run that does not end well.
@@ -95,6 +98,8 @@ class Watchers:
             "global_step": trainer.global_step,
             "steps": steps,
             "batches": trainer.num_training_batches,
+            "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
+            "callbacks": self._states(),
         }
         self._store.kv(PROGRESS_KEY, pickle.dumps(progress), replace=True)
 
