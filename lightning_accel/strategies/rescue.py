@@ -59,7 +59,7 @@ class Rescue:
         """Add to a checkpoint of the caller's what only the workers had; returns what a resumed run needs beside it."""
         if self._state is None or self._progress is None:
             return None
-        checkpoint["lr_schedulers"] = self._progress["lr_schedulers"]
+        checkpoint["lr_schedulers"] = [state for _, state in self._progress["lr_schedulers"]]
         alone = self._trainer.strategy.num_processes == 1
         return rewind_loops(checkpoint, self._state, pending=0, batches=self._progress["batches"], alone=alone)
 

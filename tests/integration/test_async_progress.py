@@ -298,3 +298,36 @@ class SkipsOnce(Classifier):
     def on_train_batch_start(self, batch, batch_idx):
         leaves = self.trainer.strategy._store.worker == 1 and self.current_epoch == 0 and batch_idx == 2
         return -1 if leaves else None
+
+
+class Scheduled(Classifier):
+    """Halves its rate after each epoch, or follows one cycle of steps; dies once in the third batch of an epoch."""
+
+    def __init__(self, schedule, flag, **options):
+        super().__init__("momentum", schedule, **options)
+        self.flag = flag
+
+    def training_step(self, batch, batch_idx):
+        store = getattr(self.trainer.strategy, "_store", None)
+        if store is not None and self.current_epoch == 2 and batch_idx == 2 and not Path(self.flag).exists():
+            Path(self.flag).touch()
+            kill()
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        if self.hparams.schedule == "onecycle":
+            return super().configure_optimizers()
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["halved", "onecycle"])
+def test_a_lone_worker_that_is_started_again_goes_on_with_the_rate_of_the_run(tmp_path, schedule):
+    plain = fit(tmp_path, "auto", seeded(Scheduled, schedule, ""), epochs=4)
+    strategy = AsyncSGDStrategy(**QUICK)
+    ours = fit(tmp_path, strategy, seeded(Scheduled, schedule, str(tmp_path / "flag")), epochs=4)
+    assert strategy.statistics.restarts == 1
+    assert ours.global_step == plain.global_step == 32
+    rates = [trainer.optimizers[0].param_groups[0]["lr"] for trainer in (ours, plain)]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-6)

@@ -2,6 +2,7 @@
 
 import pickle
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -32,7 +33,7 @@ class Watchers:
         self._aside: list[Any] = []
         self._plateaus: list[Any] = []
         self._limits: tuple[Any, Any] | None = None
-        self._progress_due = 0.0
+        self._progress_due = (-1, 0.0)
 
     def hold_back(self) -> None:
         """Put the callbacks aside and do not validate."""
@@ -79,22 +80,31 @@ class Watchers:
         watching = [callback for callback in self._trainer.callbacks if isinstance(callback, self._kinds)]
         return {callback.state_key: callback.state_dict() for callback in watching}
 
-    def publish_progress(self, steps: int) -> None:
-        """Let the caller's process know twice a second how far the loops are, for a run that does not end well.
+    def publish_progress(self, steps: int, steps_of: Sequence[int]) -> None:
+        """Let others know how far the loops are, twice a second and in each epoch.
+
+        For the caller's process, if the run does not end well, and for workers that are started again.
 
         Args:
             steps: Of the server, as `trainer.global_step` shows them now.
+            steps_of: Of the server, for each optimizer.
         """
         now = time.monotonic()
-        if now < self._progress_due:
+        epoch, due = self._progress_due
+        if epoch == self._trainer.current_epoch and now < due:
             return
-        self._progress_due = now + _PROGRESS_SECONDS
+        self._progress_due = self._trainer.current_epoch, now + _PROGRESS_SECONDS
         trainer = self._trainer
         loops = trainer.fit_loop.state_dict()
         loops.get("state_dict", {}).pop("combined_loader", None)  # of a loader that only this process has
         progress = {
             "fit_loop": loops,
-            "lr_schedulers": [config.scheduler.state_dict() for config in self._strategy.lr_scheduler_configs],
+            "lr_schedulers": [
+                (config.reduce_on_plateau, config.scheduler.state_dict())
+                for config in self._strategy.lr_scheduler_configs
+            ],
+            "epoch": trainer.current_epoch,
+            "steps_of": list(steps_of),
             "global_step": trainer.global_step,
             "steps": steps,
             "batches": trainer.num_training_batches,
@@ -102,6 +112,11 @@ class Watchers:
             "callbacks": self._states(),
         }
         self._store.kv(PROGRESS_KEY, pickle.dumps(progress), replace=True)
+
+    def progress(self) -> dict[str, Any] | None:
+        """Return what was published last about the loops, if anything."""
+        published = self._store.kv(PROGRESS_KEY, wait=False)
+        return None if published is None else pickle.loads(published)
 
     def restore(self) -> None:
         """Take over the state that was published last, if any."""

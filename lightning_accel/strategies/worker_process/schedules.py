@@ -1,6 +1,6 @@
 """Learning-rate schedules and step counts of one worker, driven by what all workers do together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -51,6 +51,29 @@ def follow_pace(scheduler: Any, pace: SharedPace, is_per_epoch: Callable[[], boo
             base.step(self, *args)
 
     scheduler.__class__ = type(base.__name__, (base,), {"step": step, "__module__": base.__module__})
+
+
+def catch_up(
+    configs: Sequence[Any], states: Sequence[dict[str, Any]], *, epochs: range, steps_of: Mapping[int, int]
+) -> None:
+    """Bring the schedulers of a process that was started again to where the run is.
+
+    Args:
+        configs: Lightning's configurations of them; none that waits for a metric.
+        states: Of the same schedulers in the coordinator, a moment ago.
+        epochs: That have ended since.
+        steps_of: Steps that the server has made since, by the identity of the optimizer.
+    """
+    for config, state in zip(configs, states, strict=False):
+        scheduler = config.scheduler
+        scheduler.load_state_dict(state)
+        due = sum((epoch + 1) % config.frequency == 0 for epoch in epochs)
+        if config.interval == "step":
+            due = max(0, steps_of.get(id(scheduler.optimizer), 0)) // config.frequency
+            total = getattr(scheduler, "total_steps", None)  # a one-cycle schedule refuses to go further
+            due = due if total is None else min(due, total - 1 - scheduler.last_epoch)
+        for _ in range(due):
+            scheduler.step()
 
 
 def step_to_show(shown: int, actual: int, periods: Sequence[int]) -> int:

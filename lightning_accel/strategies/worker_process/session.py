@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_accel.async_sgd import ParameterStore, Settings, Snapshot, Worker
-from lightning_accel.async_sgd.policy.stepping import get_groups
+from lightning_accel.async_sgd.policy.stepping import get_groups, set_groups
 from lightning_accel.lightning_private import (
     checkpoint_periods,
     count_steps_of_others,
@@ -23,7 +23,7 @@ from lightning_accel.lightning_private import (
 from lightning_accel.strategies.worker_process.checkpoints import rewind_loops, with_values_of
 from lightning_accel.strategies.worker_process.coordination import Watchers, log_statistics
 from lightning_accel.strategies.worker_process.layer_exchange import follow_layers
-from lightning_accel.strategies.worker_process.schedules import SharedPace, follow_pace, step_to_show
+from lightning_accel.strategies.worker_process.schedules import SharedPace, catch_up, follow_pace, step_to_show
 from lightning_accel.strategies.worker_process.shared_epochs import SharedEpochs
 from lightning_accel.strategies.worker_process.snapshots import save_snapshot
 
@@ -97,6 +97,7 @@ class Session:
         if membership.incarnation > 0:
             go_to_epoch(trainer, membership.epoch)
             self.watchers.restore()
+            self._catch_up(membership.epoch)
         for config in self._strategy.lr_scheduler_configs:
             if not config.reduce_on_plateau and (config.interval == "step" or not module.automatic_optimization):
                 follow_pace(config.scheduler, self._pace(config.scheduler.optimizer), self._is_epoch_call)
@@ -110,6 +111,23 @@ class Session:
             restart_fetching(trainer)
         if self.store.is_coordinator and membership.incarnation == 0:
             self.watchers.publish()  # whoever takes over goes on with these loggers
+
+    def _catch_up(self, epoch: int) -> None:
+        """Let a process that was started again go on with the rates that the run has by now."""
+        progress = self.watchers.progress()
+        if progress is None or self.settings.local_steps:
+            return
+        for optimizer, state in zip(self.worker.optimizers, self.store.snapshot().optimizer_states, strict=True):
+            values = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+            set_groups(optimizer, values)
+        made = [now - then for now, then in zip(self.worker.steps, progress["steps_of"], strict=True)]
+        steps_of = {id(optimizer): steps for optimizer, steps in zip(self.worker.optimizers, made, strict=True)}
+        catch_up(
+            [config for config in self._strategy.lr_scheduler_configs if not config.reduce_on_plateau],
+            [state for is_plateau, state in progress["lr_schedulers"] if not is_plateau],
+            epochs=range(progress["epoch"], epoch),
+            steps_of=steps_of,
+        )
 
     @property
     def _steps_of_all(self) -> int:
@@ -143,7 +161,7 @@ class Session:
             self._trainer.fit_loop.min_epochs = 0
         elif self.store.is_coordinator:
             self.watchers.take_over()
-            self.watchers.publish_progress(self._steps_of_all)
+            self.watchers.publish_progress(self._steps_of_all, self.worker.steps)
             self._save_snapshot(snapshot_every)
             log_statistics(self._trainer, self.store)
         if not self.store.is_current and batch_idx % self._trainer.accumulate_grad_batches == 0:
