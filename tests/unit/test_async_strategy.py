@@ -256,3 +256,36 @@ def test_loops_of_a_checkpoint_count_the_batches_of_all_workers():
     assert progress == {"current": trackers(6), "total": trackers(16)}
     opaque = [{**epochs[0], "units": [("a",)] * 8}]
     assert rewind_loops(checkpoint, Snapshot(5, [5], [], [], [], opaque), pending=0, batches=8) == {"epochs": []}
+
+
+def test_a_snapshot_is_whole_although_its_writer_stops_half_way(tmp_path, monkeypatch):
+    from lightning_accel.strategies.worker_process import snapshots
+
+    class Trainer:
+        default_root_dir = tmp_path
+        state = "first"
+
+        def __init__(self):
+            self.strategy = self
+            self.checkpoint_io = "the user's own"
+
+        def save_checkpoint(self, path):
+            self.checkpoint_io.save_checkpoint({"state": self.state}, path)
+
+    def fail(checkpoint, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    trainer = Trainer()
+    snapshots.save_snapshot(trainer)
+    trainer.state = "second"
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots.torch, "save", fail)
+        with pytest.raises(KeyboardInterrupt):
+            snapshots.save_snapshot(trainer)
+    assert torch.load(tmp_path / snapshots.NAME, weights_only=True) == {"state": "first"}
+    assert trainer.checkpoint_io == "the user's own"
+    snapshots.remove_part(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [snapshots.NAME]
+    snapshots.save_snapshot(trainer)
+    assert torch.load(tmp_path / snapshots.NAME, weights_only=True) == {"state": "second"}

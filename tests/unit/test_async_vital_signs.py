@@ -79,6 +79,21 @@ def test_a_step_that_computes_gets_ten_times_as_long_unless_the_user_said_how_lo
     assert watch(chosen, 100, progress=(7, 3.0), beats=True, cpu=0.9, state=state)[0] == 5
 
 
+def test_a_first_step_may_take_what_the_others_allow_themselves(state):
+    signs, unknown = VitalSigns(Settings(), 1), (7, 0.0)
+    for second in range(40):
+        why = signs.look(1.0, heartbeat=second, progress=unknown, has_joined=True)
+        assert why is None, "nobody has measured one"
+    for second in range(40):
+        why = why or signs.look(1.0, heartbeat=second, progress=unknown, has_joined=True, others_allow=30.0)
+    assert why is not None
+    assert "in the middle of a batch" in why
+    other = VitalSigns(Settings(), 1)
+    for limit in (float("inf"), 80.0, 300.0, 0.0):
+        other.look(1.0, heartbeat=0, progress=(int(limit == 80.0), limit), has_joined=True)
+    assert other.allows == 80.0
+
+
 def test_a_stopped_process_does_not_hang(state):
     state.state = ProcessState(stopped=True, cpu_seconds=0.0)
     assert watch(VitalSigns(Settings(), 1), 300, progress=(7, 30.0), beats=True) is None
@@ -128,7 +143,7 @@ def test_a_limit_comes_from_the_longest_step_so_far_and_waiting_for_others_does_
     last(0.5)
     pace.end()
     pace.begin("step")
-    assert told == [none, none, 30.0], "none before the first was measured"
+    assert told == [0.0, none, 30.0], "unknown before the first was measured"
     pace.wait(lambda: last(100.0))
     last(4.0)
     pace.begin("load")

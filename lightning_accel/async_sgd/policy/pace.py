@@ -3,6 +3,9 @@
 import time
 from collections.abc import Callable
 
+UNKNOWN = 0.0
+"""The limit of what was never measured; others may know better."""
+
 _TIMES = 20  # the longest so far
 _LEAST_SECONDS = {"load": 300.0, "step": 30.0}  # storage may be slow for a while, and a load holds nobody up
 
@@ -12,8 +15,9 @@ class Pace:
 
     Args:
         stall_seconds: The limit; None for twenty times the longest so far, and at least 30 s for a step, 300 s for a
-            load. Nothing is limited before it was measured once.
-        tell: Told the limit (inf: none) whenever something begins or ends.
+            load. Before the first step was measured it is `UNKNOWN`, and before the
+            first load there is none.
+        tell: Told the limit (inf: none, `UNKNOWN`) whenever something begins or ends.
         clock: Seconds.
     """
 
@@ -31,11 +35,11 @@ class Pace:
         self._began = 0.0
 
     def limit(self, what: str) -> float:
-        """Return the seconds that ``what`` may take; inf for any time."""
+        """Return the seconds that ``what`` may take; `UNKNOWN` before the first step, inf before the first load."""
         if self._stall_seconds is not None:
             return self._stall_seconds
         if what not in self._longest:
-            return float("inf")
+            return UNKNOWN if what == "step" else float("inf")
         return max(_LEAST_SECONDS.get(what, 0.0), _TIMES * self._longest[what])
 
     def begin(self, what: str) -> None:

@@ -89,15 +89,16 @@ class ControlPage:
         fence()
 
     def progress(self, worker: int) -> tuple[int, float]:
-        """Return how often the worker has got on, and the seconds that it may take for the next time (inf: any)."""
+        """Return how often the worker has got on, and the seconds that it may take now (inf: any; 0: unknown)."""
         line = _FIRST + _LINE * worker
         limit = self._words[line + _LIMIT]
-        return self._words[line + _PROGRESS], limit / 1000 if limit else float("inf")
+        return self._words[line + _PROGRESS], {0: float("inf"), -1: 0.0}.get(limit, limit / 1000)
 
     def get_on(self, worker: int, limit: float) -> None:
-        """Say that the worker has got on, and how many seconds the next thing may take (inf: any)."""
+        """Say that the worker has got on, and how many seconds the next thing may take (inf: any; 0: unknown)."""
         line = _FIRST + _LINE * worker
-        self._words[line + _LIMIT] = 0 if limit == float("inf") else max(1, round(1000 * limit))
+        milliseconds = 0 if limit == float("inf") else max(1, round(1000 * limit))
+        self._words[line + _LIMIT] = -1 if limit == 0.0 else milliseconds
         self._words[line + _PROGRESS] += 1
 
     def clear(self, worker: int) -> None:

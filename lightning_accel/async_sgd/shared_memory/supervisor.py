@@ -28,6 +28,7 @@ from lightning_accel.async_sgd.store import Opening, Snapshot, Statistics
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.05
+_ANY = float("inf")  # seconds
 _EXIT_SECONDS = 5.0  # that the process of a worker which has left may take to end
 
 
@@ -172,6 +173,7 @@ class Supervisor:
                 heartbeat=service.control.heartbeat(peer.worker),
                 progress=service.control.progress(peer.worker),
                 has_joined=peer.state == "joined",
+                others_allow=self._allowed_by_others(peer),
             )
             if why is None and service.end.is_overdue(peer):
                 why = "did not stop when the run was over"
@@ -182,6 +184,10 @@ class Supervisor:
         service.ring_waiting()
         if self._on_tick is not None and service.server is not None:
             self._on_tick(service.server.statistics())
+
+    def _allowed_by_others(self, peer: Peer) -> float:
+        limits = [other.signs.allows for other in self.peers if other is not peer]
+        return max((limit for limit in limits if limit < _ANY), default=_ANY)
 
     def _flush(self, peer: Peer) -> bool:
         try:

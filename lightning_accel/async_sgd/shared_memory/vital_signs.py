@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lightning_accel.async_sgd.policy.pace import UNKNOWN
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.process_state import ProcessState, look_at
 
@@ -22,15 +23,37 @@ class VitalSigns:
     pid: int | None
     heartbeat: int = 0
     progress: int = -1
+    allows: float = float("inf")  # the shortest time that it allowed itself for anything it had measured
+    allowed: float = 0.0  # the longest time that it allowed itself for anything
     silent_seconds: float = 0.0
     still_seconds: float = 0.0
     cpu_before: float = 0.0  # seconds computed when it last got on
 
-    def look(self, seconds: float, *, heartbeat: int, progress: tuple[int, float], has_joined: bool) -> str | None:
-        """Take note of what is seen after so many seconds; returns why the worker has to be ended, or None."""
+    def look(
+        self,
+        seconds: float,
+        *,
+        heartbeat: int,
+        progress: tuple[int, float],
+        has_joined: bool,
+        others_allow: float = float("inf"),
+    ) -> str | None:
+        """Take note of what is seen after so many seconds; returns why the worker has to be ended, or None.
+
+        Args:
+            seconds: Since the last look.
+            heartbeat: Of the worker, see `ControlPage.heartbeat`.
+            progress: See `ControlPage.progress`.
+            has_joined: Whether it takes part.
+            others_allow: Seconds that the others allow themselves, for what this worker has never measured.
+        """
         # our own pauses (a suspended machine) must not count as theirs
         seconds = min(seconds, 1.0)
         count, limit = progress
+        if limit == UNKNOWN:
+            limit = others_allow
+        else:
+            self.allows = min(self.allows, limit)
         self.silent_seconds = 0.0 if heartbeat != self.heartbeat else self.silent_seconds + seconds
         if count != self.progress or limit == float("inf"):
             self.still_seconds, self.progress = 0.0, count
