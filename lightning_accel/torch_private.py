@@ -124,3 +124,26 @@ def _signed(number: int) -> int:
 
 
 _EVERY_MODULES = frozenset(nn.Module().__dict__)
+
+
+def storage_users(tensor: torch.Tensor) -> int:
+    """Return how many tensors (and arrays, views of NumPy included) use the memory of ``tensor``, itself included.
+
+    Only the storage counts its users, for no public eye.
+    """
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1  # without the wrapper that was made to ask
+
+
+def gradient_hooks_of(parameter: torch.Tensor) -> str | None:
+    """Name the kind of hooks that see or change the gradient of a parameter; ``None`` if there is none.
+
+    Neither ``register_hook`` nor ``register_post_accumulate_grad_hook`` leaves a public trace.
+    """
+    for kind, name in (
+        ("_backward_hooks", "a gradient hook"),
+        ("_post_accumulate_grad_hooks", "a hook after gradient accumulation"),
+    ):
+        if getattr(parameter, kind, None):
+            return name
+    return None

@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time names load on first use
+    from lightning_accel.callbacks.layer_exchange.loading import load_from_checkpoint as load_from_checkpoint
     from lightning_accel.callbacks.layer_exchange.structure import enable_low_rank_loading as enable_low_rank_loading
-    from lightning_accel.callbacks.layer_exchange.structure import load_from_checkpoint as load_from_checkpoint
     from lightning_accel.callbacks.projection.group_sparsity import GroupSparsity as GroupSparsity
     from lightning_accel.callbacks.projection.l1inf_projection import L1InfProjection as L1InfProjection
     from lightning_accel.callbacks.projection.multilevel_projection import MultilevelProjection as MultilevelProjection
@@ -25,7 +25,7 @@ _HOMES = {
     "SequentialFreezing": "sequential_freezing.callback",
     "StatefulStreams": "recurrent.stateful_streams",
     "enable_low_rank_loading": "layer_exchange.structure",
-    "load_from_checkpoint": "layer_exchange.structure",
+    "load_from_checkpoint": "layer_exchange.loading",
 }
 
 __all__ = list(_HOMES)

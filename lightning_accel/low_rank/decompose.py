@@ -1,18 +1,22 @@
 """Put factored layers into a model, and dense ones back."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from lightning_accel.low_rank.eligibility import eligible_layers, low_rank_layers
+from lightning_accel.low_rank.eligibility import LEFT_ALONE, eligible_layers, low_rank_layers
+from lightning_accel.low_rank.factored import FactoredLayer
 from lightning_accel.low_rank.factorize import factorize, to_dense
+from lightning_accel.low_rank.in_place import become
 from lightning_accel.low_rank.rank_plan.plan import RankPlan
 
 
 def decompose(model: nn.Module, plan: RankPlan, *, second_moments: Mapping[str, Tensor] | None = None) -> list[str]:
     """Replace layers in place by their factored form, as planned; names, biases, hooks and modes stay.
 
-    Layers that are low rank already are left as they are, so a second call changes nothing.
+    Layers that are low rank already are left as they are, so a second call changes nothing. Layers that could be
+    factored but for what the model does with them (see `LEFT_ALONE`) stay dense, with a warning.
 
     Args:
         model: Changed in place, all or nothing: with an error no layer is replaced.
@@ -35,6 +39,9 @@ def decompose(model: nn.Module, plan: RankPlan, *, second_moments: Mapping[str, 
             continue
         if entry.name not in eligible:
             why = skipped.get(entry.name, "no such linear or convolutional layer")
+            if why.startswith(LEFT_ALONE):
+                warnings.warn(f"layer `{entry.name}` of the plan stays dense ({why}).", stacklevel=2)
+                continue
             raise ValueError(f"layer `{entry.name}` of the plan can not be factored ({why}); make a new plan.")
         dense = eligible[entry.name]
         if tuple(dense.weight.shape) != entry.shape:
@@ -80,14 +87,12 @@ def merge(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
 
 
 def swap(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """Put ``layer`` in the place ``name``, hand the user's hooks over to it and return the layer that stood there."""
-    parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    old: nn.Module = getattr(parent, child)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(layer, hooks).update(getattr(old, hooks))
-    for flags in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
-        getattr(layer, flags).update(getattr(old, flags))
-    layer._is_full_backward_hook = old._is_full_backward_hook
-    parent._modules[child] = layer
-    return old
+    """Let the module ``name`` become ``layer`` and return a module that is what it was; see `become`.
+
+    The module stays the same object: whoever else holds it (a list, a closure) has the new layer too.
+    """
+    place = model.get_submodule(name)
+    before = become(place, layer)
+    if isinstance(place, FactoredLayer):
+        place.place = name
+    return before

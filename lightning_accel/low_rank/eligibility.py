@@ -1,16 +1,22 @@
 """Which layers of a model can be factored, and why the others can not."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from lightning_accel.low_rank.factorize import DenseLayer
+from lightning_accel import torch_private
+from lightning_accel.low_rank.copies import find_copies
+from lightning_accel.low_rank.factored import DenseLayer
 from lightning_accel.low_rank.layers import LOW_RANK_TYPES, LowRankLayer
 
 _DENSE_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+LEFT_ALONE = "left alone: "
+"""How the reason begins where a layer could be factored, but the model does something with it that factors would break.
+"""
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
@@ -53,7 +59,19 @@ def eligible_layers(
             eligible[name] = module
         elif reason is not None:
             skipped[name] = reason
+    everything = {name: layer for name, layer in parents.items() if _can_be_copied(layer)}
+    for name, other in find_copies(everything).items():
+        if eligible.pop(name, None) is not None:
+            skipped[name] = (
+                f"{LEFT_ALONE}it and `{other}` look like a network and a copy that follows it (a target network, a "
+                "momentum encoder); averages of factors are no averages of weights"
+            )
     return eligible, skipped
+
+
+def left_alone(skipped: Mapping[str, str]) -> bool:
+    """Say whether a layer could be factored but for what the model does with it."""
+    return any(reason.startswith(LEFT_ALONE) for reason in skipped.values())
 
 
 def _reason(module: nn.Module, name: str, parent: nn.Module | None) -> str | None:
@@ -86,4 +104,13 @@ def _weight_reason(module: nn.Module) -> str | None:
         return f"its weight is {weight.dtype}"
     if weight.device.type == "meta":
         return "its weight has no storage yet (meta device)"
+    if "forward" in module.__dict__:
+        return f"{LEFT_ALONE}its `forward` was replaced on this instance"
+    if hooks := torch_private.gradient_hooks_of(weight):
+        return f"{LEFT_ALONE}{hooks} is registered on its weight"
     return None
+
+
+def _can_be_copied(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return type(module) in _DENSE_TYPES and weight is not None and weight.device.type != "meta"

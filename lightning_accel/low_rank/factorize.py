@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.low_rank.factored import DenseLayer
 from lightning_accel.low_rank.layers import LowRankConv, LowRankLayer, LowRankLinear, TuckerConv
-
-DenseLayer = nn.Linear | nn.Conv1d | nn.Conv2d
 
 _RIDGE = 1e-6  # of the mean eigenvalue: keeps the whitening invertible where an input never varies
 
@@ -59,7 +58,9 @@ def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor 
     r"""Return the factored layer that is nearest to ``dense``.
 
     One rank: ``min ||(W - U V) C^(1/2)||_F`` over matrices of that rank, W unfolded to (out, in * kernel), by an SVD,
-    the square roots of the singular values on both sides. Two ranks: projection on the leading left singular vectors of
+    the square roots of the singular values on both sides. Where a singular value is zero (a layer that starts at zero,
+    a rank beyond that of the weight), V keeps a row that can learn: with zeros on both sides neither factor would ever
+    have a gradient. Two ranks: projection on the leading left singular vectors of
     the two channel unfoldings (truncated HOSVD, Tucker-2), the three factors scaled to one norm.
 
     Args:
@@ -83,9 +84,7 @@ def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor 
     with torch.no_grad():
         weight, whiten, unwhiten = _whitened(dense, second_moment)
         if len(ranks) == 1:
-            left, values, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
-            root = values[: ranks[0]].sqrt()
-            factors = {"factor_out": left[:, : ranks[0]] * root, "factor_in": root[:, None] * right[: ranks[0]]}
+            factors = _split_evenly(weight.flatten(1), ranks[0])
         else:
             left, right = _leading(weight, 0, ranks[1]), _leading(weight, 1, ranks[0])
             core = torch.einsum("ob,oi...,ia->ba...", left, weight, right)
@@ -121,30 +120,11 @@ def to_dense(layer: LowRankLayer) -> DenseLayer:
 
     The product is formed in float32 or better and cast back.
     """
-    dense: DenseLayer
-    example = layer.factor_in
     with torch.no_grad():
         factors = {name: _precise(getattr(layer, name)) for name in layer.factor_names}
-        weight = nn.Parameter(layer.product(factors).to(example.dtype).contiguous())  # an einsum leaves odd strides
-    if isinstance(layer, LowRankLinear):
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=example.dtype)
-    else:
-        make = nn.Conv1d if len(layer.kernel_size) == 1 else nn.Conv2d
-        dense = make(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]
-            stride=layer.stride,  # type: ignore[arg-type]
-            padding=layer.padding,  # type: ignore[arg-type]
-            dilation=layer.dilation,  # type: ignore[arg-type]
-            padding_mode=layer.padding_mode,
-            bias=False,
-            device="meta",
-            dtype=example.dtype,
-        )
-    dense.weight = weight.requires_grad_(any(getattr(layer, name).requires_grad for name in layer.factor_names))
-    dense.bias = layer.bias
-    return dense.train(layer.training)
+        weight = layer.product(factors).to(layer.factor_in.dtype).contiguous()
+    trainable = any(getattr(layer, name).requires_grad for name in layer.factor_names)
+    return layer.dense_layer(nn.Parameter(weight, requires_grad=trainable))
 
 
 def full_ranks(dense: DenseLayer, count: int | None = None) -> tuple[int, ...]:
@@ -227,6 +207,24 @@ def _whitened(dense: DenseLayer, second_moment: Tensor | None) -> tuple[Tensor, 
     inverse = (vectors / values.sqrt()) @ vectors.T
     whitened = torch.einsum("oi...,ij->oj...", weight, root.to(weight.dtype))
     return whitened, root.to(weight.dtype), inverse.to(weight.dtype)
+
+
+def _split_evenly(matrix: Tensor, rank: int) -> dict[str, Tensor]:
+    """Return U and V of the truncated SVD, singular values on both sides; none of them is dead."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, values, right = left[:, :rank], values[:rank], right[:rank]
+    zero = values <= values[0] * max(matrix.shape) * torch.finfo(matrix.dtype).eps
+    root = values.sqrt()
+    if bool(zero.any()):
+        alive = int((~zero).sum())
+        # Of directions without a singular value the SVD returns any; these see all inputs, alike at every call.
+        draw = torch.randn(rank - alive, right.shape[1], generator=torch.Generator().manual_seed(0)).to(right)
+        draw -= draw @ right[:alive].T @ right[:alive]
+        right = torch.cat([right[:alive], torch.linalg.qr(draw.T).Q.T])
+        left, root = left.clone(), root.clone()
+        left[:, alive:] = 0.0
+        root[alive:] = root[:alive].mean() if alive else 1.0
+    return {"factor_out": left * root, "factor_in": root[:, None] * right}
 
 
 def _leading(weight: Tensor, mode: int, rank: int) -> Tensor:

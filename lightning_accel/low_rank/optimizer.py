@@ -12,6 +12,11 @@ from lightning_accel.low_rank.layers import LowRankLayer
 # How a state entry depends on the gradient: linearly, by squares, or not at all.
 _FIRST = ("momentum_buffer", "exp_avg", "grad_avg")
 _SECOND = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+_MEAN_OF = {
+    "exp_avg_sq": "exp_avg",
+    "square_avg": "grad_avg",
+}  # second moment to the first moment of the same gradients
+_LARGEST = ("exp_inf",)  # running maximum of absolute gradients
 _COUNTERS = ("step", "mu_product")
 
 
@@ -34,10 +39,12 @@ def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Pa
     r"""Let factors take the place of dense weights in their parameter groups, and project the moments.
 
     With ``W = U V``, gradients of the factors are ``dU = G V^T`` and ``dV = U^T G``. So a first moment M of the weight
-    becomes ``M V^T`` and ``U^T M``; a second moment v, an average of squares, becomes ``v (V*V)^T`` and ``(U*U)^T v``
-    (entries of G taken as uncorrelated). For Tucker-2 the same holds with the derivatives of its product. Step
-    counters are copied. A state with entries that are not known starts fresh, and the result says so. RMSprop's
-    momentum is a sum of normalized gradients, which no projection keeps: it starts at zero.
+    becomes ``M V^T`` and ``U^T M``. A second moment v is an average of squares: its variance ``v - M^2`` becomes
+    ``(v - M^2) (V*V)^T`` (entries of G taken as uncorrelated), and the square of the new first moment is added, so that
+    no variance is negative. Running maxima m become ``m |V|^T``, a bound. For Tucker-2 the same holds with the
+    derivatives of its product. Step counters are copied. A state with entries that are not known starts fresh, and the
+    result says so. RMSprop's momentum is a sum of normalized gradients, which no projection keeps: it starts at zero.
+    The lists of parameters are changed in place, for optimizers that keep them elsewhere, too.
 
     Args:
         optimizer: Holds the dense weights; changed in place. Group options, order and other states stay.
@@ -60,7 +67,10 @@ def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Pa
                 parameters.extend(getattr(layer, name) for name in layer.factor_names)
             else:
                 parameters.append(parameter)
-        group["params"] = parameters
+        group["params"][:] = parameters
+    options = {
+        parameter: group for group, held in zip(optimizer.param_groups, lists, strict=True) for parameter in held
+    }
     for weight, layer in replaced.items():
         state = optimizer.state.pop(weight, None) if weight in held else None
         if not state:
@@ -69,7 +79,7 @@ def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Pa
         if problem:
             fresh.append(f"{tuple(weight.shape)}: {problem}")
             continue
-        for name, factor_state in project_state(state, layer).items():
+        for name, factor_state in project_state(state, layer, options[weight]).items():
             optimizer.state[getattr(layer, name)] = factor_state
             projected += 1
     return Replacement(projected=projected, fresh=tuple(fresh), before=(optimizer, lists, states))
@@ -87,7 +97,7 @@ def undo_replacement(replacement: Replacement) -> None:
         if parameter not in kept:
             del optimizer.state[parameter]
     for group, parameters in zip(optimizer.param_groups, lists, strict=True):
-        group["params"] = list(parameters)
+        group["params"][:] = parameters
     for weight, state in states.items():
         optimizer.state[weight] = state
 
@@ -107,7 +117,7 @@ def replace_by_merged(optimizer: torch.optim.Optimizer, merged: Mapping[LowRankL
     heads = {getattr(layer, layer.factor_names[0]): weight for layer, weight in merged.items()}
     factors = {getattr(layer, name) for layer in merged for name in layer.factor_names}
     for group in optimizer.param_groups:
-        group["params"] = [
+        group["params"][:] = [
             heads.get(parameter, parameter)
             for parameter in group["params"]
             if parameter not in factors or parameter in heads
@@ -117,23 +127,54 @@ def replace_by_merged(optimizer: torch.optim.Optimizer, merged: Mapping[LowRankL
     return tuple(f"{tuple(weight.shape)}: {why}" for factor, weight in heads.items() if factor in known)
 
 
-def project_state(state: Mapping[str, Any], layer: LowRankLayer) -> dict[str, dict[str, Any]]:
+def project_state(
+    state: Mapping[str, Any], layer: LowRankLayer, options: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Return the optimizer state of each factor by name, from the dense weight's state; see `replace_parameters`."""
     factors = {name: getattr(layer, name).detach() for name in layer.factor_names}
     squares = {name: factor.square() for name, factor in factors.items()}
+    sizes = {name: factor.abs() for name, factor in factors.items()}
     result: dict[str, dict[str, Any]] = {name: {} for name in factors}
     for key, value in state.items():
-        if value is not None and key in _FIRST + _SECOND:
+        if value is not None and key in _FIRST + _SECOND + _LARGEST:
             if "square_avg" in state and key == "momentum_buffer":
                 moments = {name: torch.zeros_like(factor) for name, factor in factors.items()}
+            elif key in _MEAN_OF and (mean := state.get(_MEAN_OF[key])) is not None:
+                moments = _second_moments(layer, factors, mean, value, _corrections(state, options))
             else:
-                moments = _pull_back(layer, factors if key in _FIRST else squares, value)
+                moments = _pull_back(layer, factors if key in _FIRST else squares if key in _SECOND else sizes, value)
             for name, moment in moments.items():
                 result[name][key] = moment
         else:
             for entry in result.values():
                 entry[key] = value.clone() if isinstance(value, Tensor) else value
+    for entry in result.values():
+        if entry.get("max_exp_avg_sq") is not None:
+            entry["max_exp_avg_sq"] = torch.maximum(entry["max_exp_avg_sq"], entry["exp_avg_sq"])
     return result
+
+
+def _corrections(state: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the sums of the weights in Adam's running averages, which have not seen enough steps to reach 1."""
+    betas, steps = options.get("betas"), float(state.get("step", 0))
+    if "exp_avg" not in state or betas is None or steps < 1:
+        return 1.0, 1.0
+    return 1.0 - float(betas[0]) ** steps, 1.0 - float(betas[1]) ** steps
+
+
+def _second_moments(
+    layer: LowRankLayer,
+    factors: Mapping[str, Tensor],
+    first: Tensor,
+    second: Tensor,
+    corrections: tuple[float, float],
+) -> dict[str, Tensor]:
+    """Return second moments that are at least the squares of the first ones, both corrected for their weights' sums."""
+    mean = first / corrections[0]
+    squares = {name: factor.square() for name, factor in factors.items()}
+    spread = _pull_back(layer, squares, (second / corrections[1] - mean.square()).clamp_min(0.0))
+    means = _pull_back(layer, factors, mean)
+    return {name: corrections[1] * (spread[name] + means[name].square()) for name in spread}
 
 
 def orphans(optimizers: Sequence[torch.optim.Optimizer], layer: LowRankLayer) -> list[str]:
@@ -156,7 +197,7 @@ def _unknown(weight: Tensor, state: Mapping[str, Any]) -> str | None:
     for key, value in state.items():
         if key in _COUNTERS or value is None:
             continue
-        if key not in _FIRST + _SECOND:
+        if key not in _FIRST + _SECOND + _LARGEST:
             return f"the state entry `{key}` is unknown, moments start fresh"
         if not isinstance(value, Tensor) or value.shape != weight.shape:
             return f"the state entry `{key}` has another shape than the weight, moments start fresh"

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lightning_accel.low_rank import EnergyProfile, factorize, frozen_factor_ind
 from lightning_accel.low_rank.rank_plan.candidates import plateau_candidates, snapped_ranks, theoretical_ranks
 from lightning_accel.low_rank.rank_plan.knapsack import least_cost, most_value
 from lightning_accel.low_rank.rank_plan.plan import factor_parameters
+from lightning_accel.low_rank.rank_plan.two_budgets import most_value_within
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 300), st.integers(1, 300)),
@@ -137,3 +139,44 @@ def test_each_group_rests_for_its_share_of_the_epochs(epoch, period, weights):
     rests = [frozen_factor_index(e, period_epochs=period, weights=weights) for e in range(epoch)]
     share = 0.5 if weights is None else weights[0] / sum(weights)
     assert abs(rests.count(0) - share * epoch) <= 2 * period, "to within the cycle under way"
+
+
+two_costs = st.tuples(st.floats(0.1, 9.0), st.floats(0.1, 9.0), st.floats(0.0, 1.0))
+
+
+@settings(max_examples=200, deadline=None)
+@given(options=st.lists(st.lists(two_costs, min_size=1, max_size=5), min_size=1, max_size=5), data=st.data())
+def test_two_budgets_are_filled_as_well_as_brute_force_does(options, data):
+    """The budgets are those of any plan; that plan itself is the least that is asked for."""
+
+    def sums(chosen):
+        return tuple(sum(layer[k][part] for layer, k in zip(options, chosen, strict=True)) for part in range(3))
+
+    start = [data.draw(st.integers(0, len(layer) - 1)) for layer in options]
+    budgets = sums(start)[:2]
+    chosen = most_value_within(options, budgets, start)
+    first, second, value = sums(chosen)
+    assert first <= budgets[0] * (1.0 + 1e-9)
+    assert second <= budgets[1] * (1.0 + 1e-9)
+    every = itertools.product(*(range(len(layer)) for layer in options))
+    best = max(v for a, b, v in map(sums, every) if a <= budgets[0] and b <= budgets[1])
+    assert value >= best - 1e-9
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_many_layers_never_keep_less_than_the_plan_whose_budgets_they_have(seed):
+    rng = random.Random(seed)
+    options = [[(9.0, 9.0, 1.0)] for _ in range(40)]
+    for layer in options:
+        for share in sorted(rng.uniform(0.1, 0.9) for _ in range(20)):
+            layer.append((9.0 * share * rng.uniform(0.6, 1.2), 9.0 * share, share ** rng.uniform(0.1, 0.6)))
+    start = [rng.randrange(21) for _ in options]
+    sums = lambda chosen: [sum(layer[k][i] for layer, k in zip(options, chosen, strict=True)) for i in range(3)]  # noqa: E731
+    budgets = sums(start)[:2]
+    few, many = (most_value_within(options, budgets, start, states=states) for states in (1, 600))
+    for chosen in (few, many):
+        first, second, value = sums(chosen)
+        assert first <= budgets[0] * (1.0 + 1e-9)
+        assert second <= budgets[1] * (1.0 + 1e-9)
+        assert value >= sums(start)[2]
+    assert sums(many)[2] >= sums(few)[2]

@@ -13,6 +13,7 @@ from lightning_accel.low_rank import (
     to_dense,
     undo_replacement,
 )
+from lightning_accel.low_rank.optimizer_kinds import description, like, why_not_followed
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -22,6 +23,7 @@ OPTIMIZERS = {
     "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
 }
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (8, 6)),
@@ -91,16 +93,186 @@ def test_projected_momentum_is_the_one_the_factors_would_have_gathered(form):
         torch.testing.assert_close(sgd.state[factor]["momentum_buffer"], direct.state[factor]["momentum_buffer"])
 
 
-def test_second_moments_are_projected_by_squares_and_counters_copied():
+def test_variances_are_projected_by_squares_and_counters_copied():
     model, optimizer = trained(OPTIMIZERS["adam"])
     state = {key: value.clone() for key, value in optimizer.state[model[0].weight].items()}
     low = factorize(model[0], (3,))
     replace_parameters(optimizer, {model[0].weight: low})
     mine = optimizer.state[low.factor_in]
-    torch.testing.assert_close(mine["exp_avg_sq"], low.factor_out.detach().square().T @ state["exp_avg_sq"])
-    assert (mine["exp_avg_sq"] >= 0.0).all()
+    u, first, second = low.factor_out.detach(), 1.0 - 0.9**3, 1.0 - 0.999**3  # sums of the averages' weights so far
+    mean = state["exp_avg"] / first
+    variance = (state["exp_avg_sq"] / second - mean.square()).clamp_min(0.0)
+    expected = second * (u.square().T @ variance + (u.T @ mean).square())
+    torch.testing.assert_close(mine["exp_avg_sq"], expected)
+    assert (mine["max_exp_avg_sq"] >= mine["exp_avg_sq"]).all()
     assert mine["step"] == 3
     assert mine["step"] is not optimizer.state[low.factor_out]["step"]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "radam", "rmsprop", "adamax"])
+@pytest.mark.parametrize("steps", [1, 40])
+def test_no_second_moment_is_below_the_square_of_the_first(name, layer, steps):
+    model, optimizer = trained(OPTIMIZERS[name], layer, steps)
+    dense = model[0]
+    low = factorize(dense, [3] * len(full_ranks(dense)))
+    replace_parameters(optimizer, {dense.weight: low})
+    for factor in (getattr(low, name) for name in low.factor_names):
+        state = optimizer.state[factor]
+        if name == "rmsprop":
+            second, least = state["square_avg"], state["grad_avg"].square()
+        elif name == "adamax":
+            second, least = state["exp_inf"], (state["exp_avg"] / (1.0 - 0.9**steps)).abs()
+        else:
+            mean = state["exp_avg"] / (1.0 - 0.9**steps)
+            second, least = state["exp_avg_sq"] / (1.0 - 0.999**steps), mean.square()
+        assert (second >= (1.0 - 1e-4) * least - 1e-12).all()
+
+
+EVERY_OPTIMIZER = {
+    **OPTIMIZERS,
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, weight_decay=0.01),
+    "adadelta": torch.optim.Adadelta,
+    "rprop": lambda p: torch.optim.Rprop(p, lr=1e-3),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=1e-2),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-3),
+    "rmsprop, plainly centered": lambda p: torch.optim.RMSprop(p, lr=1e-3, centered=True),
+    "adam, fused": lambda p: torch.optim.Adam(p, lr=1e-3, fused=True),
+    "adam, one tensor after the other": lambda p: torch.optim.Adam(p, lr=1e-3, foreach=False),
+    "adam, rate in a tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(1e-3)),
+    "sgd, nesterov": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, nesterov=True),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("name", EVERY_OPTIMIZER)
+def test_weights_stay_finite_and_move_by_little_after_the_replacement(name, layer):
+    model, optimizer = trained(EVERY_OPTIMIZER[name], layer, 40)
+    assert why_not_followed(optimizer) is None
+    dense = model[0]
+    low = model[0] = factorize(dense, [3] * len(full_ranks(dense)))
+    replace_parameters(optimizer, {dense.weight: low})
+    before = low.weight.detach().clone()
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(torch.randn(LAYERS[layer][1])).square().sum().backward()
+        optimizer.step()
+    assert all(torch.isfinite(p).all() for p in low.parameters())
+    assert 0.0 < float((low.weight.detach() - before).norm()) < 3.0 * float(before.norm()) + 1.0
+
+
+class Averaging(torch.optim.SGD):
+    """Keeps an average of each parameter, in a list of its own."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Steps another optimizer, as sharpness-aware ones and Lookahead do."""
+
+    def __init__(self, parameters):
+        inner = torch.optim.SGD(parameters, lr=0.1)
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class Described(torch.optim.SGD):
+    """Has attributes, none of which holds tensors."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        self.calls, self.names, self.rule = 0, ["a"], lambda step: 0.1 * step
+
+
+def with_tensors_in_its_groups(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    optimizer.param_groups[0]["slow"] = [torch.zeros(2)]
+    return optimizer
+
+
+class Eager(torch.optim.SGD):
+    """Makes its states when it is made, and asks for them in every step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["calls"] = torch.zeros(())
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["calls"] += 1
+        return super().step(closure)
+
+
+class AsksForAClosure(torch.optim.SGD):
+    """Evaluates the loss twice a step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+
+    def step(self, closure):
+        closure()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (torch.optim.LBFGS, "LBFGS"),
+        (Averaging, "`slow`"),
+        (Wrapper, "`inner`"),
+        (with_tensors_in_its_groups, "`slow` of its groups"),
+        (Eager, "Eager can not step a new parameter: KeyError"),
+        (AsksForAClosure, "AsksForAClosure can not step a new parameter: TypeError"),
+    ],
+)
+def test_optimizers_that_keep_parameters_of_their_own_are_named(make, word):
+    assert word in why_not_followed(make(nn.Linear(3, 2).parameters()))
+
+
+def test_optimizers_that_keep_other_things_are_followed():
+    optimizer = Described(nn.Linear(3, 2).parameters())
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps `step` on the instance
+    assert why_not_followed(optimizer) is None
+
+
+@pytest.mark.parametrize("kind", [Described, *EVERY_OPTIMIZER.values()])
+def test_optimizer_like_another_has_its_class_and_options_and_leaves_it_alone(kind):
+    weight, other = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
+    optimizer = kind([weight])
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    state = {p: {k: v.clone() for k, v in entries.items()} for p, entries in optimizer.state.items()}
+    made = like(optimizer, optimizer.param_groups[0])([other])
+    assert type(made) is type(optimizer)
+    options = [{k: v for k, v in o.param_groups[0].items() if k != "params"} for o in (optimizer, made)]
+    assert options[0] == options[1]
+    other.grad = torch.ones(3, 2)
+    made.step()
+    assert not torch.equal(other, torch.ones(3, 2)) or "rprop" in repr(kind).lower()
+    assert torch.equal(weight, torch.ones(3, 2))
+    assert optimizer.state == {} or all(torch.equal(v, state[weight][k]) for k, v in optimizer.state[weight].items())
+
+
+def test_what_is_told_apart_and_what_can_not_be():
+    weight = torch.zeros(2, 2)
+    known = [
+        lambda p: torch.optim.SGD(p, 0.1),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+        lambda p: torch.optim.AdamW(p, 0.1),
+        lambda p: torch.optim.AdamW(p, 0.1, fused=True),
+        lambda p: torch.optim.AdamW(p, 0.1, foreach=True),
+        lambda p: torch.optim.AdamW(p, 0.1, amsgrad=True),
+        lambda p: torch.optim.AdamW(p, torch.tensor(0.1), capturable=True),
+    ]
+    assert len({description(make, weight) for make in known}) == len(known)
+    assert description(known[0], weight) == description(lambda p: torch.optim.SGD(p, 0.2), weight)  # as fast
+    assert description(Described, weight) is None
+    assert description(lambda p: 1 / 0, weight) is None
 
 
 def test_rmsprops_normalized_momentum_starts_at_zero():

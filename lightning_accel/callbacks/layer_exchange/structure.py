@@ -10,9 +10,7 @@ import contextlib
 import copy
 import gc
 import logging
-import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import lightning.pytorch as pl
@@ -21,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_accel.lightning_private import averaged_modules, callbacks_of, load_checkpoint_file
+from lightning_accel.lightning_private import averaged_modules, callbacks_of
 from lightning_accel.low_rank import LOW_RANK_TYPES, adapt_structure, low_rank_layers, merge, replace_parameters, swap
 
 _log = logging.getLogger(__name__)
@@ -143,48 +141,6 @@ def enable_low_rank_loading(module: Module) -> Module:
     return module
 
 
-def load_from_checkpoint(
-    module_class: type[Module],
-    checkpoint_path: str | Path,
-    *,
-    map_location: torch.device | str | None = None,
-    hparams_file: str | Path | None = None,
-    strict: bool = True,
-    weights_only: bool | None = None,
-    init_arguments: Mapping[str, object] | None = None,
-) -> Module:
-    """Load a LightningModule whose checkpoint has low-rank layers (``module_class.load_from_checkpoint`` can not).
-
-    Dense checkpoints load as well.
-
-    Args:
-        module_class: LightningModule class the checkpoint was made of.
-        checkpoint_path: File of a `ModelCheckpoint`, weights-only or complete.
-        map_location: As in ``load_from_checkpoint``.
-        hparams_file: As in ``load_from_checkpoint``.
-        strict: Whether all keys must fit after the layers were adapted.
-        weights_only: As in ``load_from_checkpoint``.
-        init_arguments: Constructor arguments that the checkpoint does not have, or that override its own.
-
-    Raises:
-        RuntimeError: If the checkpoint does not fit the module, as ``load_state_dict`` says.
-    """
-    with warnings.catch_warnings():
-        # the first pass loads what has equal names, and would warn of the factors
-        warnings.filterwarnings("ignore", message="Found keys that are")
-        module = module_class.load_from_checkpoint(
-            checkpoint_path,
-            map_location=map_location,
-            hparams_file=hparams_file,
-            strict=False,
-            weights_only=weights_only,
-            **(init_arguments or {}),
-        )
-    state = load_checkpoint_file(checkpoint_path, map_location, weights_only)["state_dict"]
-    enable_low_rank_loading(module).load_state_dict(state, strict=strict)
-    return module
-
-
 def exchange_layers(
     module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], change: Callable[[nn.Module], Sequence[str]]
 ) -> list[str]:
@@ -198,10 +154,10 @@ def exchange_layers(
     Returns:
         The names.
     """
-    before = dict(module.named_modules())
+    before = {name: layer._parameters.get("weight") for name, layer in module.named_modules()}
     names = list(change(module))
     factored = low_rank_layers(module)
-    replaced = {before[name]._parameters["weight"]: factored[name] for name in names}
+    replaced = {weight: factored[name] for name in names if (weight := before[name]) is not None}
     for optimizer in optimizers:
         for line in replace_parameters(optimizer, replaced).fresh:
             _log.info("the optimizer's moments start fresh for a weight of shape %s", line)

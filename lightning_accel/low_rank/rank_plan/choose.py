@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from lightning_accel.low_rank.rank_plan.candidates import snapped_ranks
 from lightning_accel.low_rank.rank_plan.knapsack import least_cost, most_value
 from lightning_accel.low_rank.rank_plan.plan import Candidate, LayerPlan
+from lightning_accel.low_rank.rank_plan.two_budgets import most_value_within
 
 MARGIN = 0.03
 """Share of the dense time that a low-rank layer must save to be considered at all."""
 
 SMALL_SHARE = 0.01
 """Share of the entries of all layers below which a layer that is not measured stays dense: heads, stems, shortcuts."""
-
-_BISECTIONS = 12
 
 
 def choose_fixed(drafts: Sequence[LayerPlan]) -> list[LayerPlan]:
@@ -55,7 +54,7 @@ def choose_in_knapsack(drafts: Sequence[LayerPlan], target: str, value: float, *
     With t, e, p the time, retained energy and parameters of the options, summed over the layers, and n the number of
     layers: ``speedup`` maximizes e with ``t <= t(dense) / value``; ``energy`` minimizes t with ``e >= value n``;
     ``ratio`` maximizes e with t and p at most those of the theoretical ranks snapped down to measured plateaus (dense
-    where that is faster), p by a Lagrange multiplier. A target out of reach gives the nearest plan.
+    where that is faster), and never keeps less than those. A target out of reach gives the nearest plan.
 
     Args:
         drafts: With candidates and times; layers without stay dense.
@@ -77,17 +76,13 @@ def choose_in_knapsack(drafts: Sequence[LayerPlan], target: str, value: float, *
     fixed_ms = dense_ms - sum(drafts[index].dense_ms or 0.0 for index in active)
     table = [[_Option.of(drafts[index], choice) for choice in options[index]] for index in active]
     if target == "speedup":
-        chosen = _within(table, time=dense_ms / value - fixed_ms)
+        chosen = _within(table, dense_ms / value - fixed_ms)
     elif target == "energy":
         wanted = value * len(drafts) - (len(drafts) - len(active))
         chosen = least_cost([[(o.ms, o.energy) for o in row] for row in table], wanted)
     else:
         uniform = [_uniform(drafts[index], options[index], value) for index in active]
-        chosen = _within(
-            table,
-            time=sum(row[u].ms for row, u in zip(table, uniform, strict=True)),
-            parameters=sum(row[u].parameters for row, u in zip(table, uniform, strict=True)),
-        )
+        chosen = _no_worse_than(table, uniform)
     if chosen is None:  # out of reach: as near as the options allow
         chosen = [max(range(len(row)), key=lambda k: row[k].energy) for row in table]
         if target == "speedup":
@@ -129,31 +124,16 @@ def _uniform(draft: LayerPlan, options: Sequence[Candidate | None], ratio: float
     return next((k for k, c in enumerate(options) if c is not None and c.ranks == snapped), 0)
 
 
-def _within(table: Sequence[Sequence[_Option]], *, time: float, parameters: float | None = None) -> list[int] | None:
-    """Return the choices of most energy within ``time`` and, if given, ``parameters``."""
-    scale = sum(max(o.parameters for o in row) for row in table)
+def _within(table: Sequence[Sequence[_Option]], time: float) -> list[int] | None:
+    """Return the choices of most energy within ``time``."""
+    return most_value([[(o.ms, o.energy) for o in row] for row in table], time)
 
-    def solve(price: float) -> list[int] | None:
-        return most_value([[(o.ms, o.energy - price * o.parameters / scale) for o in row] for row in table], time)
 
-    def count(chosen: Sequence[int]) -> int:
-        return sum(row[k].parameters for row, k in zip(table, chosen, strict=True))
-
-    best = solve(0.0)
-    if best is None or parameters is None or count(best) <= parameters:
-        return best
-    low, high = 0.0, 1.0
-    while (enough := solve(high)) is not None and count(enough) > parameters and high < 1e6:
-        low, high = high, 4.0 * high
-    best = enough
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2.0
-        chosen = solve(middle)
-        if chosen is not None and count(chosen) <= parameters:
-            best, high = chosen, middle
-        else:
-            low = middle
-    return best
+def _no_worse_than(table: Sequence[Sequence[_Option]], uniform: Sequence[int]) -> list[int]:
+    """Return the choices of most energy in the time and with the entries of the choices ``uniform``."""
+    chosen = [row[k] for row, k in zip(table, uniform, strict=True)]
+    budgets = sum(o.ms for o in chosen), float(sum(o.parameters for o in chosen))
+    return most_value_within([[(o.ms, float(o.parameters), o.energy) for o in row] for row in table], budgets, uniform)
 
 
 def _why_dense(draft: LayerPlan, min_energy: float) -> str:

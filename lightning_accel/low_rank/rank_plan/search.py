@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lightning_accel import measure
 from lightning_accel.low_rank.calls import RunBatch, input_second_moments, record_calls
-from lightning_accel.low_rank.eligibility import eligible_layers
-from lightning_accel.low_rank.factorize import DenseLayer, EnergyProfile
+from lightning_accel.low_rank.eligibility import eligible_layers, left_alone
+from lightning_accel.low_rank.factored import DenseLayer
+from lightning_accel.low_rank.factorize import EnergyProfile
 from lightning_accel.low_rank.freezing import NUM_GROUPS
+from lightning_accel.low_rank.optimizer_kinds import MakeOptimizer
 from lightning_accel.low_rank.rank_plan.candidates import (
     every_rank,
     plateau_below,
@@ -32,7 +34,7 @@ from lightning_accel.low_rank.rank_plan.plan import (
     Weighting,
     factor_parameters,
 )
-from lightning_accel.low_rank.rank_plan.timing import DiskCache, MakeOptimizer, Phase, Timer, candidate_name, time_layer
+from lightning_accel.low_rank.rank_plan.timing import DiskCache, Phase, Timer, candidate_name, time_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ def make_plan(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     phase: Phase = "train",
-    make_optimizer: MakeOptimizer = torch.optim.AdamW,
+    make_optimizer: MakeOptimizer | Mapping[str, MakeOptimizer] = torch.optim.AdamW,
     phase_weights: tuple[float, float] | None = None,
     cache_dir: Path | str | None = None,
     timer: Timer | None = None,
@@ -82,7 +84,8 @@ def make_plan(
         include: Shell patterns of module names to consider.
         exclude: Shell patterns of module names to leave alone.
         phase: Time a ``"train"`` step (forward, backward, update) or the ``"inference"`` forward.
-        make_optimizer: Makes the optimizer whose update is timed, from a list of parameters.
+        make_optimizer: Makes the optimizer whose update is timed, from a list of parameters; or one such function a
+            layer, by name: layers without are timed with plain SGD.
         phase_weights: For a training under sequential freezing: time candidates as the mean over its two phases, by the
             schedule's ``weights``, >= 0 and not all 0. None times them with everything trainable.
         cache_dir: Keeps times and energies between runs, see `default_cache_dir`; None measures anew.
@@ -121,7 +124,7 @@ def make_plan(
             "`run_batch` must run one real batch, got None; only methods 'fixed' and 'snapped' do without."
         )
     layers, skipped = eligible_layers(model, include=include, exclude=exclude)
-    if not layers:
+    if not layers and not left_alone(skipped):
         raise ValueError(f"no nn.Linear, nn.Conv1d or nn.Conv2d can be factored; found: {skipped or 'none at all'}.")
 
     calls = record_calls(model, layers, run_batch) if run_batch is not None else {}
@@ -148,7 +151,9 @@ def make_plan(
                 draft, dense, moments.get(name), method=method, target=target, cache=None if moments else cache
             )
         if measured and called is not None and draft.candidates:
-            signature = (type(dense), dense.extra_repr(), dense.weight.dtype, dense.weight.requires_grad, called)
+            maker = make_optimizer.get(name, torch.optim.SGD) if isinstance(make_optimizer, Mapping) else make_optimizer
+            trains = dense.weight.requires_grad
+            signature = (type(dense), dense.extra_repr(), dense.weight.dtype, trains, called, maker)
             if signature not in known_times:
                 ranks = [candidate.ranks for candidate in draft.candidates]
                 known_times[signature] = time_layer(
@@ -156,7 +161,7 @@ def make_plan(
                     ranks,
                     called,
                     phase=phase,
-                    make_optimizer=make_optimizer,
+                    make_optimizer=maker,
                     phase_weights=phase_weights,
                     cache=cache,
                     timer=timer,
@@ -205,6 +210,8 @@ def _with_candidates(
     ranks = [r for r in ranks if factor_parameters(draft.shape, r) < draft.dense_parameters]
     if not ranks:
         return dataclasses.replace(draft, reason="too small: no rank has fewer parameters than the dense layer")
+    if not dense.weight.any():
+        return dataclasses.replace(draft, reason="its weight is zero: nothing tells yet which rank it will need")
     names = [candidate_name(r) for r in ranks]
     key = f"energy-{_digest(dense.weight)}" if cache is not None else ""
     energies = cache.read(key) if cache is not None else {}

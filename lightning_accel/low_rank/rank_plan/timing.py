@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from lightning_accel import measure
 from lightning_accel.low_rank.calls import LayerCall
-from lightning_accel.low_rank.factorize import DenseLayer, empty_like
+from lightning_accel.low_rank.factored import DenseLayer
+from lightning_accel.low_rank.factorize import empty_like
 from lightning_accel.low_rank.freezing import NUM_GROUPS, freeze, frozen_parameters, mean_of_phases
 from lightning_accel.low_rank.layers import LowRankLayer
+from lightning_accel.low_rank.optimizer_kinds import MakeOptimizer, description
 
 Phase = Literal["train", "inference"]
 Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, Sequence[float]]]
 """Gets callables by candidate name (``"dense"``, ``"64"``, ``"32x48"``), returns the seconds of each call."""
-MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 _ROUNDS, _MIN_ROUNDS, _SECONDS = 15, 5, 2.5
-_REVISION = 2  # of the layers' code: what was measured with other code does not hold
+_REVISION = 3  # of the layers' code: what was measured with other code does not hold
 _MANY = 32  # candidates; beyond, the budget rules alone
 
 
@@ -64,7 +65,9 @@ def time_layer(
     """
     names = [candidate_name(None), *map(candidate_name, candidates)]
     weights = (1.0,) if phase_weights is None or phase == "inference" else phase_weights
-    optimizer = getattr(make_optimizer, "__name__", type(make_optimizer).__name__)
+    optimizer = description(make_optimizer, dense.weight) if phase == "train" else ""
+    if optimizer is None:  # it can not be told from others
+        cache = None
     key = _key(dense, call, phase, f"{optimizer} {weights}")
     known = cache.read(key) if cache is not None and timer is None else {}
     if not set(names) <= set(known):

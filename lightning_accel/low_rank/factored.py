@@ -1,0 +1,174 @@
+"""What all factored layers share: the dense weight as it is read and written, and how they are made."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel import torch_private
+from lightning_accel.low_rank.in_place import become
+
+DenseLayer = nn.Linear | nn.Conv1d | nn.Conv2d
+
+
+@dataclass
+class _HandedOut:
+    """The memory of the product that was handed out as ``weight``, and a copy of it that nobody else has."""
+
+    buffer: Tensor
+    pristine: Tensor
+
+    def written(self) -> bool:
+        return not torch.equal(self.buffer.view(torch.uint8), self.pristine.view(torch.uint8))  # NaN equals itself
+
+    def alias(self) -> Tensor:
+        return self.buffer.new_empty(0).set_(self.buffer)  # type: ignore[call-overload]  # no view, for autograd
+
+
+class _SameMemory(torch.autograd.Function):
+    """Give a product the memory in which it was handed out before."""
+
+    @staticmethod
+    def forward(_: Any, __: Tensor, handed: _HandedOut) -> Tensor:
+        return handed.alias()
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class FactoredLayer(nn.Module):
+    """A layer whose dense weight is the product of factors.
+
+    ``weight`` is that product. Reading it is right wherever a dense weight may be read: gradients reach the factors.
+    What is *written* into it (a constraint, a merged adapter, an initialization) can in general be no product of such
+    factors, so the layer then becomes the dense layer with what was written, the same object as before, and warns. It
+    does so when it is next used: called, read, saved, copied or moved.
+
+    Attributes:
+        place: Name of the layer in its model, for messages; empty if unknown.
+    """
+
+    factor_names: tuple[str, ...] = ()
+    own_attributes: tuple[str, ...] = ("place", "_handed_out")
+    bias: nn.Parameter | None
+    place: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = ""
+        self._handed_out: _HandedOut | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, multiplied anew at each access; for writing, see the class."""
+        if not self.settle():
+            return self._parameters["weight"]  # type: ignore[return-value]
+        factors = {name: getattr(self, name) for name in self.factor_names}
+        product = self.product(factors)
+        if not _can_be_written(product):
+            return product
+        product = product.contiguous()
+        handed = self._handed_out
+        if handed is None or not torch.equal(handed.pristine, product.detach()):
+            self._handed_out = _HandedOut(product.detach(), product.detach().clone())
+            return product
+        return _SameMemory.apply(product, handed) if product.requires_grad else handed.alias()
+
+    @staticmethod
+    def product(factors: Mapping[str, Tensor]) -> Tensor:
+        """Multiply factors of this layer's shapes into the dense weight."""
+        raise NotImplementedError
+
+    def dense_layer(self, weight: nn.Parameter) -> DenseLayer:
+        """Return a dense layer of these settings with ``weight`` and this layer's bias and mode."""
+        raise NotImplementedError
+
+    def settle(self) -> bool:
+        """Become dense if ``weight`` was written into since it was handed out; return whether this is still low rank.
+
+        Until nobody holds the memory that was handed out, each call compares it.
+        """
+        handed = self._handed_out
+        if handed is None:
+            return True
+        if not handed.written():
+            if torch_private.storage_users(handed.buffer) == 1:
+                self._handed_out = None
+            return True
+        with torch.no_grad():
+            now = self.product({name: getattr(self, name) for name in self.factor_names}).detach()
+            value = handed.buffer.clone()
+            if not torch.equal(now, handed.pristine):  # the factors have moved on meanwhile
+                value += now - handed.pristine
+        name = f"`{self.place}`" if self.place else f"a {type(self).__name__} of shape {tuple(value.shape)}"
+        trainable = any(getattr(self, factor).requires_grad for factor in self.factor_names)
+        become(self, self.dense_layer(nn.Parameter(value, requires_grad=trainable)))
+        warnings.warn(
+            f"the `weight` of the low-rank layer {name} was written into, which its factors can not follow: it is "
+            "dense again, with what was written. Keep layers whose weight is constrained or merged dense (`exclude`); "
+            "without RankQuantization, also give the new weight to the optimizer.",
+            stacklevel=3,
+        )
+        return False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign; a Parameter that is assigned to ``weight`` makes the layer dense."""
+        if name == "weight" and isinstance(value, nn.Parameter):
+            become(self, self.dense_layer(value))
+            return
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy or pickle what was written, too, and no memory that others hold."""
+        if self.settle():
+            self.__dict__["_handed_out"] = None
+        return super(nn.Module, self).__reduce_ex__(protocol)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.settle()
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FactoredLayer":
+        if self.settle():
+            self._handed_out = None
+        return nn.Module._apply(self, fn, recurse)
+
+
+def _can_be_written(product: Tensor) -> bool:
+    """Say whether what is handed out can be watched: nothing traces, and the memory is real."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(product) is not Tensor
+        or product.device.type == "meta"
+        or product.is_inference()
+        or torch_private.active_transform()
+        or torch_private.active_mode()
+    )
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse sizes below 1, by their names."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`{name}` must be >= 1, got {size}.")
+
+
+def add_bias(layer: nn.Module, size: int | None, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    """Register a bias of zeros, or none."""
+    bias = None if size is None else nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+    layer.register_parameter("bias", bias)
+
+
+@torch.no_grad()
+def reset_factors(layer: nn.Module, *, fan_in: int) -> None:
+    """Draw factors whose product has the variance 1 / (3 fan_in) that torch gives a dense weight, evenly split."""
+    factors = [p for name, p in layer.named_parameters(recurse=False) if name != "bias"]
+    paths = factors[0].shape[0] * (factors[1].shape[0] if len(factors) == 3 else 1)
+    deviation = (1.0 / (3.0 * fan_in * paths)) ** (0.5 / len(factors))
+    for factor in factors:
+        if factor.device.type != "meta":
+            factor.normal_(0.0, deviation)
