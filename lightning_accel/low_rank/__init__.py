@@ -38,10 +38,12 @@ from lightning_accel.low_rank.freezing import (
     frozen_parameters,
     mean_of_phases,
 )
+from lightning_accel.low_rank.in_place import as_it_is, become
 from lightning_accel.low_rank.layers import LOW_RANK_TYPES, LowRankConv, LowRankLayer, LowRankLinear, TuckerConv
 from lightning_accel.low_rank.optimizer import (
     Replacement,
     orphans,
+    put_weight,
     replace_by_merged,
     replace_parameters,
     undo_replacement,
@@ -79,6 +81,8 @@ __all__ = [
     "TuckerConv",
     "adapt_structure",
     "apply_decision",
+    "as_it_is",
+    "become",
     "decompose",
     "default_cache_dir",
     "eligible_layers",
@@ -101,6 +105,7 @@ __all__ = [
     "orphans",
     "payback_steps",
     "plateau_candidates",
+    "put_weight",
     "record_calls",
     "replace_by_merged",
     "replace_parameters",

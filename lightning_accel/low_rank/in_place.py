@@ -32,8 +32,7 @@ def become(place: nn.Module, other: nn.Module) -> nn.Module:
         place: Changed in place.
         other: Left as it is; its parameters are shared with ``place`` afterwards.
     """
-    before = object.__new__(type(place))
-    before.__dict__ = dict(place.__dict__)
+    before = as_it_is(place)
     state = dict(other.__dict__)
     own = {name for kind in {type(place), type(other)} for name in _attributes_of(kind)}
     state |= {name: value for name, value in place.__dict__.items() if name not in own | state.keys() or name in _HOOKS}
@@ -45,6 +44,13 @@ def become(place: nn.Module, other: nn.Module) -> nn.Module:
     place.__dict__.clear()
     place.__dict__.update(state)
     return before
+
+
+def as_it_is(module: nn.Module) -> nn.Module:
+    """Return another module that is what ``module`` is now, parameters, buffers and hooks shared."""
+    kept: nn.Module = object.__new__(type(module))
+    kept.__dict__ = module.__dict__ | {name: dict(module.__dict__[name]) for name in _MEMBERS}
+    return kept
 
 
 def _parameters_of(module: nn.Module) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Swap parameters of a running optimizer when layers change between dense and low rank."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,16 @@ class Replacement:
     Attributes:
         projected: Number of parameters whose moments were carried over.
         fresh: Why moments were not carried over, one line a layer; empty if all were.
-        before: Optimizer, its groups' parameter lists and the states of the dense weights, as they were.
+        optimizer: Was changed.
+        factors: Dense weight that the optimizer held, to the factors that took its place.
+        states: The states of the dense weights, as they were.
     """
 
     projected: int
     fresh: tuple[str, ...]
-    before: tuple[torch.optim.Optimizer, list[list[nn.Parameter]], dict[nn.Parameter, dict[str, Any]]]
+    optimizer: torch.optim.Optimizer
+    factors: dict[nn.Parameter, tuple[nn.Parameter, ...]]
+    states: dict[nn.Parameter, dict[str, Any]]
 
 
 def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, LowRankLayer]) -> Replacement:
@@ -64,7 +68,7 @@ def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Pa
         for parameter in group["params"]:
             if parameter in replaced:
                 layer = replaced[parameter]
-                parameters.extend(getattr(layer, name) for name in layer.factor_names)
+                parameters.extend(_factors_of(layer))
             else:
                 parameters.append(parameter)
         group["params"][:] = parameters
@@ -82,24 +86,38 @@ def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Pa
         for name, factor_state in project_state(state, layer, options[weight]).items():
             optimizer.state[getattr(layer, name)] = factor_state
             projected += 1
-    return Replacement(projected=projected, fresh=tuple(fresh), before=(optimizer, lists, states))
+    factors = {weight: _factors_of(layer) for weight, layer in replaced.items() if weight in held}
+    return Replacement(projected, tuple(fresh), optimizer, factors, states)
 
 
-def undo_replacement(replacement: Replacement) -> None:
+def undo_replacement(replacement: Replacement, weights: Collection[nn.Parameter] | None = None) -> None:
     """Put the dense weights and their states back, as they were when `replace_parameters` was called.
 
-    Steps that the optimizer took in between on the factors are forgotten; states of parameters that were not replaced
-    stay as they are now.
+    Steps that the optimizer took in between on the factors are forgotten; whatever else it holds stays as it is now.
+
+    Args:
+        replacement: What was done.
+        weights: Those to put back; None puts all back.
     """
-    optimizer, lists, states = replacement.before
-    kept = {parameter for group in lists for parameter in group}
-    for parameter in list(optimizer.state):
-        if parameter not in kept:
-            del optimizer.state[parameter]
-    for group, parameters in zip(optimizer.param_groups, lists, strict=True):
-        group["params"][:] = parameters
-    for weight, state in states.items():
-        optimizer.state[weight] = state
+    wanted = {id(weight) for weight in (replacement.factors if weights is None else weights)}
+    for weight, factors in replacement.factors.items():
+        if id(weight) in wanted:
+            put_weight(replacement.optimizer, factors, weight)
+            if weight in replacement.states:
+                replacement.optimizer.state[weight] = replacement.states[weight]
+
+
+def put_weight(optimizer: torch.optim.Optimizer, factors: Sequence[nn.Parameter], weight: nn.Parameter) -> bool:
+    """Let a dense weight, without a state, take the place of the first of its factors; return whether it had one."""
+    first, *others = factors
+    for group in optimizer.param_groups:
+        group["params"][:] = [
+            weight if parameter is first else parameter
+            for parameter in group["params"]
+            if not any(parameter is other for other in others)
+        ]
+    states = [optimizer.state.pop(factor, None) for factor in factors]
+    return any(states)
 
 
 def replace_by_merged(optimizer: torch.optim.Optimizer, merged: Mapping[LowRankLayer, nn.Parameter]) -> tuple[str, ...]:
@@ -114,17 +132,9 @@ def replace_by_merged(optimizer: torch.optim.Optimizer, merged: Mapping[LowRankL
     Returns:
         One line a layer whose moments start fresh.
     """
-    heads = {getattr(layer, layer.factor_names[0]): weight for layer, weight in merged.items()}
-    factors = {getattr(layer, name) for layer in merged for name in layer.factor_names}
-    for group in optimizer.param_groups:
-        group["params"][:] = [
-            heads.get(parameter, parameter)
-            for parameter in group["params"]
-            if parameter not in factors or parameter in heads
-        ]
-    known = {factor for factor in factors if optimizer.state.pop(factor, None)}
     why = "moments of factors do not determine those of the weight"
-    return tuple(f"{tuple(weight.shape)}: {why}" for factor, weight in heads.items() if factor in known)
+    known = [weight for layer, weight in merged.items() if put_weight(optimizer, _factors_of(layer), weight)]
+    return tuple(f"{tuple(weight.shape)}: {why}" for weight in known)
 
 
 def project_state(
@@ -182,6 +192,10 @@ def orphans(optimizers: Sequence[torch.optim.Optimizer], layer: LowRankLayer) ->
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     factors = {name: getattr(layer, name) for name in layer.factor_names}
     return [name for name, factor in factors.items() if factor.requires_grad and id(factor) not in held]
+
+
+def _factors_of(layer: LowRankLayer) -> tuple[nn.Parameter, ...]:
+    return tuple(getattr(layer, name) for name in layer.factor_names)
 
 
 def _pull_back(layer: LowRankLayer, point: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:

@@ -19,8 +19,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_accel.callbacks.layer_exchange.first_steps import Exchange, factors_of, weight_of
 from lightning_accel.lightning_private import averaged_modules, callbacks_of
-from lightning_accel.low_rank import LOW_RANK_TYPES, adapt_structure, low_rank_layers, merge, replace_parameters, swap
+from lightning_accel.low_rank import (
+    LOW_RANK_TYPES,
+    adapt_structure,
+    as_it_is,
+    low_rank_layers,
+    merge,
+    replace_parameters,
+    swap,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -143,7 +152,7 @@ def enable_low_rank_loading(module: Module) -> Module:
 
 def exchange_layers(
     module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], change: Callable[[nn.Module], Sequence[str]]
-) -> list[str]:
+) -> Exchange:
     """Run ``change``, which factors layers of ``module`` in place, and put the factors in the weights' groups.
 
     Args:
@@ -152,21 +161,27 @@ def exchange_layers(
         change: Swaps dense layers for low-rank ones and returns their names.
 
     Returns:
-        The names.
+        What was done, with the dense layers.
     """
-    before = {name: layer._parameters.get("weight") for name, layer in module.named_modules()}
+    before = {
+        name: as_it_is(layer) for name, layer in module.named_modules() if layer._parameters.get("weight") is not None
+    }
     names = list(change(module))
     factored = low_rank_layers(module)
-    replaced = {weight: factored[name] for name in names if (weight := before[name]) is not None}
+    exchange = Exchange({name: before[name] for name in names}, {name: factors_of(factored[name]) for name in names})
+    replaced = {weight_of(dense): factored[name] for name, dense in exchange.dense.items()}
+    for weight in replaced:
+        weight.grad = None  # of the step before; what comes now comes by another way than the new layer
     for optimizer in optimizers:
-        for line in replace_parameters(optimizer, replaced).fresh:
+        exchange.replacements.append(replace_parameters(optimizer, replaced))
+        for line in exchange.replacements[-1].fresh:
             _log.info("the optimizer's moments start fresh for a weight of shape %s", line)
-    return names
+    return exchange
 
 
 def exchange_layers_in_fit(
     trainer: "pl.Trainer", pl_module: "pl.LightningModule", change: Callable[[nn.Module], Sequence[str]]
-) -> list[str]:
+) -> Exchange:
     """`exchange_layers`, and let the strategy, weight averages and other callbacks follow."""
     strategy = trainer.strategy
     with strategy.exchanging_layers() if isinstance(strategy, SharesLayers) else contextlib.nullcontext():
@@ -175,22 +190,27 @@ def exchange_layers_in_fit(
 
 def exchange_own_layers(
     trainer: "pl.Trainer", pl_module: "pl.LightningModule", change: Callable[[nn.Module], Sequence[str]]
-) -> list[str]:
+) -> Exchange:
     """`exchange_layers_in_fit` in this process alone."""
-    names = exchange_layers(pl_module, trainer.optimizers, change)
-    if not names:
-        return names
+    exchange = exchange_layers(pl_module, trainer.optimizers, change)
+    if not exchange.names:
+        return exchange
     rewrap_ddp(trainer)
     for average in averaged_modules(trainer):
-        for name in names:
+        for name in exchange.names:
             old = average.get_submodule(name)
             if not isinstance(old, LOW_RANK_TYPES):  # else its averaged factors came with the checkpoint
                 device = next(old.parameters()).device
                 swap(average, name, copy.deepcopy(pl_module.get_submodule(name)).to(device))
+    tell_callbacks(trainer, pl_module, exchange.names)
+    return exchange
+
+
+def tell_callbacks(trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: Sequence[str]) -> None:
+    """Let callbacks look up anew what they took from the layers ``names``."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, FollowsStructure):
             callback.on_structure_change(trainer, pl_module, names)
-    return names
 
 
 def rewrap_ddp(trainer: "pl.Trainer") -> None:
