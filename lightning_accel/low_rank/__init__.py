@@ -20,7 +20,7 @@ Factored layers are `LowRankLinear` and `LowRankConv` (``factor_in``, ``factor_o
 from lightning_accel.low_rank.adaptive import AdaptiveFreezing, frozen_prefix
 from lightning_accel.low_rank.calls import LayerCall, input_second_moments, record_calls
 from lightning_accel.low_rank.decompose import decompose, merge, swap
-from lightning_accel.low_rank.eligibility import eligible_layers, low_rank_layers
+from lightning_accel.low_rank.eligibility import eligible_layers, left_alone, low_rank_layers
 from lightning_accel.low_rank.factorize import (
     EnergyProfile,
     empty_like,
@@ -48,6 +48,7 @@ from lightning_accel.low_rank.optimizer import (
     replace_parameters,
     undo_replacement,
 )
+from lightning_accel.low_rank.optimizer_kinds import MakeOptimizer, makers_by_layer, why_not_followed
 from lightning_accel.low_rank.rank_plan.candidates import plateau_candidates, theoretical_ranks
 from lightning_accel.low_rank.rank_plan.gate import (
     GateDecision,
@@ -76,6 +77,7 @@ __all__ = [
     "LowRankConv",
     "LowRankLayer",
     "LowRankLinear",
+    "MakeOptimizer",
     "RankPlan",
     "Replacement",
     "TuckerConv",
@@ -97,8 +99,10 @@ __all__ = [
     "identity_factors",
     "input_second_moments",
     "layer_groups",
+    "left_alone",
     "low_rank_layers",
     "make_plan",
+    "makers_by_layer",
     "marginal_reverts",
     "mean_of_phases",
     "merge",
@@ -115,4 +119,5 @@ __all__ = [
     "to_dense",
     "undo_replacement",
     "verify_plan",
+    "why_not_followed",
 ]

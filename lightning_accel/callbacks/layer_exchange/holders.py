@@ -1,5 +1,6 @@
 """Who else holds a layer, its weight or a copy of the network, and so would not follow an exchange of layers."""
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,11 +130,9 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, MethodType):
         yield value.__self__
     elif isinstance(value, FunctionType):
-        for cell in value.__closure__ or ():
-            try:
+        with contextlib.suppress(ValueError):  # a cell that is not filled yet
+            for cell in value.__closure__ or ():
                 yield cell.cell_contents
-            except ValueError:  # not filled yet
-                continue
     elif hasattr(value, "__dict__") and not type(value).__module__.startswith(_LIBRARIES):
         yield from vars(value).values()
 

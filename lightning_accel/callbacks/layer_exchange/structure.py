@@ -34,7 +34,7 @@ from lightning_accel.low_rank import (
 _log = logging.getLogger(__name__)
 
 _HOOK = "_low_rank_structure_hook"
-_FACTORS = ("factor_in", "core", "factor_out")
+FACTORS = ("factor_in", "core", "factor_out")
 _SWITCHING = {"SingleDeviceStrategy", "DDPStrategy"}
 _SHARDED_STATES = {"ZeroRedundancyOptimizer"}
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
@@ -97,10 +97,10 @@ class StructureHook:
             return
         incoming = [name for name, _ in module.named_modules() if f"{prefix}{name}.factor_in" in state_dict]
         merge(module, [name for name in low_rank_layers(module) if name in incoming])
-        held = {f"{prefix}{name}.{factor}" for name in incoming for factor in _FACTORS}
+        held = {f"{prefix}{name}.{factor}" for name in incoming for factor in FACTORS}
         adapt_structure(module, {key: value for key, value in state_dict.items() if key not in held}, prefix)
         for name in incoming:
-            for factor in _FACTORS:
+            for factor in FACTORS:
                 if (key := f"{prefix}{name}.{factor}") in state_dict:
                     self.held[f"{name}.{factor}"] = state_dict.pop(key).detach().clone()
             # The value does not matter: the factors replace it before anything reads it.

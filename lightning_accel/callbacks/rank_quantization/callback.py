@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.arguments import check_path, check_patterns
+from lightning_accel.callbacks.layer_exchange.exchanged_layers import ExchangedLayers
+from lightning_accel.callbacks.layer_exchange.holders import why_not_exchanged
 from lightning_accel.callbacks.layer_exchange.structure import (
+    FACTORS,
     can_switch_in_fit,
     exchange_layers_in_fit,
     follows_others,
@@ -32,10 +37,10 @@ from lightning_accel.callbacks.rank_quantization.switch import (
     factor_as_planned,
     keep_held_dense,
 )
-from lightning_accel.callbacks.rank_quantization.verdict import Verdict
+from lightning_accel.callbacks.rank_quantization.verdict import Verdict, dense, ranks_of
 from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import averaged_modules, rename_in_finetuning
-from lightning_accel.low_rank import RankPlan, default_cache_dir, low_rank_layers
+from lightning_accel.low_rank import RankPlan, default_cache_dir, eligible_layers, low_rank_layers
 from lightning_accel.low_rank.rank_plan.plan import Method, Weighting
 
 _NAMES_SAID = 4  # of layers, in a line
@@ -128,6 +133,7 @@ class RankQuantization(pl.Callback):
         self._outcome: Literal["low rank", "dense"] | None = None
         self._said = False  # the line of this fit
         self._untried: Sequence[str] = ()  # made low rank in the step under way
+        self._exchanged = ExchangedLayers()
 
     def structure_state(self) -> str:
         """Return ``"pending"``, ``"low rank"`` or ``"dense"``."""
@@ -146,6 +152,7 @@ class RankQuantization(pl.Callback):
         for average in averaged_modules(trainer):  # copied before this hook was there
             structure_hook(average)
         self._said = False
+        self._exchanged.end()
         if not can_switch_in_fit(trainer.strategy):
             self.plan = self.decision.unmeasured_plan(trainer, pl_module)
             with isolate_rng():
@@ -167,8 +174,13 @@ class RankQuantization(pl.Callback):
                 exchange_layers_in_fit(trainer, pl_module, functools.partial(load_factors, held))
             self._outcome = "low rank"
             self._follow_in_finetuning(trainer, pl_module, low_rank_layers(pl_module))
+        self._exchanged.resume(pl_module)
         if self._outcome is None:
-            check_something_to_factor(pl_module, self.decision.request.include, self.decision.request.exclude)
+            request = self.decision.request
+            check_something_to_factor(pl_module, request.include, request.exclude)
+            layers, _ = eligible_layers(pl_module, include=request.include, exclude=request.exclude)
+            if why := why_not_exchanged(trainer, pl_module, list(layers)):
+                self._leave_dense(trainer, pl_module, dense(reasons.NotExchanged(why)))
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -180,12 +192,20 @@ class RankQuantization(pl.Callback):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Decide and switch, once, when the time has come."""
+        """Decide and switch, once, when the time has come; from then on follow layers that become dense."""
         if self._outcome is not None or follows_others(trainer):
+            self._turn_dense(trainer, pl_module, self._exchanged.at_batch_start(trainer, pl_module))
             return
         verdict = self.decision.at_batch_start(trainer, pl_module, batch, batch_idx)
         if verdict is not None:
             self._switch(trainer, pl_module, verdict)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Let weights that were written into in this step be updated in it."""
+        self._turn_dense(trainer, pl_module, self._exchanged.before_update(trainer, pl_module))
 
     def on_structure_change(self, trainer: "pl.Trainer", *_: Any) -> None:
         """Know that another process has decided, where one decides for all."""
@@ -197,6 +217,7 @@ class RankQuantization(pl.Callback):
         """Decide by the step that was watched; nothing is left to do at any batch after the switch."""
         self._untried = ()
         if self._outcome is not None:
+            self._turn_dense(trainer, pl_module, self._exchanged.at_batch_end(trainer, pl_module))
             return
         verdict = self.decision.at_batch_end(trainer, pl_module)
         if verdict is not None:
@@ -205,6 +226,7 @@ class RankQuantization(pl.Callback):
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Say so where the switch never came; a fit that goes on may still decide."""
+        self._exchanged.end()
         if self._outcome is None and not follows_others(trainer):
             verdict = self.decision.unreached()
             self.plan = verdict.explained()
@@ -223,6 +245,7 @@ class RankQuantization(pl.Callback):
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Leave no hook behind where a fit ended before it began, as those of a `Tuner` do."""
         self.decision.stop()
+        self._exchanged.end()
         structure_hook(pl_module).release()
 
     @override
@@ -239,13 +262,43 @@ class RankQuantization(pl.Callback):
 
     def _switch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", verdict: Verdict) -> None:
         self.plan = keep_held_dense(verdict.explained(), trainer, pl_module)
+        planned = list(ranks_of(self.plan))
+        if planned and (why := why_not_exchanged(trainer, pl_module, planned)):
+            refused = reasons.NotExchanged(why)
+            plan = dataclasses.replace(self.plan.dense(set(planned), why), reason=str(refused))
+            self._leave_dense(trainer, pl_module, Verdict(plan, refused))
+            return
         change = functools.partial(factor_as_planned, self.plan, self.decision.inputs)
         with isolate_rng():
-            names = exchange_layers_in_fit(trainer, pl_module, change)
+            exchange = exchange_layers_in_fit(trainer, pl_module, change)
+        names = exchange.names
+        self._exchanged.begin(trainer, exchange)
         self._follow_in_finetuning(trainer, pl_module, names)
         self.decision.inputs = None
         self._untried = names
         self._settle(trainer, pl_module, verdict, names)
+
+    def _leave_dense(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", verdict: Verdict) -> None:
+        self.plan = verdict.explained()
+        self.decision.inputs = None
+        self._settle(trainer, pl_module, verdict, ())
+        rank_zero_warn(f"RankQuantization leaves {type(pl_module).__name__} dense: {verdict.reason}.")
+
+    def _turn_dense(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", reasons_of: Mapping[str, str]
+    ) -> None:
+        """Say which layers are dense again, and why, once."""
+        if not reasons_of:
+            return
+        for name, why in reasons_of.items():
+            self.plan = None if self.plan is None else self.plan.dense({name}, why)
+        self._outcome = "low rank" if low_rank_layers(pl_module) else "dense"
+        rename_in_finetuning(
+            trainer,
+            {f"{n}.{part}": [f"{n}.weight"] if part == "factor_in" else [] for n in reasons_of for part in FACTORS},
+        )
+        names = ", ".join(list(reasons_of)[:_NAMES_SAID]) + (", ..." if len(reasons_of) > _NAMES_SAID else "")
+        rank_zero_warn(f"RankQuantization put {names} back, dense from now on: {next(iter(reasons_of.values()))}.")
 
     def _settle(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", verdict: Verdict, names: Sequence[str]

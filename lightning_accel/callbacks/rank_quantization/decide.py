@@ -30,7 +30,7 @@ from lightning_accel.callbacks.rank_quantization.reasons import Comparison, Meas
 from lightning_accel.callbacks.rank_quantization.request import RankRequest
 from lightning_accel.callbacks.rank_quantization.step_times import PAIRS, StepTimes, TrialError
 from lightning_accel.callbacks.rank_quantization.verdict import Verdict, dense, ranks_of
-from lightning_accel.low_rank import RankPlan, apply_decision, eligible_layers, verify_plan
+from lightning_accel.low_rank import RankPlan, apply_decision, eligible_layers, makers_by_layer, verify_plan
 
 _STEPS_OF_TRIALS = 100.0  # dense ones; what both trials take
 _GAIN_TO_GO_ON = 80.0  # dense steps to be saved: twice what the rest of both trials takes
@@ -100,7 +100,8 @@ class Terms:
         make = self.request.plan if measured else self.request.unmeasured_plan
         if self.trainer.is_global_zero:
             try:
-                result = make(module, run_batch).to_json()
+                layers, _ = eligible_layers(self.trainer.lightning_module)
+                result = make(module, run_batch, makers_by_layer(layers, self.trainer.optimizers)).to_json()
             except ValueError as problem:  # the other processes must hear of it, they wait for a plan
                 result = problem
             except Exception as problem:  # layers of others' classes run here, out of their model

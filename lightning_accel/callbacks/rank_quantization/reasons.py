@@ -194,6 +194,16 @@ class JudgedByLayers:
 
 
 @dataclass(frozen=True)
+class NotExchanged:
+    """Layers can not be exchanged in this fit without changing what is trained."""
+
+    found: str
+
+    def __str__(self) -> str:
+        return self.found
+
+
+@dataclass(frozen=True)
 class NothingToFactor:
     """No layer could be low rank when the time came."""
 

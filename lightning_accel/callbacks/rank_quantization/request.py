@@ -2,7 +2,7 @@
 
 import dataclasses
 import glob
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +13,7 @@ from torch import nn
 from lightning_accel.arguments import check_choice, check_number
 from lightning_accel.callbacks.layer_exchange.layer_trial import Ranks
 from lightning_accel.callbacks.rank_quantization.reasons import LostToTheFloor
-from lightning_accel.low_rank import RankPlan, eligible_layers, make_plan, theoretical_ranks
+from lightning_accel.low_rank import MakeOptimizer, RankPlan, eligible_layers, make_plan, theoretical_ranks
 from lightning_accel.low_rank.rank_plan.plan import UNMEASURED, Method, Weighting, factor_parameters
 
 _STEPS_TO_PLAN = 250.0  # what `make_plan` takes where layers are quick
@@ -54,21 +54,31 @@ class RankRequest:
         with torch.random.fork_rng(devices=()):  # a layer draws its weights
             make_plan(nn.Sequential(nn.Linear(2, 2)), lambda _: None, **settings)
 
-    def plan(self, module: nn.Module, run_batch: Callable[[Any], object] | None) -> RankPlan:
-        """Make the plan."""
+    def plan(
+        self,
+        module: nn.Module,
+        run_batch: Callable[[Any], object] | None,
+        optimizers: Mapping[str, MakeOptimizer] | None = None,
+    ) -> RankPlan:
+        """Make the plan; ``optimizers`` make what updates each layer, by name."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return make_plan(module, run_batch, **settings)
+        return make_plan(module, run_batch, **settings, make_optimizer=optimizers or {})
 
     def without(self, names: Iterable[str]) -> "RankRequest":
         """Return the request with layers excluded."""
         return dataclasses.replace(self, exclude=(*self.exclude, *map(glob.escape, sorted(names))))
 
-    def unmeasured_plan(self, module: nn.Module, run_batch: Callable[[Any], object] | None) -> RankPlan:
+    def unmeasured_plan(
+        self,
+        module: nn.Module,
+        run_batch: Callable[[Any], object] | None,
+        optimizers: Mapping[str, MakeOptimizer] | None = None,
+    ) -> RankPlan:
         """Make a plan of theoretical ranks on plateaus, for want of time to measure.
 
         Layers that would keep less than `min_energy` stay dense.
         """
-        plan = dataclasses.replace(self, method="snapped").plan(module, run_batch)
+        plan = dataclasses.replace(self, method="snapped").plan(module, run_batch, optimizers)
         poor = {layer.name for layer in plan.layers if layer.ranks is not None and layer.energy < self.min_energy}
         return plan.dense(poor, f"retains less than {self.min_energy:.0%} of its energy")
 

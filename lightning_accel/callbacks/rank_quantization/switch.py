@@ -10,7 +10,14 @@ from torch import nn
 
 from lightning_accel.callbacks.layer_exchange.recorded_inputs import RecordedInputs
 from lightning_accel.lightning_private import pruned_layers
-from lightning_accel.low_rank import RankPlan, decompose, eligible_layers, input_second_moments, low_rank_layers
+from lightning_accel.low_rank import (
+    RankPlan,
+    decompose,
+    eligible_layers,
+    input_second_moments,
+    left_alone,
+    low_rank_layers,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +29,7 @@ def check_something_to_factor(module: nn.Module, include: Sequence[str], exclude
         MisconfigurationException: Says what was looked for and what was found.
     """
     eligible, skipped = eligible_layers(module, include=include, exclude=exclude)
-    if not eligible:
+    if not eligible and not left_alone(skipped):
         found = "; ".join(f"`{name}`: {reason}" for name, reason in skipped.items()) or "no such layer at all"
         raise MisconfigurationException(
             f"no layer of {type(module).__name__} can be factored. Looked for nn.Linear, nn.Conv1d and nn.Conv2d whose "
@@ -56,7 +63,7 @@ def factor_as_planned(plan: RankPlan, inputs: RecordedInputs | None, module: nn.
     if plan.weighting != "activation" or inputs is None:
         return decompose(module, plan)
     eligible, _ = eligible_layers(module)
-    planned = {layer.name: eligible[layer.name] for layer in plan.layers if layer.ranks is not None}
+    planned = {layer.name: eligible[layer.name] for layer in plan.layers if layer.ranks and layer.name in eligible}
     return decompose(module, plan, second_moments=input_second_moments(module, planned, inputs.replay))
 
 
