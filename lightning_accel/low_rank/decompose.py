@@ -34,13 +34,14 @@ def decompose(model: nn.Module, plan: RankPlan, *, second_moments: Mapping[str, 
     eligible, skipped = eligible_layers(model)
     factored = low_rank_layers(model)
     made: dict[str, nn.Module] = {}
+    dense_by_harm: list[str] = []
     for entry in plan.layers:
         if entry.ranks is None or entry.name in factored:
             continue
         if entry.name not in eligible:
             why = skipped.get(entry.name, "no such linear or convolutional layer")
             if why.startswith(LEFT_ALONE):
-                warnings.warn(f"layer `{entry.name}` of the plan stays dense ({why}).", stacklevel=2)
+                dense_by_harm.append(f"`{entry.name}` ({why.removeprefix(LEFT_ALONE)})")
                 continue
             raise ValueError(f"layer `{entry.name}` of the plan can not be factored ({why}); make a new plan.")
         dense = eligible[entry.name]
@@ -60,6 +61,8 @@ def decompose(model: nn.Module, plan: RankPlan, *, second_moments: Mapping[str, 
         made[entry.name] = factorize(dense, entry.ranks, second_moment=moment)
     for name, layer in made.items():
         swap(model, name, layer)
+    if dense_by_harm:
+        warnings.warn(f"layers of the plan stay dense: {'; '.join(dense_by_harm)}.", stacklevel=2)
     return list(made)
 
 

@@ -1,8 +1,8 @@
 """What all factored layers share: the dense weight as it is read and written, and how they are made."""
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +14,40 @@ from lightning_accel.low_rank.in_place import become
 DenseLayer = nn.Linear | nn.Conv1d | nn.Conv2d
 
 
-@dataclass
 class _HandedOut:
     """The memory of the product that was handed out as ``weight``, and a copy of it that nobody else has."""
 
-    buffer: Tensor
-    pristine: Tensor
+    def __init__(self, product: Tensor) -> None:
+        self.buffer = product.detach()
+        self.pristine = self.buffer.clone()
+        self.given = [product]
 
-    def written(self) -> bool:
-        return not torch.equal(self.buffer.view(torch.uint8), self.pristine.view(torch.uint8))  # NaN equals itself
+    def give(self, product: Tensor) -> Tensor:
+        """Return the product anew, in the memory in which it was handed out."""
+        self.given.append(_SameMemory.apply(product, self) if product.requires_grad else self.alias())
+        return self.given[-1]
 
     def alias(self) -> Tensor:
-        return self.buffer.new_empty(0).set_(self.buffer)  # type: ignore[call-overload]  # no view, for autograd
+        """Return a tensor in the same memory; no view, for autograd."""
+        return self.buffer.new_empty(0).set_(self.buffer)  # type: ignore[call-overload]
+
+    def has(self, value: object) -> bool:
+        """Say whether a tensor lies in the memory."""
+        return isinstance(value, Tensor) and value.data_ptr() == self.buffer.data_ptr()
+
+    def written(self) -> Tensor | None:
+        """Return what was written into the memory, or put in its place by ``weight.data = ...``; None if nothing was."""
+        replaced = [tensor.detach() for tensor in self.given if not self.has(tensor)]
+        if replaced:
+            return replaced[-1].clone()
+        same = torch.equal(self.buffer.view(torch.uint8), self.pristine.view(torch.uint8))  # NaN equals itself
+        return None if same else self.buffer.clone()
+
+    def is_over(self) -> bool:
+        """Say whether nobody else holds the memory, so that nobody can write into it any more."""
+        # what only this list, the loop and the counting function refer to is ours alone
+        self.given = [tensor for tensor in self.given if sys.getrefcount(tensor) > 3]
+        return not self.given and torch_private.storage_users(self.buffer) == 1
 
 
 class _SameMemory(torch.autograd.Function):
@@ -50,16 +72,19 @@ class FactoredLayer(nn.Module):
 
     Attributes:
         place: Name of the layer in its model, for messages; empty if unknown.
+        followed: Whether somebody looks after the layer, and will say so when it becomes dense.
     """
 
     factor_names: tuple[str, ...] = ()
-    own_attributes: tuple[str, ...] = ("place", "_handed_out")
+    own_attributes: tuple[str, ...] = ("place", "followed", "_handed_out")
     bias: nn.Parameter | None
     place: str
+    followed: bool
 
     def __init__(self) -> None:
         super().__init__()
         self.place = ""
+        self.followed = False
         self._handed_out: _HandedOut | None = None
 
     @property
@@ -74,9 +99,10 @@ class FactoredLayer(nn.Module):
         product = product.contiguous()
         handed = self._handed_out
         if handed is None or not torch.equal(handed.pristine, product.detach()):
-            self._handed_out = _HandedOut(product.detach(), product.detach().clone())
+            self._handed_out = _HandedOut(product)
             return product
-        return _SameMemory.apply(product, handed) if product.requires_grad else handed.alias()
+        handed.is_over()  # forgets what nobody holds
+        return handed.give(product)
 
     @staticmethod
     def product(factors: Mapping[str, Tensor]) -> Tensor:
@@ -95,32 +121,39 @@ class FactoredLayer(nn.Module):
         handed = self._handed_out
         if handed is None:
             return True
-        if not handed.written():
-            if torch_private.storage_users(handed.buffer) == 1:
+        value = handed.written()
+        if value is None:
+            if handed.is_over():
                 self._handed_out = None
             return True
         with torch.no_grad():
             now = self.product({name: getattr(self, name) for name in self.factor_names}).detach()
-            value = handed.buffer.clone()
             if not torch.equal(now, handed.pristine):  # the factors have moved on meanwhile
                 value += now - handed.pristine
         name = f"`{self.place}`" if self.place else f"a {type(self).__name__} of shape {tuple(value.shape)}"
+        followed = self.followed
         trainable = any(getattr(self, factor).requires_grad for factor in self.factor_names)
         become(self, self.dense_layer(nn.Parameter(value, requires_grad=trainable)))
-        warnings.warn(
-            f"the `weight` of the low-rank layer {name} was written into, which its factors can not follow: it is "
-            "dense again, with what was written. Keep layers whose weight is constrained or merged dense (`exclude`); "
-            "without RankQuantization, also give the new weight to the optimizer.",
-            stacklevel=3,
-        )
+        if not followed:
+            warnings.warn(
+                f"the `weight` of the low-rank layer {name} was written into, which its factors can not follow: it is "
+                "dense again, with what was written. If it goes on training, give the new weight to the optimizer; keep "
+                "layers whose weight is constrained or merged dense (`exclude`).",
+                stacklevel=3,
+            )
         return False
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign; a Parameter that is assigned to ``weight`` makes the layer dense."""
-        if name == "weight" and isinstance(value, nn.Parameter):
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif isinstance(value, nn.Parameter):
             become(self, self.dense_layer(value))
-            return
-        super().__setattr__(name, value)
+        elif self._handed_out is None or not self._handed_out.has(value):  # else the end of `layer.weight += x`
+            raise TypeError(
+                f"`weight` must be a Parameter, got {type(value).__name__}; write into it, or assign "
+                "torch.nn.Parameter(value)."
+            )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle what was written, too, and no memory that others hold."""

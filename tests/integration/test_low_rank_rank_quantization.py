@@ -619,12 +619,17 @@ def test_step_that_can_not_be_tried_is_watched_once_under_accumulation(tmp_path,
     assert 0.0 < seconds[0] < 60.0, "the time of one step, not of the clock"
 
 
-def test_optimizer_that_needs_a_closure_is_judged_by_layers(tmp_path, caplog):
+def test_optimizer_that_keeps_one_direction_for_all_parameters_leaves_the_model_dense(tmp_path):
+    plain = Classifier(optimizer="LBFGS", settings={"lr": 0.1, "max_iter": 2}, noisy=False)
+    train(plain, [], tmp_path / "plain")
     module = Classifier(optimizer="LBFGS", settings={"lr": 0.1, "max_iter": 2}, noisy=False)
-    with caplog.at_level(logging.INFO, logger="lightning_accel"):
-        train(module, [fixed(on_loss="keep")], tmp_path)
-    assert "a copy of the module can not make its training step" in caplog.text
-    assert all(torch.isfinite(p).all() for p in module.parameters())
+    callback = fixed(on_loss="keep")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(module, [callback], tmp_path / "low rank")
+    assert any("leaves Classifier dense: LBFGS keeps directions" in str(w.message) for w in caught)
+    assert "LBFGS" in callback.plan.reason
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), module.parameters(), strict=True))
 
 
 def test_no_memory_for_a_second_copy_leaves_the_run_alone(tmp_path, monkeypatch, caplog):

@@ -27,15 +27,18 @@ class ExchangedLayers:
     first: FirstSteps | None = None
     factors: dict[str, tuple[nn.Parameter, ...]] = field(default_factory=dict)
 
-    def begin(self, trainer: "pl.Trainer", exchange: Exchange) -> None:
+    def begin(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exchange: Exchange) -> None:
         """Watch layers that were exchanged just now."""
-        self.factors = dict(exchange.factors)
+        self.resume(pl_module)
         if exchange.names and not isinstance(trainer.strategy, SharesLayers):  # where others move parameters, too
             self.first = FirstSteps(exchange)
 
     def resume(self, module: nn.Module) -> None:
         """Watch layers that were low rank before; what they were is not known any more."""
-        self.first, self.factors = None, {name: factors_of(layer) for name, layer in low_rank_layers(module).items()}
+        self.first, self.factors = None, {}
+        for name, layer in low_rank_layers(module).items():
+            self.factors[name] = factors_of(layer)
+            layer.followed = True
 
     def end(self) -> None:
         """Forget everything."""

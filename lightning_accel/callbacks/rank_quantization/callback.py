@@ -272,7 +272,7 @@ class RankQuantization(pl.Callback):
         with isolate_rng():
             exchange = exchange_layers_in_fit(trainer, pl_module, change)
         names = exchange.names
-        self._exchanged.begin(trainer, exchange)
+        self._exchanged.begin(trainer, pl_module, exchange)
         self._follow_in_finetuning(trainer, pl_module, names)
         self.decision.inputs = None
         self._untried = names
