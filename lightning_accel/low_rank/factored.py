@@ -36,7 +36,7 @@ class _HandedOut:
         return isinstance(value, Tensor) and value.data_ptr() == self.buffer.data_ptr()
 
     def written(self) -> Tensor | None:
-        """Return what was written into the memory, or put in its place by ``weight.data = ...``; None if nothing was."""
+        """Return what was written into the memory, or put in its place by ``weight.data = ...``; None if nothing."""
         replaced = [tensor.detach() for tensor in self.given if not self.has(tensor)]
         if replaced:
             return replaced[-1].clone()
@@ -137,8 +137,8 @@ class FactoredLayer(nn.Module):
         if not followed:
             warnings.warn(
                 f"the `weight` of the low-rank layer {name} was written into, which its factors can not follow: it is "
-                "dense again, with what was written. If it goes on training, give the new weight to the optimizer; keep "
-                "layers whose weight is constrained or merged dense (`exclude`).",
+                "dense again, with what was written. If it goes on training, give the new weight to the optimizer; "
+                "keep layers whose weight is constrained or merged dense (`exclude`).",
                 stacklevel=3,
             )
         return False
