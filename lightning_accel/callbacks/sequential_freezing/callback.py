@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_accel.callbacks.layer_exchange.recorded_inputs import RunningOrder
 from lightning_accel.callbacks.layer_exchange.structure import ChangesStructure, refuse_sharded, refuse_sharded_states
 from lightning_accel.callbacks.order import correct_order
-from lightning_accel.callbacks.sequential_freezing.factor_turns import FactorTurns
+from lightning_accel.callbacks.sequential_freezing.factor_turns import FactorTurns, steps_of
 from lightning_accel.callbacks.sequential_freezing.training_length import length_of_training
 from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import callbacks_of
@@ -116,7 +116,8 @@ class SequentialFreezing(pl.Callback):
                 "`lightning_accel.low_rank.decompose`."
             )
         refuse_sharded_states(trainer.optimizers, "SequentialFreezing")
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+        acts = low_rank_layers(pl_module) or any(maker.structure_state() == "pending" for maker in makers)
+        if acts and any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
             raise MisconfigurationException(
                 "SequentialFreezing can not rest factors under L-BFGS, which moves parameters without gradient along "
                 "its old directions. Use another optimizer, or mode='none'."
@@ -142,8 +143,8 @@ class SequentialFreezing(pl.Callback):
         self._times.append(time.perf_counter() - self._clock)
         if self._order is not None:
             self.turns.adaptive.order, self._order = self._order.stop(), None
-        if self._adapts and self.turns.applied is not None and trainer.global_step > self._steps:
-            self._steps = trainer.global_step
+        if self._adapts and self.turns.applied is not None and steps_of(trainer, self.schedule) > self._steps:
+            self._steps = steps_of(trainer, self.schedule)
             self.turns.adaptive.observe(pl_module)
 
     @override

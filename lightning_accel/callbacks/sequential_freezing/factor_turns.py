@@ -47,7 +47,9 @@ class FactorTurns:
         """Return the phase that the run should be in: a pure function of its progress, but for the adaptive mode."""
         if self.schedule.mode == "adaptive":
             return frozenset(self.adaptive.frozen)
-        return self.schedule.frozen_group(epoch=trainer.current_epoch, step=trainer.global_step, total=self.total)
+        return self.schedule.frozen_group(
+            epoch=trainer.current_epoch, step=steps_of(trainer, self.schedule), total=self.total
+        )
 
     def follow(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
         """Bring the module into the phase that the run should be in, and wrap DDP anew if anything changed.
@@ -71,7 +73,7 @@ class FactorTurns:
             _log.info(
                 "epoch %d, step %d: %s; %d of %d factors are frozen.",
                 trainer.current_epoch,
-                trainer.global_step,
+                steps_of(trainer, self.schedule),
                 f"group {phase} rests" if isinstance(phase, int) else "no group takes turns",
                 len(self.frozen),
                 len(factor_parameter_names(pl_module)),
@@ -91,6 +93,19 @@ class FactorTurns:
         phase = self.applied[0] if self.applied is not None else None
         count = sum(parameter.numel() for name, parameter in module.named_parameters() if name in self.frozen)
         return {"group": float(phase) if isinstance(phase, int) else -1.0, "frozen_parameters": float(count)}
+
+
+def steps_of(trainer: "pl.Trainer", schedule: FreezingSchedule) -> int:
+    """Return how many optimizer steps were made; batches, where those do not tell one batch from the next.
+
+    Under manual optimization a batch may make several steps, more than a phase has, and the factors that rest change
+    between batches only: the same ones would rest for good. And where a module steps the raw optimizer
+    (``optimizers(use_pl_optimizer=False)``), the Trainer counts no step at all.
+    """
+    steps, batches = trainer.global_step, trainer.fit_loop.total_batch_idx
+    if trainer.lightning_module.automatic_optimization or batches <= 0:
+        return steps
+    return batches if steps == 0 or (schedule.period_steps or 1) * batches < steps else steps
 
 
 def _trainable(module: nn.Module) -> dict[str, bool]:

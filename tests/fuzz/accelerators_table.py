@@ -1,0 +1,99 @@
+"""The table of the fuzzer: accelerator to its neutral setting, its real one, and what must hold of a real fit."""
+
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from random_modules import Moved, RandomModule
+
+from lightning_accel.callbacks import RankQuantization, SequentialFreezing, enable_low_rank_loading
+from lightning_accel.low_rank import low_rank_layers, make_plan
+
+FACTORS = ("factor_in", "core", "factor_out")
+CACHE = tempfile.mkdtemp()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One accelerator as the fuzzer sees it; callables get the seed.
+
+    Attributes:
+        neutral: Callbacks that must not change a fit.
+        real: Callbacks that act.
+        problems: Gets the plain and the real fit and returns what is wrong with the real one.
+        acted: Says of the real module whether anything happened.
+    """
+
+    neutral: Callable[[int], list[Any]]
+    real: Callable[[int], list[Any]]
+    problems: Callable[["Fit", "Fit"], list[str]]
+    acted: Callable[[Any], bool]
+
+
+@dataclass
+class Fit:
+    """A fit that is over."""
+
+    seed: int
+    module: Any
+    trainer: Any
+    moved: Moved
+
+
+def tries_and_stays_dense(seed: int) -> list[Any]:
+    """Steps are tried on copies and layers are timed, but no rank keeps all energy: training must not notice."""
+    quantization = RankQuantization(
+        min_energy=1.0, when=random.Random(seed).choice((0, 1)), max_overhead=1e9, cache_dir=CACHE
+    )
+    return [quantization, SequentialFreezing()]
+
+
+def low_rank_in_turns(seed: int) -> list[Any]:
+    """Layers become low rank, by a plan or after trials, and their factors take turns or not."""
+    draw = random.Random(f"low rank {seed}")
+    when = draw.choice((0, 1))
+    if draw.random() < 0.5:
+        plan = make_plan(RandomModule(seed), None, ratio=draw.choice((1.2, 1.6, 2.5)), method="fixed")
+        quantization = RankQuantization(plan=plan, when=when)
+    else:
+        quantization = RankQuantization(
+            1.5, method="snapped", on_loss="keep", when=when, min_energy=0.0, cache_dir=CACHE
+        )
+    freezing = [SequentialFreezing(period_steps=draw.choice((1, 2)))] if draw.random() < 0.6 else []
+    return [quantization, *freezing]
+
+
+def low_rank_problems(plain: Fit, real: Fit) -> list[str]:
+    """Say which parameters do not train as they should, and whether what is saved is what runs."""
+    found = []
+    wanted = plain.moved.names(plain.module)
+    moved = real.moved.names(real.module)
+    for name, p in real.module.named_parameters():
+        dense = name.rpartition(".")[0] + ".weight" if name.rpartition(".")[2] in FACTORS else name
+        if not torch.isfinite(p).all():
+            found.append(f"`{name}` is not finite")
+        if dense in wanted and name not in moved:
+            found.append(f"`{name}` did not move")
+    found += [f"`{name}` is in no optimizer" for name in _held_by_none(real) - _held_by_none(plain)]
+    fresh = enable_low_rank_loading(RandomModule(real.seed))
+    fresh.load_state_dict(real.module.state_dict())
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        if not torch.allclose(real.module.eval()(x), fresh.eval()(x), atol=1e-5):
+            found.append("what is saved is not what runs")
+    return found
+
+
+def _held_by_none(fit: Fit) -> set[str]:
+    held = {id(p) for optimizer in fit.trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    return {name for name, p in fit.module.named_parameters() if p.requires_grad and id(p) not in held}
+
+
+TABLE = {
+    "low_rank": Entry(
+        tries_and_stays_dense, low_rank_in_turns, low_rank_problems, lambda module: bool(low_rank_layers(module))
+    )
+}
