@@ -1,7 +1,7 @@
 """Random small LightningModules under every accelerator: as plain training where it is neutral, trained where not.
 
 ``python tests/fuzz/modules.py --count 2000 --seed 0`` draws 2,000 modules and prints what it found; ``--accelerator``
-names one of the table in `accelerators_table`, ``--workers`` divides the work. A new accelerator is one more entry there.
+names an entry of `accelerators_table.TABLE`, ``--workers`` divides the work. A new accelerator is one entry more there.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def differences(plain, neutral):
 
 
 def check(accelerator, seed):
-    """Return what is wrong with a seed, and what happened: "plain fails", "refused", "failed", "left as it was" or "acted"."""
+    """Return what is wrong with a seed, and what happened: the last words of a line of the summary."""
     entry = TABLE[accelerator]
     try:
         plain = run(seed, [])
