@@ -270,6 +270,10 @@ class ParameterStore(Protocol):
         """Return how the run goes."""
         ...
 
+    def deliver(self, descriptor: int) -> None:
+        """Hand an open file (large values of this worker's result) over to the process that called for the run."""
+        ...
+
     # --- an exchange of layers
 
     @property

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lightning_accel.async_sgd import Remains, SharedMemoryStore, run_workers
+from lightning_accel.async_sgd import ParameterStore, Remains, run_workers
 from lightning_accel.async_sgd.shared_memory.memory import anonymous_file
 from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import launcher_module, make_averages_picklable
@@ -85,7 +85,7 @@ class AsyncSGDLauncherBody:
             bring_back_optimizers(trainer, ending.state, output.extra["async_sgd"]["groups"])
         return output.trainer_results
 
-    def collect_results(self, store: SharedMemoryStore, trainer: Any, results: Any) -> Any:
+    def collect_results(self, store: ParameterStore, trainer: Any, results: Any) -> Any:
         """Return what the coordinator hands over; its weights go in a file without a name, which cannot be left behind.
 
         Other workers return None.
@@ -129,7 +129,7 @@ def _decision(strategy: Any) -> str:
 
 
 def _fit_in_worker(  # noqa: PLR0917  # a process is started with a flat list of arguments
-    store: SharedMemoryStore,
+    store: ParameterStore,
     trainer: Any,
     function: Callable[..., Any],
     args: tuple[Any, ...],
