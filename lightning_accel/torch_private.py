@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_file
+from torch.nn.utils import parametrize
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -121,6 +122,31 @@ def part_of(tensor: torch.Tensor) -> tuple[Any, int, int, int] | None:
 def _signed(number: int) -> int:
     """Undo that nodes show negative numbers as unsigned ones."""
     return number - 2**64 if number >= 2**63 else number
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return a module's own parameters by name, absent ones as ``None``, several times the faster of all ways."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """Return a module's own buffers by name, absent ones as ``None``."""
+    return module._buffers
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return a module's own submodules by name, absent ones as ``None``; one under two names is there twice."""
+    return module._modules
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether ``module.compile()`` was called or `torch.compile` wraps it: its calls are not Python's to trace."""
+    return module.__dict__.get("_compiled_call_impl") is not None or "_orig_mod" in module._modules
+
+
+def parametrizations_are_cached() -> bool:
+    """Tell whether `torch.nn.utils.parametrize.cached` is active: what a trace computes would stay in its cache."""
+    return bool(getattr(parametrize, "_cache_enabled", 0))
 
 
 _EVERY_MODULES = frozenset(nn.Module().__dict__)

@@ -26,6 +26,12 @@ def is_torch_cell(module: nn.Module) -> bool:
     return type(module) in TORCH_CELLS
 
 
+def is_native(module: nn.Module) -> bool:
+    """Tell whether a kernel of torch's layers computes what calls of this cell compute: nobody replaced its forward."""
+    own = module.__dict__.get("forward")
+    return is_torch_cell(module) and (own is None or (isinstance(own, InstanceForward) and own.own is None))
+
+
 def torch_cell_step(
     cell: nn.Module, xs: Sequence[Tensor], states: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:

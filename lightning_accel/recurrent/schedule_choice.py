@@ -1,11 +1,11 @@
-"""Choose a schedule: verified against the plain loop, then measured on the real shapes, once for each kind of call."""
+"""Choose a schedule: compared with the plain loop, then measured on the real shapes, once for each kind of call."""
 
 import copy
-import functools
 import math
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from lightning_accel.machine_code.c_functions import refusal as no_compiler
 from lightning_accel.measure import time_interleaved
-from lightning_accel.recurrent.cell_step import Step, is_torch_cell, run_loop, run_native, torch_cell_step
-from lightning_accel.recurrent.compiler.executor import StepSchedule
-from lightning_accel.recurrent.compiler.trace import CannotScheduleError, TensorSpec
+from lightning_accel.recurrent.cell_step import Step, run_loop
+from lightning_accel.recurrent.exactness.assumptions import Assumptions, assumptions_of, first_change
+from lightning_accel.recurrent.exactness.plain_modes import plain_reason
+from lightning_accel.recurrent.exactness.private_copy import private_copy
+from lightning_accel.recurrent.exactness.verification import Run
+from lightning_accel.recurrent.verified_schedules import VerifiedSchedules
 
 Schedule = Literal["auto", "loop", "intra_stream", "compiled", "scan", "native"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
@@ -24,11 +27,19 @@ _TRIAL_STEPS = 48  # enough for the time of a step to show, few enough that the 
 _TRIAL_ROUNDS = 3
 _COMPILE_SECONDS = 1.0  # what a cell's machine code costs once: text, compiler, verification
 _COMPILED_SAVES = 0.3  # at least this share of the best time without it, as measured of all cells here
-_TOLERANCE = 1e-9  # of the float64 comparison with the loop, relative to the largest value
+# A trace costs as much as some tens of sequences. A cell that changes more often than that is not traced again.
+_CALLS_THAT_PAY = 50
+_MOST_TRACES = 6
+
+Results = tuple[list[Tensor], list[Tensor]]
 
 
 class ScheduleChoice:
-    """Run one module's sequences with the best schedule.
+    """Run one module's sequences with the best schedule, or with the plain loop and one warning that says why.
+
+    A schedule is used only while everything holds that it was traced under, see `Assumptions`, and only for kinds of
+    calls (batch size, precision, gradients) on which it was compared with the plain loop. Threads may call it at the
+    same time.
 
     Args:
         module: The cell.
@@ -52,11 +63,17 @@ class ScheduleChoice:
         self.module, self.schedule, self.name = module, schedule, name
         self.choices: dict[str, str] = {}
         self.speed: dict[str, float] = {}
-        self.refusals: dict[str, str] = {}
         self.calls_left = math.inf
-        self._made: dict[tuple[Any, ...], StepSchedule | None] = {}
+        self._forget()
 
-    def run(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def _forget(self) -> None:
+        self.refusals: dict[str, str] = {}
+        self._lock = threading.RLock()
+        self._traced: dict[tuple[Any, ...], VerifiedSchedules] = {}
+        self._latest: Assumptions | None = None
+        self._said: set[Hashable] = set()
+
+    def run(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> Results:
         """Run a sequence.
 
         Args:
@@ -67,125 +84,149 @@ class ScheduleChoice:
         Returns:
             Outputs, each of shape (T, B, ...), and final states.
         """
-        key = self._key(step, xs, states)
-        if key not in self.choices:
-            self.choices[key] = self._choose(key, step, xs, states)
-        chosen = self.choices[key]
-        run = self._candidates(step, xs, states, only=chosen).get(chosen)
-        if run is None and chosen == "compiled":  # chosen on a machine that has a compiler
-            run = self._candidates(step, xs, states, only="intra_stream").get("intra_stream")
-        return run(xs, states) if run is not None else run_loop(step, self.module, xs, states)
+        if self.schedule == "loop":
+            return run_loop(step, self.module, xs, states)
+        reason = plain_reason(xs, states)
+        if reason is None:
+            try:
+                with self._lock:
+                    run, schedules = self._find(step, xs, states)
+            except Exception as error:  # whatever went wrong, the loop is right
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                if run is None:
+                    return run_loop(step, self.module, xs, states)
+                try:
+                    return run(self.module, xs, states)
+                except Exception as error:
+                    results = run_loop(step, self.module, xs, states)  # raises what the user's own code raises
+                    schedules.give_up(f"{type(error).__name__}: {error}")
+                    self._warn("it failed", f"its schedule failed: {type(error).__name__}: {error}")
+                    return results
+        if not torch.compiler.is_compiling():
+            self._warn(reason, reason)
+        return run_loop(step, self.module, xs, states)
 
     def refusal(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str | None:
         """Return why a step (``xs`` of shape (B, ...)) has no intra-stream schedule; ``None`` if it has one."""
-        before, self.schedule = self.schedule, "intra_stream"  # asked, not wanted: no warning
+        sequences = [x[None] for x in xs]
         try:
-            made = self._schedule("intra_stream", step, [x[None] for x in xs], states)
-        finally:
-            self.schedule = before
-        return None if made is not None else self.refusals["intra_stream"]
+            reason = plain_reason(sequences, states)
+            if reason is not None:
+                return reason
+            with self._lock:
+                schedules, doubt = self._schedules(assumptions_of(self.module))
+                if schedules is None:
+                    return doubt
+                found = schedules.find("intra_stream", step, sequences, states)
+            return None if found is not None else schedules.refusals["intra_stream"]
+        except Exception as error:  # a cell of which nothing is known runs plainly
+            return f"{type(error).__name__}: {error}"
 
-    def _key(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str:
-        """Describe a kind of call; lengths and batch sizes count by powers of two."""
-        device = xs[0].device.type
-        cast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "no autocast"
-        size = f"T~{_power_of_two(xs[0].shape[0])} B~{_power_of_two(xs[0].shape[1])}"
-        shapes = "; ".join(f"{tuple(x.shape[2:])} {x.dtype}" for x in xs)
-        mode = "train" if torch.is_grad_enabled() else "no grad"
-        return f"{type(step).__name__}: {shapes}, {len(states)} states, {size}, {cast}, {device}, {mode}"
+    def _find(
+        self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]
+    ) -> tuple[Run | None, "VerifiedSchedules"]:
+        """Return what runs this call, ``None`` for the plain loop, and the schedules that it belongs to."""
+        schedules, doubt = self._schedules(assumptions_of(self.module))
+        if schedules is None:
+            self._warn(doubt, doubt)
+            return None, VerifiedSchedules(self.module, reads_sizes=True)
+        schedules.calls += 1
+        key = _kind_of_call(step, xs, states)
+        if key not in self.choices:
+            self.choices[key] = self._choose(key, schedules, step, xs, states)
+        chosen = self.choices[key]
+        if chosen == "loop":
+            return None, schedules
+        run = schedules.find(chosen, step, xs, states)
+        if run is None and chosen == "compiled":  # chosen on a machine that has a compiler
+            self._say_no_compiler(xs[0])
+            chosen = "intra_stream"
+            run = schedules.find(chosen, step, xs, states)
+        self.refusals = {**schedules.refusals, **self.refusals}
+        if run is None:
+            why = schedules.refusals.get(chosen, "it has no such form")
+            self._warn((chosen, why), why)
+        return run, schedules
 
-    def _choose(self, key: str, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str:
-        wanted = None if self.schedule == "auto" else self.schedule
-        candidates = self._candidates(step, xs, states, only=wanted)
+    def _schedules(self, now: Assumptions) -> tuple[VerifiedSchedules | None, str]:
+        """Return the schedules that were traced under these assumptions, or why there can be none."""
+        if now.doubt is not None:
+            return None, now.doubt
+        if now.key in self._traced:
+            self._latest = now
+            return self._traced[now.key], ""
+        if self._latest is not None:
+            often = sum(1 for s in self._traced.values() if s.calls < _CALLS_THAT_PAY)
+            if often >= _MOST_TRACES:
+                return None, f"{first_change(self.module, self._latest)} changes too often to trace the cell anew"
+        while len(self._traced) >= _MOST_TRACES:
+            oldest = next(iter(self._traced))
+            del self._traced[oldest]
+        made = VerifiedSchedules(self.module, reads_sizes=now.reads_sizes, held=now.held)
+        self._traced[now.key], self._latest = made, now
+        return made, ""
+
+    def _choose(
+        self, key: str, schedules: VerifiedSchedules, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]
+    ) -> str:
         if self.schedule != "auto":
-            if self.schedule not in candidates:
-                reason = self.refusals.get(self.schedule, "this cell has no such form")
-                warnings.warn(f"{self.name} runs the plain loop, not {self.schedule!r}: {reason}", stacklevel=4)
+            if schedules.find(self.schedule, step, xs, states) is None:
+                reason = self.refusals[self.schedule] = schedules.refusals.get(self.schedule, "it has no such form")
+                self._warn(self.schedule, f"{reason}", instead_of=self.schedule)
                 return "loop"
             return self.schedule
-        if len(candidates) == 1:
+        candidates = {n: schedules.find(n, step, xs, states) for n in ("native", "intra_stream", "scan")}
+        found: dict[str, Run] = {n: run for n, run in candidates.items() if run is not None}
+        if "intra_stream" not in found:
+            reason = self.refusals["intra_stream"] = schedules.refusals["intra_stream"]
+            if "native" not in found:
+                self._warn("intra_stream", reason)
+        if not found:
             return "loop"
+        found["loop"] = lambda module, xs, states: run_loop(step, module, xs, states)
         steps = min(len(xs[0]), _TRIAL_STEPS)
         short = [x[:steps].detach() for x in xs]
         start = [s.detach() for s in states]
-        medians = self._measure(candidates, short, start)
+        medians = self._measure(schedules, found, short, start)
         saved = self.calls_left * _COMPILED_SAVES * min(medians.values()) * len(xs[0]) / steps
-        if saved > _COMPILE_SECONDS and "intra_stream" in candidates:
-            compiled = self._candidates(step, xs, states, only="compiled")
-            if compiled:
+        if saved > _COMPILE_SECONDS and "intra_stream" in found:
+            compiled = schedules.find("compiled", step, xs, states)
+            if compiled is None:
+                self._say_no_compiler(xs[0])
+            else:
                 best = min(medians, key=medians.__getitem__)
-                medians = self._measure({n: candidates[n] for n in {"loop", best}} | compiled, short, start)
+                trials = {n: found[n] for n in ("loop", best)} | {"compiled": compiled}
+                medians = self._measure(schedules, trials, short, start)
         best = min(medians, key=medians.__getitem__)
         self.speed[key] = medians["loop"] / max(medians[best], 1e-9)
         return best
 
     def _measure(
-        self, candidates: dict[str, Callable[..., Any]], xs: list[Tensor], states: list[Tensor]
+        self, schedules: VerifiedSchedules, candidates: dict[str, Run], xs: list[Tensor], states: list[Tensor]
     ) -> dict[str, float]:
-        trials = {n: self._trial(run, xs, states) for n, run in candidates.items()}
+        twin = private_copy(self.module)  # no hook on a parameter is to see the trials
+        trials = {n: _trial(run, twin, xs, states) for n, run in candidates.items()}
         clock = _clock(xs[0].device)
         seconds = time_interleaved(trials, rounds=_TRIAL_ROUNDS, device=xs[0].device, clock=clock, budget_seconds=2.0)
-        for schedule in self._made.values():
-            if schedule is not None:
-                schedule.release()  # what the trials left is of another length, or of a schedule that loses
+        schedules.release()  # what the trials left is of another length, or of a schedule that loses
         return {n: sorted(s)[len(s) // 2] for n, s in seconds.items()}
 
-    def _trial(self, run: Callable[..., Any], xs: list[Tensor], states: list[Tensor]) -> Callable[[], None]:
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
+    def _say_no_compiler(self, x: Tensor) -> None:
+        reason = no_compiler() if x.device.type == "cpu" else None
+        if reason is not None and reason not in _said:
+            _said.add(reason)
+            warnings.warn(
+                f"schedules run without machine code, slower but with the same results: {reason}", stacklevel=6
+            )
 
-        def trial() -> None:
-            ys, last = run(xs, states)
-            total = sum(r.float().sum() for r in (*ys, *last) if r.dtype.is_floating_point)
-            if isinstance(total, Tensor) and total.requires_grad and parameters:
-                torch.autograd.grad(total, parameters, allow_unused=True)
-
-        return trial
-
-    def _candidates(
-        self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor], *, only: str | None
-    ) -> dict[str, Callable[..., Any]]:
-        found: dict[str, Callable[..., Any]] = {}
-        if only in (None, "loop"):
-            found["loop"] = lambda xs, states: run_loop(step, self.module, xs, states)
-        if only in (None, "native") and step is torch_cell_step and is_torch_cell(self.module):
-            found["native"] = lambda xs, states: run_native(self.module, xs, states)
-        for name in ("intra_stream", "scan", "compiled"):
-            if only == name or (only is None and name != "compiled"):  # machine code has to pay for its compiler
-                schedule = self._schedule(name, step, xs, states)
-                if schedule is not None:
-                    found[name] = _bind(schedule, self.module)
-        return found
-
-    def _schedule(self, name: str, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> StepSchedule | None:
-        device = xs[0].device
-        specs = tuple(TensorSpec.of(x[0]).with_batch(2, x.shape[1]) for x in xs)
-        state_specs = tuple(TensorSpec.of(s).with_batch(2, xs[0].shape[1]) for s in states)
-        modes = tuple(m.training for m in self.module.modules())
-        dtypes = tuple(p.dtype for p in self.module.parameters())
-        cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        key = (name, step, specs, state_specs, modes, dtypes, cast)
-        if key not in self._made:
-            try:
-                with torch.inference_mode(mode=False):  # what is traced and kept serves training as well
-                    self._made[key] = self._make(name, step, specs, state_specs)
-            except CannotScheduleError as refusal:
-                self._made[key] = None
-                self.refusals.setdefault(name, str(refusal))
-                if name == "intra_stream" and self.schedule == "auto":
-                    warnings.warn(f"{self.name} runs without an intra-stream schedule: {refusal}", stacklevel=6)
-                if name == "compiled" and self.schedule == "auto" and xs[0].device.type == "cpu" and no_compiler():
-                    _say_once(f"schedules run without machine code, slower but with the same results: {no_compiler()}")
-        return self._made[key]
-
-    def _make(self, name: str, step: Step, xs: tuple[TensorSpec, ...], states: tuple[TensorSpec, ...]) -> StepSchedule:
-        scan, compiled = name == "scan", name == "compiled"
-        schedule = StepSchedule(self.module, step, xs, states, scan=scan, compiled=compiled)
-        with torch.autocast(xs[0].device.type, enabled=False):
-            double = copy.deepcopy(self.module).double()
-            wide_xs, wide_states = ([_doubled(s) for s in specs] for specs in (xs, states))
-            twin = StepSchedule(double, step, wide_xs, wide_states, scan=scan, compiled=compiled)
-            verify(twin, double, step, wide_xs, wide_states)
-        return schedule
+    def _warn(self, about: Hashable, reason: str, *, instead_of: str = "") -> None:
+        """Say once why the plain loop runs."""
+        if about in self._said:
+            return
+        self._said.add(about)
+        what = f", not {instead_of!r}" if instead_of else ""
+        warnings.warn(f"{self.name} runs the plain loop{what}: {reason}", stacklevel=5)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ScheduleChoice":
         """Copy the settings; what was compiled belongs to the module it was compiled for."""
@@ -195,59 +236,38 @@ class ScheduleChoice:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what can not be pickled and is made again."""
-        return self.__dict__ | {"_made": {}}
+        kept = ("module", "schedule", "name", "choices", "speed", "calls_left")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the settings."""
+        self.__dict__.update(state)
+        self._forget()
 
 
-def verify(
-    schedule: StepSchedule, module: nn.Module, step: Step, xs: Sequence[TensorSpec], states: Sequence[TensorSpec]
-) -> None:
-    """Compare outputs, final states and all gradients with the plain loop's, in float64.
-
-    Raises:
-        CannotScheduleError: If they differ by more than 1e-9 of the largest value.
-    """
-    generator = torch.Generator().manual_seed(1)
-    steps = 4
-    inputs = [torch.stack([s.example(generator) for _ in range(steps)]) for s in xs]
-    start = [s.example(generator) for s in states]
-    leaves = [t.requires_grad_() for t in (*inputs, *start) if t.dtype.is_floating_point]
-    leaves += [p for p in module.parameters() if p.requires_grad]
-    tensors = [*module.parameters(), *module.buffers()]
-    results = []
-    with torch.enable_grad():
-        for run in (lambda: run_loop(step, module, inputs, start), lambda: schedule(inputs, start, tensors)):
-            ys, last = run()
-            smooth = [r for r in (*ys, *last) if r.requires_grad]
-            if smooth and leaves:
-                total = sum((k + 1.0) * r.cos().sum() for k, r in enumerate(smooth))
-                gradients = torch.autograd.grad(total, leaves, allow_unused=True)  # type: ignore[arg-type]
-            else:
-                gradients = ()
-            zeros = [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, leaves, strict=False)]
-            results.append([*ys, *last, *zeros])
-    for expected, actual in zip(*results, strict=True):
-        scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
-        error = (expected.double() - actual.double()).abs().max().item() / scale if expected.numel() else 0.0
-        if not error <= _TOLERANCE:
-            raise CannotScheduleError(
-                f"its result differs from the plain loop's by {error:.1e}; please report this cell."
-            )
+_said: set[str] = set()  # what was said once a process
 
 
-@functools.cache
-def _say_once(text: str) -> None:
-    warnings.warn(text, stacklevel=8)
+def _trial(run: Run, module: nn.Module, xs: list[Tensor], states: list[Tensor]) -> Callable[[], None]:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def trial() -> None:
+        ys, last = run(module, xs, states)
+        total = sum(r.float().sum() for r in (*ys, *last) if r.dtype.is_floating_point)
+        if isinstance(total, Tensor) and total.requires_grad and parameters:
+            torch.autograd.grad(total, parameters, allow_unused=True)
+
+    return trial
 
 
-def _bind(schedule: StepSchedule, module: nn.Module) -> Callable[..., Any]:
-    def run(xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        return schedule(xs, states, [*module.parameters(), *module.buffers()])
-
-    return run
-
-
-def _doubled(spec: TensorSpec) -> TensorSpec:
-    return TensorSpec(spec.shape, torch.float64 if spec.dtype.is_floating_point else spec.dtype, spec.device)
+def _kind_of_call(step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str:
+    """Describe a kind of call; lengths and batch sizes count by powers of two."""
+    device = xs[0].device.type
+    cast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "no autocast"
+    size = f"T~{_power_of_two(xs[0].shape[0])} B~{_power_of_two(xs[0].shape[1])}"
+    shapes = "; ".join(f"{tuple(x.shape[2:])} {x.dtype}" for x in xs)
+    mode = "train" if torch.is_grad_enabled() else "no grad"
+    return f"{type(step).__name__}: {shapes}, {len(states)} states, {size}, {cast}, {device}, {mode}"
 
 
 def _power_of_two(value: int) -> int:

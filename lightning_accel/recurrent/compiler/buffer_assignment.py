@@ -112,11 +112,11 @@ class LoopPlaces:
                 continue
             shape_, dtype = shape_text(place), dtype_text(place)
             if {place, following} & outside or self._has_views(place) or self._has_views(following):
-                say(f"slab_{j} = ws_get(ws, 'delay_{j}', (n + 1, {shape_}), {dtype})")
+                say(f"slab_{j} = ws.buffer('delay_{j}', (n + 1, {shape_}), {dtype})")
                 say(f"delay_{j} = slab_{j}.unbind(0)")
                 self.slab[place], self.slab[following] = f"slab_{j}[1:]", f"slab_{j}[:-1]"
             else:
-                say(f"delay_{j} = two_buffers(ws, 'delay_{j}', n + 1, ({shape_}), {dtype})")
+                say(f"delay_{j} = ws.two_buffers('delay_{j}', n + 1, ({shape_}), {dtype})")
             say(f"delay_{j}[n].copy_(dbounds[{j}])")
             self.zip_steps(place, f"delay_{j}[1:]")
             if following is not place:

@@ -3,7 +3,6 @@
 import io
 import math
 import tokenize
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,45 +17,42 @@ from lightning_accel.recurrent.compiler.weight_gradients import layer_norm_sums
 from lightning_accel.recurrent.scan import scan_into
 
 
-def generalize(at_three: str, at_five: str) -> str | None:
-    """Turn integers that grew with the batch, in texts written for 3 and 5 streams, into multiples of ``B``.
+def generalize(one: str, other: str, streams: int, other_streams: int) -> str | None:
+    """Turn integers that grew with the batch, in texts written for two numbers of streams, into multiples of ``B``.
 
     Returns:
         The text for any number of streams; ``None`` if the texts differ otherwise.
     """
-    threes, fives = _tokens(at_three), _tokens(at_five)
-    if len(threes) != len(fives):
+    ours, theirs = _tokens(one), _tokens(other)
+    if len(ours) != len(theirs):
         return None
     pieces: list[tuple[int, str]] = []
-    for three, five in zip(threes, fives, strict=True):
-        text = three.string
-        if three.string != five.string:
-            if not (three.type == five.type == tokenize.NUMBER and three.string.isdigit() and five.string.isdigit()):
+    for a, b in zip(ours, theirs, strict=True):
+        text = a.string
+        if a.string != b.string:
+            if not (a.type == b.type == tokenize.NUMBER and a.string.isdigit() and b.string.isdigit()):
                 return None
-            multiple, rest = divmod(int(three.string), 3)
-            if rest or multiple * 5 != int(five.string):
+            multiple, rest = divmod(int(a.string), streams)
+            if rest or multiple * other_streams != int(b.string):
                 return None
             text = f"({multiple} * B)"
-        pieces.append((three.type, text))
+        pieces.append((a.type, text))
     return tokenize.untokenize(pieces)
 
 
-def compile_source(source: str, constants: dict[str, Tensor], device: torch.device, streams: int) -> dict[str, Any]:
-    """Compile the text for ``B = streams`` and return its functions by name."""
+def compile_source(source: str, constants: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """Compile the text and return its functions by name; they share nothing that a call changes."""
     space: dict[str, Any] = {
         "torch": torch,
         "aten": aten,
         **emit_aten_call.fast_functions(),
         "constants": constants,
         "device": device,
-        "B": streams,
         "inf": math.inf,
         "nan": math.nan,
         "scan_into": scan_into,
         "MachineCode": MachineCode,
         "layer_norm_sums": layer_norm_sums,
-        "ws_get": _buffer_maker(device),
-        "two_buffers": _pair_maker(device),
         "add_to": _add_to,
         "add_product": _add_product,
     }
@@ -67,28 +63,6 @@ def compile_source(source: str, constants: dict[str, Tensor], device: torch.devi
     except SyntaxError as error:
         raise CannotScheduleError(f"the schedule's code does not compile: {error}") from error
     return space
-
-
-def _buffer_maker(device: torch.device) -> Callable[..., Tensor]:
-    def ws_get(ws: dict[str, Any], name: str, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-        found = ws.get(name)
-        if found is None:
-            found = ws[name] = torch.empty(size, dtype=dtype, device=device)
-        return found
-
-    return ws_get
-
-
-def _pair_maker(device: torch.device) -> Callable[..., list[Tensor]]:
-    def two_buffers(
-        ws: dict[str, Any], name: str, length: int, size: Sequence[int], dtype: torch.dtype
-    ) -> list[Tensor]:
-        if name not in ws:
-            ws[name] = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
-        pair = ws[name]
-        return [pair[k % 2] for k in range(length)]
-
-    return two_buffers
 
 
 def _add_to(total: Tensor | None, part: Tensor) -> Tensor:

@@ -40,11 +40,11 @@ class Wanted:
 class Generator:
     """Source text of one variant.
 
-    The text defines ``make_slabs(n)``, ``forward_constants(W)``, ``forward(n, X, bounds, inv, slabs, ws)``,
-    ``make_gradient_slabs(n)``, ``backward_constants(W)`` and
-    ``backward(n, X, inv, saved, dys, dbounds, slabs, ws, sums)``. ``X`` are blocks of the inputs, ``bounds`` states at
-    the block's start (``dbounds``: gradients at its end), ``slabs`` blocks of what outlives the call, ``ws`` buffers
-    that the next block of the same length uses again.
+    The text defines ``make_slabs(n, B, ws)``, ``forward_constants(W, B)``,
+    ``forward(n, B, X, bounds, inv, slabs, ws)``, ``make_gradient_slabs(n, B)``, ``backward_constants(W, B)`` and
+    ``backward(n, B, X, inv, saved, dys, dbounds, slabs, ws, sums)``. ``n`` is the number of steps, ``B`` that of
+    streams, ``X`` are blocks of the inputs, ``bounds`` states at the block's start (``dbounds``: gradients at its end),
+    ``slabs`` blocks of what outlives the call, ``ws`` a `Workspace` whose buffers the next block uses again.
     """
 
     def __init__(self, stages: Stages, wanted: Wanted, *, scan: bool = False, compiled: bool = False) -> None:
@@ -109,7 +109,7 @@ class Generator:
             text.say(f"{text.name(x)} = X[{k}]")
         for j in sorted(looped):
             text.say(
-                f"state_{j} = slabs['state_{j}'] if 'state_{j}' in slabs else ws_get(ws, 'state_{j}', "
+                f"state_{j} = slabs['state_{j}'] if 'state_{j}' in slabs else ws.buffer('state_{j}', "
                 f"(n + 1, {shape_text(self.step.states[j])}), {dtype_text(self.step.states[j])})"
             )
             text.say(f"state_{j}[0].copy_(bounds[{j}])")
@@ -121,21 +121,21 @@ class Generator:
             elif j in looped:
                 ends.append(f"state_{j}[n]")
             else:
-                ends.append(f"{text.block(following)}[n - 1]")
+                ends.append(f"{text.block(following)}[n - 1].clone()")  # the next block computes into its memory
         text.say(f"return [{', '.join(ends)}]")
-        body = text.close("forward(n, X, bounds, inv, slabs, ws)", "forward_constants")
+        body = text.close("forward(n, B, X, bounds, inv, slabs, ws)", "forward_constants")
         slabs = [
-            f"'{n.name}': torch.empty((n, {shape_text(n)}), dtype={dtype_text(n)}, device=device)"
+            f"'{n.name}': ws.buffer('{n.name}', (n, {shape_text(n)}), {dtype_text(n)})"
             for n in text.outputs
             if self.stages.state_of(n) is None and n not in self.step.xs
         ]
         held = {j for j in map(self.stages.state_of, text.outputs) if j is not None}
         slabs += [
-            f"'state_{j}': torch.empty((n + 1, {shape_text(self.step.states[j])}), "
-            f"dtype={dtype_text(self.step.states[j])}, device=device)"
+            f"'state_{j}': ws.buffer('state_{j}', (n + 1, {shape_text(self.step.states[j])}), "
+            f"{dtype_text(self.step.states[j])})"
             for j in sorted(held)
         ]
-        return f"def make_slabs(n):\n{INDENT}return {{{', '.join(slabs)}}}\n\n{body}"
+        return f"def make_slabs(n, B, ws):\n{INDENT}return {{{', '.join(slabs)}}}\n\n{body}"
 
     def output_names(self) -> list[tuple[str, str]]:
         """Return where each output lies: (kind, name) with kind ``slab``, ``state`` or ``constant``."""
@@ -178,16 +178,16 @@ class Generator:
             elif self.stages.in_loop(tangent):
                 ends.append(f"start_{tangent.name}")
             else:
-                ends.append(f"{text.block(gradient)}[0]")
+                ends.append(f"{text.block(gradient)}[0].clone()")
         text.say(f"return [{', '.join(ends)}]")
-        body = text.close("backward(n, X, inv, saved, dys, dbounds, slabs, ws, sums)", "backward_constants")
+        body = text.close("backward(n, B, X, inv, saved, dys, dbounds, slabs, ws, sums)", "backward_constants")
         slabs = [
             f"'{n.name}': torch.empty((n, {shape_text(n)}), dtype={dtype_text(n)}, device=device)"
             for n in dict.fromkeys(outputs)
         ]
         places = [f"({k}, '{g.name}')" if g not in self.stages.invariant else f"({k}, None)" for k, g in gradients]
         return (
-            f"def make_gradient_slabs(n):\n{INDENT}return {{{', '.join(slabs)}}}\n\n"
+            f"def make_gradient_slabs(n, B):\n{INDENT}return {{{', '.join(slabs)}}}\n\n"
             f"GRADIENT_PLACES = [{', '.join(places)}]\n\n{body}"
         )
 
@@ -225,8 +225,7 @@ def _write_block(text: FunctionText, segment: Segment, taken: set[Node]) -> None
                     continue
             value = emit_aten_call.call_block(node, text.name, text.is_block)
             if is_fast_pointwise(node) and node not in text.outputs:
-                value = f"{value[:-1]}, out=ws.get('{node.name}'))"
-                text.say(f"{name} = ws['{node.name}'] = {value}")
+                text.say(f"{name} = {value[:-1]}, out={buffer_text(node, 'n, ')})")
                 continue
         if node in text.outputs and node not in step.xs:
             fast = is_fast_pointwise(node)

@@ -83,7 +83,7 @@ class _Loop:
         say(f"factor_{j} = ({factor or '0.0'} + {zero}).expand({size})")
         say(f"summand_{j} = ({summand or '0.0'} + {zero}).expand({size})")
         if places.reverse:
-            say(f"slab_{j} = ws_get(ws, 'delay_{j}', (n + 1, {shape_text(place)}), {dtype_text(place)})")
+            say(f"slab_{j} = ws.buffer('delay_{j}', (n + 1, {shape_text(place)}), {dtype_text(place)})")
             say(f"slab_{j}[n].copy_(dbounds[{j}])")
             say(f"scan_into(slab_{j}[:-1], factor_{j}, summand_{j}, reverse=True, start=slab_{j}[n])")
             say(f"v_{place.name} = slab_{j}[1:]")

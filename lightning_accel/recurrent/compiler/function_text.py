@@ -62,7 +62,7 @@ class FunctionText:
 
         for node in self._invariants:
             visit(node)
-        lines = [f"def {constants}(W):"]
+        lines = [f"def {constants}(W, B):"]
         for node in order:
             name = f"v_{node.name}"
             if node in self.stages.step.weights:
@@ -93,7 +93,7 @@ def is_fast_pointwise(node: Node) -> bool:
 
 def buffer_text(node: Node, lead: str = "") -> str:
     """Write the buffer of a value, that the next block of the same length uses again."""
-    return f"ws_get(ws, '{node.name}', ({lead}{shape_text(node)}), {dtype_text(node)})"
+    return f"ws.buffer('{node.name}', ({lead}{shape_text(node)}), {dtype_text(node)})"
 
 
 def shape_text(node: Node) -> str:

@@ -45,6 +45,19 @@ class TensorSpec:
         return torch.rand(self.shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
 
 
+@dataclass(frozen=True)
+class Dependencies:
+    """What the differentiable results of one step depend on, as autograd connects them.
+
+    Attributes:
+        of_ys: For each output, the places of inputs, states and weights.
+        of_states: For each next state, likewise.
+    """
+
+    of_ys: tuple[tuple[frozenset[int], frozenset[int], frozenset[int]], ...]
+    of_states: tuple[tuple[frozenset[int], frozenset[int], frozenset[int]], ...]
+
+
 @dataclass
 class StepGraph:
     """One step's forward and backward as a graph of ATen operations.
@@ -58,6 +71,7 @@ class StepGraph:
         counts: Number of per-step inputs, states, weights and outputs.
         smooth_inputs: Which inputs are differentiable.
         smooth_results: Which outputs and next states are.
+        dependencies: What each of these depends on.
     """
 
     graph: fx.Graph
@@ -65,6 +79,7 @@ class StepGraph:
     counts: tuple[int, int, int, int]
     smooth_inputs: tuple[bool, ...]
     smooth_results: tuple[bool, ...]
+    dependencies: Dependencies
 
     def __post_init__(self) -> None:
         self.read_roles()
@@ -96,7 +111,7 @@ def trace_step(
     """Trace ``step`` of ``module``.
 
     Args:
-        module: Owner of the parameters and buffers.
+        module: Owner of the parameters and buffers; a copy that nobody else uses, for tracing exchanges its weights.
         step: ``step(module, xs, states) -> (ys, next_states)`` on lists of tensors.
         xs: One step's inputs.
         states: One step's states.
@@ -138,7 +153,7 @@ def trace_step(
     state_before = torch.get_rng_state()
     try:
         with torch.enable_grad():
-            ys, following = run(x_values, s_values, values)
+            dependencies, ys, following = _run_once(run, x_values, s_values, values, differentiable)
         _check_states(s_values, following)
         out_flags += [_is_differentiable(r) for r in (*ys, *following)]
         tangents = [torch.ones_like(r) for r in (*ys, *following) if _is_differentiable(r)]
@@ -149,12 +164,15 @@ def trace_step(
     except Exception as error:
         raise CannotScheduleError(f"one step can not be traced: {_last_line(error)}") from error
     finally:
-        torch.set_rng_state(state_before)
+        if not torch.equal(torch.get_rng_state(), state_before):  # it drew; else another thread's draws would come again
+            torch.set_rng_state(state_before)
+    constants = {n.target: getattr(traced, n.target) for n in traced.graph.nodes if n.op == "get_attr"}
+    if any(isinstance(c, Tensor) and c.requires_grad for c in constants.values()):
+        raise CannotScheduleError("the step uses a tensor that wants a gradient and is no parameter of the cell.")
     _refuse_side_effects(traced)
     _flatten_results(traced.graph, out_flags, sum(differentiable))
-    constants = {n.target: getattr(traced, n.target) for n in traced.graph.nodes if n.op == "get_attr"}
     counts = (len(x_values), len(s_values), len(values), len(ys))
-    return StepGraph(traced.graph, constants, counts, tuple(differentiable), tuple(out_flags))
+    return StepGraph(traced.graph, constants, counts, tuple(differentiable), tuple(out_flags), dependencies)
 
 
 def as_function(
@@ -163,6 +181,44 @@ def as_function(
     """Prepare ``functional_call(stepper, named, (xs, states))``: a step with other parameters and buffers."""
     names = [n for n, _ in module.named_parameters()] + [n for n, _ in module.named_buffers()]
     return _Stepper(module, step), {f"module.{n}": w for n, w in zip(names, weights, strict=True)}
+
+
+def _run_once(
+    run: Callable[..., tuple[list[Tensor], list[Tensor]]],
+    xs: list[Tensor],
+    states: list[Tensor],
+    weights: list[Tensor],
+    differentiable: list[bool],
+) -> tuple[Dependencies, list[Tensor], list[Tensor]]:
+    """Run one step as it is, and ask autograd what its results depend on."""
+    inputs = [
+        t.detach().requires_grad_() if smooth else t
+        for t, smooth in zip((*xs, *states, *weights), differentiable, strict=True)
+    ]
+    nx, ns = len(xs), len(states)
+    ys, following = run(inputs[:nx], inputs[nx : nx + ns], inputs[nx + ns :])
+    for result in (*ys, *following):
+        if not isinstance(result, Tensor):
+            raise CannotScheduleError(f"a step returns a {type(result).__name__} where a tensor was expected.")
+        if result.is_complex():
+            raise CannotScheduleError("a step returns complex numbers.")
+    leaves = [(k, t) for k, t in enumerate(inputs) if t.requires_grad]
+
+    def reached(result: Tensor) -> tuple[frozenset[int], frozenset[int], frozenset[int]]:
+        if not result.requires_grad:
+            return frozenset(), frozenset(), frozenset()
+        found = torch.autograd.grad(
+            result.sum(), [t for _, t in leaves], retain_graph=True, allow_unused=True, materialize_grads=False
+        )
+        places = [k for (k, _), g in zip(leaves, found, strict=True) if g is not None]
+        return (
+            frozenset(k for k in places if k < nx),
+            frozenset(k - nx for k in places if nx <= k < nx + ns),
+            frozenset(k - nx - ns for k in places if k >= nx + ns),
+        )
+
+    dependencies = Dependencies(tuple(map(reached, ys)), tuple(map(reached, following)))
+    return dependencies, [y.detach() for y in ys], [s.detach() for s in following]
 
 
 class _Stepper(nn.Module):

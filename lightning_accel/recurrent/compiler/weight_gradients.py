@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_accel.recurrent.compiler import emit_aten_call
 from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, aten, shape
 from lightning_accel.recurrent.compiler.stage import Stages
+from lightning_accel.recurrent.compiler.workspace import Workspace
 
 Name = Callable[[Node], str]
 
@@ -22,15 +23,14 @@ _LINEAR_IN_FIRST = {aten.slice_backward.default, aten.select_backward.default}
 
 
 def layer_norm_sums(
-    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dims: int, *, ws: dict[str, Any]
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dims: int, *, ws: Workspace
 ) -> tuple[None, Tensor, Tensor]:
     """Return the gradients of a LayerNorm's weight and bias, summed over all but the last ``dims`` dimensions.
 
     Several times faster on CPU than torch's own kernel.
     """
     lead = list(range(g.dim() - dims))
-    key = f"normalized {tuple(x.shape)}"
-    ws[key] = scaled = torch.sub(x, mean, out=ws.get(key))
+    scaled = torch.sub(x, mean, out=ws.buffer("normalized", x.shape, x.dtype))
     return None, scaled.mul_(rstd).mul_(g).sum(lead), g.sum(lead)
 
 

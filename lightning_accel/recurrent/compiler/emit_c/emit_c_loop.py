@@ -100,7 +100,7 @@ class CLoop:
             if self.reverse:
                 slab = f"slab_{j}"
                 size, dtype = shape_text(place), dtype_text(place)
-                self.setup.append(f"{slab} = ws_get(ws, 'delay_{j}', (n + 1, {size}), {dtype})")
+                self.setup.append(f"{slab} = ws.buffer('delay_{j}', (n + 1, {size}), {dtype})")
                 self.setup.append(f"{slab}[n].copy_(dbounds[{j}])")
                 ends = (f"{slab}[1:]", f"{slab}[:-1]")
             else:

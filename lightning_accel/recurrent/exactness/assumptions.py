@@ -1,0 +1,312 @@
+"""What a trace of a cell takes for granted, as a key: equal keys mean that the trace still says what the cell does.
+
+A trace keeps the operations of one step, not the Python that chose them. So everything that Python may have looked at
+is written down: the modules, their hooks, parameters and attributes, the globals and closures that their code names,
+and what those hold in turn. What can not be written down (an iterator, a tensor that wants a gradient of its own) is a
+doubt, and a cell with a doubt runs the plain loop.
+"""
+
+import enum
+import functools
+import types
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel import torch_private
+from lightning_accel.recurrent.exactness.code_names import NamedByCode, is_library, names_of
+from lightning_accel.recurrent.instance_forward import InstanceForward
+
+_MOST_VALUES = 20_000
+_SMALL_ARRAY_BYTES = 2**16
+_ATOMS = (int, str, bool, bytes, complex, type(None), type(...), torch.dtype, torch.device, torch.Size, range)
+# Reading one of these may make the step depend on the number of streams.
+_SIZE_NAMES = frozenset({"shape", "size", "len", "numel", "nelement", "stride", "__len__", "nbytes", "tolist"})
+_OWN_DRAWS = ("random", "secrets", "numpy.random", "time")
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a trace takes for granted.
+
+    Attributes:
+        key: Equal for two moments between which nothing changed that the step may look at.
+        doubt: Why no trace can be trusted; ``None`` if one can.
+        reads_sizes: Whether the step's own code reads sizes, and so may branch on the number of streams.
+        held: Objects whose identity is part of the key, kept alive so that no other gets it.
+    """
+
+    key: tuple[Any, ...]
+    doubt: str | None
+    reads_sizes: bool
+    held: tuple[Any, ...]
+
+
+def assumptions_of(module: nn.Module) -> Assumptions:
+    """Write down what a trace of ``module`` would take for granted now."""
+    walk = _Walk()
+    walk.module(module, "")
+    return Assumptions(tuple(walk.values), walk.doubt, walk.reads_sizes, tuple(walk.held))
+
+
+def first_change(module: nn.Module, before: Assumptions) -> str:
+    """Name what differs now from ``before``, as far as a name can be given."""
+    walk = _Walk(named=True)
+    walk.module(module, "")
+    for name, old, new in zip(walk.names, before.key, walk.values, strict=False):
+        if old != new:
+            return f"`{name}`"
+    return "something that its code reads"
+
+
+class _Walk:
+    """A walk over everything that a module's code can reach."""
+
+    def __init__(self, *, named: bool = False) -> None:
+        self.values: list[Any] = []
+        self.names: list[str] = []
+        self.held: list[Any] = []
+        self.doubt: str | None = None
+        self.reads_sizes = False
+        self._named = named
+        self._seen: dict[int, int] = {}
+
+    def module(self, root: nn.Module, path: str) -> None:
+        """Write down a module with all it holds."""
+        if self._again(root, path):
+            return
+        self._note(path, type(root))
+        self._note(f"{path}.training", root.training)
+        hooks = torch_private.hooks_of(root)
+        if hooks is not None:
+            self._doubt(f"{_place(path)} has {hooks}")
+        if isinstance(root, torch.jit.ScriptModule):
+            self._doubt(f"{_place(path)} is TorchScript")
+            return
+        if torch_private.is_compiled(root):
+            self._doubt(f"{_place(path)} is compiled")
+        for name, parameter in (*torch_private.parameters_of(root).items(), *torch_private.buffers_of(root).items()):
+            self._weight(parameter, f"{path}.{name}")
+        for name, value in torch_private.own_attributes(root).items():
+            if not (name == "forward" and isinstance(value, InstanceForward) and value.own is None):
+                self.value(value, f"{path}.{name}")
+        self._class(type(root), path)
+        for name, child in torch_private.children_of(root).items():
+            if child is None:
+                self._note(f"{path}.{name}", None)
+            else:
+                self.module(child, f"{path}.{name}")
+
+    def value(self, value: Any, path: str) -> None:
+        """Write down any value."""
+        kind = type(value)
+        if kind is float:
+            self._note(path, ("float", value.hex()))
+        elif kind in _ATOMS:
+            self._note(path, (kind, value))
+        elif isinstance(value, Tensor):
+            self._closed_over(value, path)
+        elif isinstance(value, (enum.Enum, type, types.BuiltinFunctionType, weakref.ReferenceType)):
+            self._identity(value, path)
+        elif self._again(value, path):
+            return
+        elif isinstance(value, nn.Module):
+            self.module(value, path)
+        elif isinstance(value, (list, tuple, set, frozenset, dict)):
+            self._container(value, path)
+        elif isinstance(value, types.FunctionType):
+            self.function(value, path)
+        elif isinstance(value, types.MethodType):
+            self.function(value.__func__, path)
+            self.value(value.__self__, f"{path}.__self__")
+        elif isinstance(value, functools.partial):
+            self.value((value.func, value.args, value.keywords), path)
+        elif hasattr(value, "__next__"):
+            self._doubt(f"{_place(path)} is an iterator, which another step may find elsewhere")
+        elif isinstance(value, types.ModuleType):
+            self._identity(value, path)
+        else:
+            self._object(value, path)
+
+    def function(self, function: types.FunctionType, path: str) -> None:
+        """Write down what a function's code names: globals, closures, defaults."""
+        self._identity(function.__code__, path)
+        if is_library(function.__module__):
+            return
+        named = names_of(function.__code__)
+        self.reads_sizes = self.reads_sizes or not _SIZE_NAMES.isdisjoint(named.attributes | named.globals)
+        for k, default in enumerate(function.__defaults__ or ()):
+            self.value(default, f"{path} default {k}")
+        for name, default in (function.__kwdefaults__ or {}).items():
+            self.value(default, f"{path} default {name}")
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            try:
+                held = cell.cell_contents
+            except ValueError:  # not yet filled
+                continue
+            self.value(held, name)
+        for name in named.ordered:
+            if name in function.__globals__:
+                self._global(name, function.__globals__[name], named)
+
+    def _global(self, name: str, value: Any, named: NamedByCode) -> None:
+        if isinstance(value, types.ModuleType):
+            if value.__name__ in _OWN_DRAWS or (value.__name__ == "numpy" and "random" in named.attributes):
+                self._doubt(f"its code uses the module {value.__name__!r}, whose results differ from call to call")
+            self._identity(value, name)
+            if not is_library(value.__name__):
+                for attribute in named.attributes_in_order:
+                    if attribute in value.__dict__:
+                        self.value(value.__dict__[attribute], f"{name}.{attribute}")
+        elif isinstance(value, type):
+            self._identity(value, name)
+            if not is_library(value.__module__) and not issubclass(value, nn.Module):
+                for attribute in named.attributes_in_order:
+                    found = value.__dict__.get(attribute)
+                    if found is not None and not isinstance(found, (property, staticmethod, classmethod)):
+                        self.value(found, f"{name}.{attribute}")
+        else:
+            self.value(value, name)
+
+    def _class(self, kind: type, path: str) -> None:
+        """Write down what classes hold beside their instances: class attributes, and methods that may be called."""
+        own = [base for base in kind.__mro__ if base is not object and not is_library(base.__module__)]
+        members = {name: member for base in reversed(own) for name, member in base.__dict__.items()}
+        functions = {name: _function_of(member) for name, member in members.items()}
+        called = set(functions)
+        if issubclass(kind, nn.Module) and isinstance(functions.get("forward"), types.FunctionType):
+            called = _called_from("forward", functions)
+        for name, member in members.items():
+            function = functions[name]
+            if function is None:
+                if not name.startswith("__"):
+                    self.value(member, f"{path}.{name}")
+            elif name in called and name != "__init__" and not self._again(function, path):
+                self.function(function, f"{path}.{name}")
+
+    def _weight(self, weight: Tensor | None, path: str) -> None:
+        """Write down a parameter or buffer: its value is read at every call, so its kind counts and not its value."""
+        if weight is None:
+            self._note(path, None)
+            return
+        tied = self._seen.setdefault(id(weight), len(self._seen))
+        self._note(path, (tied, weight.dtype, weight.device, weight.requires_grad, type(weight)))
+        if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+            self._doubt(f"{_place(path)} has no shape yet")
+            return
+        self._note(path, tuple(weight.shape))
+        if type(weight) not in (Tensor, nn.Parameter, nn.Buffer):
+            self._doubt(f"{_place(path)} is a {type(weight).__name__}")
+        elif weight.layout is not torch.strided or weight.is_complex() or weight.is_quantized:
+            self._doubt(f"{_place(path)} is complex, sparse or quantized")
+
+    def _closed_over(self, tensor: Tensor, path: str) -> None:
+        """Write down a tensor that is neither parameter nor buffer: a trace bakes it in."""
+        version = None if tensor.is_inference() else tensor._version
+        self._identity(tensor, path)
+        self._note(path, (version, tuple(tensor.shape), tensor.dtype, tensor.requires_grad))
+        if tensor.requires_grad:
+            self._doubt(f"{_place(path)} wants a gradient and is no registered parameter")
+
+    def _container(self, value: Any, path: str) -> None:
+        self._note(path, (type(value), len(value)))
+        if isinstance(value, dict):
+            for key, item in tuple(value.items()):
+                self.value(key, path)
+                self.value(item, f"{path}[{key!r}]" if self._named else path)
+        else:
+            for k, item in enumerate(_sorted(value) if isinstance(value, (set, frozenset)) else tuple(value)):
+                self.value(item, f"{path}[{k}]" if self._named else path)
+
+    def _object(self, value: Any, path: str) -> None:
+        self._identity(value, path)
+        if type(value).__module__ == "numpy":
+            if getattr(value, "nbytes", 0) > _SMALL_ARRAY_BYTES:
+                self._doubt(
+                    f"{_place(path)} is a large array of numpy, whose changes are not seen; make it a buffer"
+                )
+            else:
+                self._note(path, value.tobytes() if hasattr(value, "tobytes") else repr(value))
+            return
+        for name, item in _attributes(value):
+            self.value(item, f"{path}.{name}")
+        if not is_library(type(value).__module__):
+            self._class(type(value), path)
+
+    def _again(self, value: Any, path: str) -> bool:
+        """Tell whether a value was written down already; if not, it is marked now."""
+        first = self._seen.get(id(value))
+        if first is not None:
+            self._note(path, ("again", first))
+            return True
+        self._seen[id(value)] = len(self._seen)
+        self._identity(value, path)
+        return False
+
+    def _identity(self, value: Any, path: str) -> None:
+        self.held.append(value)
+        self._note(path, id(value))
+
+    def _note(self, path: str, value: Any) -> None:
+        self.values.append(value)
+        if self._named:
+            self.names.append(path.lstrip("."))
+        if len(self.values) == _MOST_VALUES:
+            self._doubt("its code reaches too many values to watch all of them")
+            raise_too_many()
+
+    def _doubt(self, reason: str) -> None:
+        self.doubt = self.doubt or reason
+
+
+class TooManyValuesError(Exception):
+    """A cell's code reaches more than can be watched."""
+
+
+def raise_too_many() -> None:
+    """Stop the walk."""
+    raise TooManyValuesError("its code reaches too many values to watch all of them")
+
+
+def _function_of(member: Any) -> types.FunctionType | None:
+    """Return the Python function behind a method, a static method or a property."""
+    for attribute in ("__func__", "fget", "func"):
+        member = getattr(member, attribute, None) or member
+    return member if isinstance(member, types.FunctionType) else None
+
+
+def _called_from(first: str, functions: dict[str, types.FunctionType | None]) -> set[str]:
+    """Return the names of methods that one method may reach, by the names in their code."""
+    found, pending = (
+        {n for n in functions if n.startswith("__")},
+        [first, *(n for n in functions if n.startswith("__"))],
+    )
+    while pending:
+        function = functions.get(pending.pop())
+        if function is not None:
+            further = names_of(function.__code__).attributes & functions.keys() - found
+            found |= further
+            pending += further
+    return found | {first}
+
+
+def _place(path: str) -> str:
+    return f"`{path.lstrip('.')}`" if path.strip(".") else "it"
+
+
+def _sorted(values: Any) -> list[Any]:
+    return sorted(values, key=lambda v: (type(v).__name__, repr(v)))
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what an object holds; objects of torch and of C hold what Python can not see."""
+    yield from tuple(getattr(value, "__dict__", {}).items())
+    for base in type(value).__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                yield name, getattr(value, name)
