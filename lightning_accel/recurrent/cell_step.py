@@ -1,7 +1,7 @@
 """What a recurrent cell is to the schedules: a step on flat lists of tensors, with states it passes to itself."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,16 +45,32 @@ def torch_cell_step(
     return [h], [h]
 
 
+@dataclass
+class Nesting:
+    """How what a step returned last nests; a schedule returns the same, since its trace ran the step."""
+
+    ys: pytree.TreeSpec | None = None
+    states: pytree.TreeSpec | None = None
+
+
+def nesting_of(step: Step) -> Nesting | None:
+    """Return how the results of a step nest, to be read and assigned; ``None`` for steps whose results are flat."""
+    inner = step.step if isinstance(step, HeldStep) else step
+    return inner.returned if isinstance(inner, CellStep) else None
+
+
 @dataclass(frozen=True)
 class CellStep:
     """A user's step ``cell(x, state) -> (y, state)`` on flat lists.
 
     Attributes:
         x_tree, state_tree: How the flat lists nest.
+        returned: How the results nest, filled in by the first call.
     """
 
     x_tree: pytree.TreeSpec
     state_tree: pytree.TreeSpec
+    returned: Nesting = field(default_factory=Nesting, compare=False)
 
     def __call__(
         self, cell: nn.Module, xs: Sequence[Tensor], states: Sequence[Tensor]
@@ -67,8 +83,16 @@ class CellStep:
             raise TypeError(
                 f"a cell must return `(y_t, state)`, {type(cell).__name__} returned {type(result).__name__}."
             )
-        ys, following = pytree.tree_leaves(result[0]), pytree.tree_leaves(result[1])
+        ys, self.returned.ys = pytree.tree_flatten(result[0])
+        following, self.returned.states = pytree.tree_flatten(result[1])
         return ys, following
+
+    def after_one(self) -> "CellStep":
+        """Return the step that takes its state in the form in which this one returned it."""
+        following = self.returned.states
+        if following is None or following == self.state_tree:
+            return self
+        return CellStep(self.x_tree, following, self.returned)
 
 
 @dataclass(frozen=True)
@@ -87,11 +111,22 @@ class HeldStep:
         """Make one step."""
         *inner, running = xs
         ys, following = self.step(cell, inner, states)
+        if len(following) != len(states):
+            raise ValueError(
+                f"with `lengths` a state must keep its form: {len(states)} tensors went in, {len(following)} came out."
+            )
         held = [
             torch.where(running.view(-1, *[1] * (new.dim() - 1)), new, old)
             for new, old in zip(following, states, strict=True)
         ]
         return ys, held
+
+    def after_one(self) -> "HeldStep":
+        """Return the step that takes its state in the form in which this one returned it."""
+        if not isinstance(self.step, CellStep):
+            return self
+        following = self.step.after_one()
+        return self if following is self.step else HeldStep(following)
 
 
 def run_loop(
@@ -112,6 +147,8 @@ def run_loop(
     states = list(states)
     for x in zip(*(x.unbind(0) for x in xs), strict=True):
         ys, states = step(module, x, states)
+        if not columns and isinstance(step, (CellStep, HeldStep)):
+            step = step.after_one()
         columns = columns or [[] for _ in ys]
         for column, y in zip(columns, ys, strict=True):
             column.append(y)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from lightning_accel.recurrent.cell_step import CellStep, HeldStep, Step, is_torch_cell, torch_cell_step
+from lightning_accel.recurrent.cell_step import CellStep, HeldStep, Step, is_torch_cell, run_loop, torch_cell_step
 from lightning_accel.recurrent.schedule_choice import Schedule, ScheduleChoice
 
 
@@ -61,7 +61,8 @@ class Recurrent(nn.Module):
                 are zero, and its inputs are not looked at.
 
         Returns:
-            Outputs, of the kind of ``x``, and the final state.
+            Outputs and the final state, nested as the cell nests them. Each output is of shape (T, B, ...), or packed
+            as ``x`` is; both directions are concatenated along the last dimension.
 
         Raises:
             ValueError: If there is no time step, if no state is given and the cell makes none, or if ``lengths`` is
@@ -72,6 +73,9 @@ class Recurrent(nn.Module):
                 raise ValueError("`lengths` must not be given with a PackedSequence, which has its own.")
             return self._run_packed(x, state)
         leaves, tree = pytree.tree_flatten(x)
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
+            raise TypeError(f"`x` must be a tensor or hold nothing but tensors, got {', '.join(kinds)} in it.")
         if self.batch_first:
             leaves = [leaf.transpose(0, 1) for leaf in leaves]
         if not leaves or leaves[0].shape[0] == 0:
@@ -80,7 +84,7 @@ class Recurrent(nn.Module):
         return (pytree.tree_map(lambda t: t.transpose(0, 1), y) if self.batch_first else y), last
 
     def _run(self, leaves: list[Tensor], tree: Any, state: Any, lengths: Tensor | None) -> tuple[Any, Any]:
-        if not self.bidirectional:
+        if self.cell_reverse is None:
             return self._run_direction(0, leaves, tree, state, lengths)
         steps, streams = leaves[0].shape[:2]
         ends = torch.full((streams,), steps) if lengths is None else lengths
@@ -88,7 +92,8 @@ class Recurrent(nn.Module):
         states = (None, None) if state is None else state
         forward, last = self._run_direction(0, leaves, tree, states[0], lengths)
         backward, last_reverse = self._run_direction(1, flipped, tree, states[1], lengths)
-        return torch.cat([forward, _flip(backward, ends)], -1), (last, last_reverse)
+        y = pytree.tree_map(lambda f, b: torch.cat([f, _flip(b, ends)], -1), forward, backward)
+        return y, (last, last_reverse)
 
     def _run_direction(
         self, direction: int, leaves: list[Tensor], tree: Any, state: Any, lengths: Tensor | None
@@ -97,25 +102,44 @@ class Recurrent(nn.Module):
         if state is None:
             state = _initial_state(cell, pytree.tree_unflatten([leaf[0] for leaf in leaves], tree))
         states, state_tree = pytree.tree_flatten(state)
-        step: Step = torch_cell_step if is_torch_cell(cell) else CellStep(tree, state_tree)
-        if lengths is not None:
-            running = _running(lengths, leaves[0])
-            leaves = [leaf.masked_fill(~_wide(running, leaf), 0) for leaf in leaves]
-            ys, last = self._choices[direction].run(HeldStep(step), [*leaves, running], states)
+        choice = self._choice(direction, cell)
+        step: Step = torch_cell_step
+        if not is_torch_cell(cell):
+            step = CellStep(tree, state_tree) if choice is None else choice.known_step(CellStep(tree, state_tree))
+        running = None if lengths is None else _running(lengths, leaves[0])
+        used = step if running is None else HeldStep(step)
+        if running is not None:
+            leaves = [*(leaf.masked_fill(~_wide(running, leaf), 0) for leaf in leaves), running]
+        ys, last = run_loop(used, cell, leaves, states) if choice is None else choice.run(used, leaves, states)
+        if running is not None:
             ys = [y.masked_fill(~_wide(running, y), 0) for y in ys]
-        else:
-            ys, last = self._choices[direction].run(step, leaves, states)
-        return ys[0] if len(ys) == 1 else tuple(ys), pytree.tree_unflatten(last, state_tree)
+        if not isinstance(step, CellStep):
+            return ys[0], pytree.tree_unflatten(last, state_tree)
+        assert step.returned.ys is not None
+        assert step.returned.states is not None
+        return pytree.tree_unflatten(ys, step.returned.ys), pytree.tree_unflatten(last, step.returned.states)
 
-    def _run_packed(self, x: PackedSequence, state: Any) -> tuple[PackedSequence, Any]:
+    def _choice(self, direction: int, cell: nn.Module) -> ScheduleChoice | None:
+        """Return what chooses the cell's schedule; ``None`` for a replica, whose weights are nobody's parameters."""
+        if torch.compiler.is_compiling() or getattr(self, "_is_replica", False):
+            return None
+        choice = self._choices[direction]
+        if choice.module is not cell:  # another cell was put in its place
+            choice = ScheduleChoice(cell, choice.schedule, name=type(cell).__name__)
+            self._choices[direction] = choice
+        return choice
+
+    def _run_packed(self, x: PackedSequence, state: Any) -> tuple[Any, Any]:
         padded, lengths = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes))
         if x.sorted_indices is not None and state is not None:
             state = pytree.tree_map(lambda s: s.index_select(0, x.sorted_indices), state)
         y, last = self._run(*pytree.tree_flatten(padded), state, lengths)
         if x.unsorted_indices is not None:
             last = pytree.tree_map(lambda s: s.index_select(0, x.unsorted_indices), last)
-        inside = _running(lengths, y)
-        return PackedSequence(y[inside], x.batch_sizes, x.sorted_indices, x.unsorted_indices), last
+        inside = _running(lengths, padded)
+        return pytree.tree_map(
+            lambda t: PackedSequence(t[inside], x.batch_sizes, x.sorted_indices, x.unsorted_indices), y
+        ), last
 
     def _cells(self) -> list[nn.Module]:
         return [self.cell] if self.cell_reverse is None else [self.cell, self.cell_reverse]

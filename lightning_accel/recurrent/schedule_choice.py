@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_accel.machine_code.c_functions import refusal as no_compiler
 from lightning_accel.measure import time_interleaved
-from lightning_accel.recurrent.cell_step import Step, run_loop
+from lightning_accel.recurrent.cell_step import CellStep, Step, run_loop
 from lightning_accel.recurrent.exactness.assumptions import Assumptions, assumptions_of, first_change
 from lightning_accel.recurrent.exactness.plain_modes import plain_reason
 from lightning_accel.recurrent.exactness.private_copy import private_copy
@@ -72,6 +72,7 @@ class ScheduleChoice:
         self._traced: dict[tuple[Any, ...], VerifiedSchedules] = {}
         self._latest: Assumptions | None = None
         self._said: set[Hashable] = set()
+        self._steps: dict[CellStep, CellStep] = {}
 
     def run(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> Results:
         """Run a sequence.
@@ -84,28 +85,42 @@ class ScheduleChoice:
         Returns:
             Outputs, each of shape (T, B, ...), and final states.
         """
-        if self.schedule == "loop":
+        if self.schedule == "loop" or torch.compiler.is_compiling():
             return run_loop(step, self.module, xs, states)
+        run, notes = self._run_of(step, xs, states)
+        for about, text in notes:
+            self._say(about, text)
+        if run is None:
+            return run_loop(step, self.module, xs, states)
+        try:
+            return run(self.module, xs, states)
+        except Exception as error:
+            results = run_loop(step, self.module, xs, states)  # raises what the user's own code raises
+            reason = f"its schedule failed: {type(error).__name__}: {error}"
+            with self._lock:
+                for schedules in self._traced.values():
+                    schedules.give_up(reason)
+            self._say(reason, f"runs the plain loop: {reason}")
+            return results
+
+    def _run_of(
+        self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]
+    ) -> tuple[Run | None, list[tuple[Hashable, str]]]:
+        """Return what runs this call, ``None`` for the plain loop, and what there is to say about it."""
+        notes: list[tuple[Hashable, str]] = []
         reason = plain_reason(xs, states)
-        if reason is None:
-            try:
-                with self._lock:
-                    run, schedules = self._find(step, xs, states)
-            except Exception as error:  # whatever went wrong, the loop is right
-                reason = f"{type(error).__name__}: {error}"
-            else:
-                if run is None:
-                    return run_loop(step, self.module, xs, states)
-                try:
-                    return run(self.module, xs, states)
-                except Exception as error:
-                    results = run_loop(step, self.module, xs, states)  # raises what the user's own code raises
-                    schedules.give_up(f"{type(error).__name__}: {error}")
-                    self._warn("it failed", f"its schedule failed: {type(error).__name__}: {error}")
-                    return results
-        if not torch.compiler.is_compiling():
-            self._warn(reason, reason)
-        return run_loop(step, self.module, xs, states)
+        if reason is not None:
+            return None, [(reason, f"runs the plain loop: {reason}")]
+        try:
+            with self._lock:
+                return self._find(step, xs, states, notes), notes
+        except Exception as error:  # whatever went wrong, the loop is right
+            reason = f"{type(error).__name__}: {error}"
+            return None, [*notes, (reason, f"runs the plain loop: {reason}")]
+
+    def known_step(self, step: CellStep) -> CellStep:
+        """Return the equal step that was used before, which knows how results nest although no call of it runs."""
+        return self._steps.setdefault(step, step)
 
     def refusal(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str | None:
         """Return why a step (``xs`` of shape (B, ...)) has no intra-stream schedule; ``None`` if it has one."""
@@ -124,30 +139,29 @@ class ScheduleChoice:
             return f"{type(error).__name__}: {error}"
 
     def _find(
-        self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]
-    ) -> tuple[Run | None, "VerifiedSchedules"]:
-        """Return what runs this call, ``None`` for the plain loop, and the schedules that it belongs to."""
+        self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor], notes: list[tuple[Hashable, str]]
+    ) -> Run | None:
         schedules, doubt = self._schedules(assumptions_of(self.module))
         if schedules is None:
-            self._warn(doubt, doubt)
-            return None, VerifiedSchedules(self.module, reads_sizes=True)
+            notes.append((doubt, f"runs the plain loop: {doubt}"))
+            return None
         schedules.calls += 1
         key = _kind_of_call(step, xs, states)
         if key not in self.choices:
-            self.choices[key] = self._choose(key, schedules, step, xs, states)
+            self.choices[key] = self._choose(key, schedules, step, xs, states, notes)
         chosen = self.choices[key]
         if chosen == "loop":
-            return None, schedules
+            return None
         run = schedules.find(chosen, step, xs, states)
         if run is None and chosen == "compiled":  # chosen on a machine that has a compiler
-            self._say_no_compiler(xs[0])
+            notes += _no_compiler(xs[0])
             chosen = "intra_stream"
             run = schedules.find(chosen, step, xs, states)
         self.refusals = {**schedules.refusals, **self.refusals}
         if run is None:
             why = schedules.refusals.get(chosen, "it has no such form")
-            self._warn((chosen, why), why)
-        return run, schedules
+            notes.append(((chosen, why), f"runs the plain loop: {why}"))
+        return run
 
     def _schedules(self, now: Assumptions) -> tuple[VerifiedSchedules | None, str]:
         """Return the schedules that were traced under these assumptions, or why there can be none."""
@@ -168,12 +182,18 @@ class ScheduleChoice:
         return made, ""
 
     def _choose(
-        self, key: str, schedules: VerifiedSchedules, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]
+        self,
+        key: str,
+        schedules: VerifiedSchedules,
+        step: Step,
+        xs: Sequence[Tensor],
+        states: Sequence[Tensor],
+        notes: list[tuple[Hashable, str]],
     ) -> str:
         if self.schedule != "auto":
             if schedules.find(self.schedule, step, xs, states) is None:
                 reason = self.refusals[self.schedule] = schedules.refusals.get(self.schedule, "it has no such form")
-                self._warn(self.schedule, f"{reason}", instead_of=self.schedule)
+                notes.append((reason, f"runs the plain loop, not {self.schedule!r}: {reason}"))
                 return "loop"
             return self.schedule
         candidates = {n: schedules.find(n, step, xs, states) for n in ("native", "intra_stream", "scan")}
@@ -181,7 +201,7 @@ class ScheduleChoice:
         if "intra_stream" not in found:
             reason = self.refusals["intra_stream"] = schedules.refusals["intra_stream"]
             if "native" not in found:
-                self._warn("intra_stream", reason)
+                notes.append((reason, f"runs the plain loop: {reason}"))
         if not found:
             return "loop"
         found["loop"] = lambda module, xs, states: run_loop(step, module, xs, states)
@@ -193,7 +213,7 @@ class ScheduleChoice:
         if saved > _COMPILE_SECONDS and "intra_stream" in found:
             compiled = schedules.find("compiled", step, xs, states)
             if compiled is None:
-                self._say_no_compiler(xs[0])
+                notes += _no_compiler(xs[0])
             else:
                 best = min(medians, key=medians.__getitem__)
                 trials = {n: found[n] for n in ("loop", best)} | {"compiled": compiled}
@@ -212,21 +232,12 @@ class ScheduleChoice:
         schedules.release()  # what the trials left is of another length, or of a schedule that loses
         return {n: sorted(s)[len(s) // 2] for n, s in seconds.items()}
 
-    def _say_no_compiler(self, x: Tensor) -> None:
-        reason = no_compiler() if x.device.type == "cpu" else None
-        if reason is not None and reason not in _said:
-            _said.add(reason)
-            warnings.warn(
-                f"schedules run without machine code, slower but with the same results: {reason}", stacklevel=6
-            )
-
-    def _warn(self, about: Hashable, reason: str, *, instead_of: str = "") -> None:
-        """Say once why the plain loop runs."""
-        if about in self._said:
-            return
-        self._said.add(about)
-        what = f", not {instead_of!r}" if instead_of else ""
-        warnings.warn(f"{self.name} runs the plain loop{what}: {reason}", stacklevel=5)
+    def _say(self, about: Hashable, text: str) -> None:
+        """Say something once."""
+        said = _said if about in _SAID_ONCE_A_PROCESS else self._said
+        if about not in said:
+            said.add(about)
+            warnings.warn(f"{self.name} {text}", stacklevel=4)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ScheduleChoice":
         """Copy the settings; what was compiled belongs to the module it was compiled for."""
@@ -245,7 +256,16 @@ class ScheduleChoice:
         self._forget()
 
 
-_said: set[str] = set()  # what was said once a process
+_SAID_ONCE_A_PROCESS = frozenset({"no machine code"})
+_said: set[Hashable] = set()
+
+
+def _no_compiler(x: Tensor) -> list[tuple[Hashable, str]]:
+    """Return what to say where machine code was wanted and there is no compiler that works."""
+    reason = no_compiler() if x.device.type == "cpu" else None
+    if reason is None:
+        return []
+    return [("no machine code", f"runs without machine code, slower but with the same results: {reason}")]
 
 
 def _trial(run: Run, module: nn.Module, xs: list[Tensor], states: list[Tensor]) -> Callable[[], None]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.recurrent.cell_step import Step, is_native, run_native, torch_cell_step
-from lightning_accel.recurrent.compiler.executor import StepSchedule
-from lightning_accel.recurrent.compiler.trace import CannotScheduleError, TensorSpec
+from lightning_accel.recurrent.compiler.executor import EXAMPLE_STREAMS, StepSchedule
+from lightning_accel.recurrent.compiler.trace import CannotScheduleError, StepGraph, TensorSpec
 from lightning_accel.recurrent.exactness.private_copy import private_copy
 from lightning_accel.recurrent.exactness.verification import Run, verify_call, verify_in_float64
 
@@ -32,6 +32,7 @@ class VerifiedSchedules:
         self._module, self._reads_sizes, self._held = module, reads_sizes, held
         self._made: dict[Hashable, StepSchedule | None] = {}
         self._compared: dict[Hashable, bool] = {}
+        self._traces: dict[Hashable, dict[int, StepGraph]] = {}
         self.refusals: dict[str, str] = {}
         self.calls = 0
 
@@ -84,37 +85,54 @@ class VerifiedSchedules:
         return True
 
     def _schedule(self, name: str, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> StepSchedule | None:
-        streams = xs[0].shape[1]
-        specs = tuple(TensorSpec.of(x[0]).with_batch(2, streams) for x in xs)
-        state_specs = tuple(TensorSpec.of(s).with_batch(2, streams) for s in states)
-        key = (name, step, specs, state_specs, _precision(xs[0].device.type))
-        if key not in self._made:
+        few, streams = EXAMPLE_STREAMS[0], xs[0].shape[1]
+        specs = tuple(TensorSpec.of(x[0]).with_batch(few, streams) for x in xs)
+        state_specs = tuple(TensorSpec.of(s).with_batch(few, streams) for s in states)
+        kind = (step, specs, state_specs, _precision(xs[0].device.type))
+        if (name, kind) not in self._made:
             try:
                 with torch.inference_mode(mode=False):  # what is traced and kept serves training as well
-                    self._made[key] = self._make(name, step, specs, state_specs)
+                    self._made[name, kind] = self._make(name, kind, step, specs, state_specs)
             except Exception as error:
-                self._made[key] = None
+                self._made[name, kind] = None
                 self.refusals[name] = _text(error)
-        return self._made[key]
+        return self._made[name, kind]
 
-    def _make(self, name: str, step: Step, xs: tuple[TensorSpec, ...], states: tuple[TensorSpec, ...]) -> StepSchedule:
-        scan, compiled = name == "scan", name == "compiled"
-        schedule = StepSchedule(
-            self._module, step, xs, states, scan=scan, compiled=compiled, reads_sizes=self._reads_sizes
-        )
+    def _make(
+        self, name: str, kind: Hashable, step: Step, xs: tuple[TensorSpec, ...], states: tuple[TensorSpec, ...]
+    ) -> StepSchedule:
+        schedule = self._traced(self._module, name, kind, step, xs, states)
         with torch.autocast(xs[0].device.type, enabled=False):
             double = private_copy(self._module).double()
             wide_xs, wide_states = ([_doubled(s) for s in specs] for specs in (xs, states))
-            twin = StepSchedule(double, step, wide_xs, wide_states, scan=scan, compiled=compiled, reads_sizes=False)
-            twin.block_steps = 2  # so that the borders of blocks are compared too
+            twin = self._traced(double, name, ("double", kind), step, wide_xs, wide_states)
+            twin.for_any_batch, twin.block_steps = False, 2  # so that the borders of blocks are compared too
             verify_in_float64(_bind(twin), double, step, wide_xs, wide_states)
         return schedule
 
+    def _traced(
+        self,
+        module: nn.Module,
+        name: str,
+        kind: Hashable,
+        step: Step,
+        xs: Sequence[TensorSpec],
+        states: Sequence[TensorSpec],
+    ) -> StepSchedule:
+        return StepSchedule(
+            module,
+            step,
+            xs,
+            states,
+            scan=name == "scan",
+            compiled=name == "compiled",
+            reads_sizes=self._reads_sizes,
+            traces=self._traces.setdefault(kind, {}),
+        )
+
 
 def _bind(schedule: StepSchedule) -> Run:
-    def run(
-        module: nn.Module, xs: Sequence[Tensor], states: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def run(module: nn.Module, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return schedule(xs, states, [*module.parameters(), *module.buffers()])
 
     return run

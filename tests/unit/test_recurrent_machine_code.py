@@ -17,10 +17,16 @@ from lightning_accel.recurrent import (
     ZoneoutLSTMCell,
     schedule_choice,
 )
-from lightning_accel.recurrent.compiler import executor
+from lightning_accel.recurrent.compiler import run_blocks
 from lightning_accel.recurrent.scan import linear_scan
 
 F, H, T, B = 5, 20, 9, 3
+
+
+def made_of(rnn):
+    """Schedules that were traced, by their keys, under the only assumptions that there were."""
+    (schedules,) = rnn.schedules[0]._traced.values()
+    return schedules.made
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +80,7 @@ def as_loop(rnn):
 @pytest.mark.parametrize("rows", [256, 2 * B])
 @pytest.mark.parametrize(("kind", "states"), [(OddCell, 2), (TwoDependentLoops, 3)])
 def test_other_operations_and_several_loops(kind, states, rows, monkeypatch):
-    monkeypatch.setattr(executor, "_BLOCK_ROWS", rows)
+    monkeypatch.setattr(run_blocks, "_BLOCK_ROWS", rows)
     rnn = Recurrent(kind(H).double(), schedule="compiled")
     x = torch.randn(T, B, F, dtype=torch.double, requires_grad=True)
     state = tuple(torch.randn(B, H, dtype=torch.double, requires_grad=True) for _ in range(states))
@@ -95,8 +101,8 @@ def test_batches_of_one_and_others_share_the_code():
     for steps, streams in ((T, B), (1, 1), (4, 1), (3, 7)):
         x = torch.randn(steps, streams, F, dtype=torch.double)
         torch.testing.assert_close(rnn(x)[0], as_loop(rnn)(x)[0], rtol=0, atol=1e-12)
-    (made,) = rnn.schedules[0]._made.values()
-    assert len(made._variants) == 1
+    (made,) = made_of(rnn).values()
+    assert len({id(code) for code in made._variants.values()}) == 1
 
 
 def test_inputs_and_gradients_that_are_not_dense():
@@ -139,26 +145,26 @@ def test_nothing_is_compiled_where_it_does_not_pay(monkeypatch):
     monkeypatch.setattr(schedule_choice, "_COMPILE_SECONDS", math.inf)
     rnn = Recurrent(PeepholeLSTMCell(F, H))
     rnn(torch.randn(T, B, F))[0].sum().backward()
-    assert {key[0] for key in rnn.schedules[0]._made} == {"intra_stream", "scan"}
+    assert {key[0] for key in made_of(rnn)} == {"intra_stream", "scan"}
     monkeypatch.setattr(schedule_choice, "_COMPILE_SECONDS", 0.0)
     rnn.schedules[0].choices.clear()
     rnn.schedules[0].calls_left = 0
     rnn(torch.randn(T, B, F))
-    assert "compiled" not in {key[0] for key in rnn.schedules[0]._made}
+    assert "compiled" not in {key[0] for key in made_of(rnn)}
     rnn.schedules[0].choices.clear()
     rnn.schedules[0].calls_left = math.inf
     rnn(torch.randn(T, B, F))
-    assert "compiled" in {key[0] for key in rnn.schedules[0]._made}
+    assert "compiled" in {key[0] for key in made_of(rnn)}
 
 
 @pytest.fixture
 def no_compiler(monkeypatch):
     monkeypatch.setattr(c_functions, "find_compiler", lambda: None)
     c_functions.refusal.cache_clear()
-    schedule_choice._say_once.cache_clear()
+    schedule_choice._said.clear()
     yield
     c_functions.refusal.cache_clear()
-    schedule_choice._say_once.cache_clear()
+    schedule_choice._said.clear()
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -177,11 +183,11 @@ def test_without_a_compiler_one_warning_and_the_same_results():
 def test_what_a_machine_with_a_compiler_chose_runs_without_one():
     rnn = Recurrent(PeepholeLSTMCell(F, H))
     x = torch.randn(T, B, F)
-    key = rnn.schedules[0]._key(choice_step(rnn), [x], [torch.zeros(B, H)] * 2)
+    key = schedule_choice._kind_of_call(choice_step(rnn), [x], [torch.zeros(B, H)] * 2)
     rnn.schedules[0].choices[key] = "compiled"
     with pytest.warns(UserWarning, match="there is no C compiler"):
         y = rnn(x)[0]
-    assert {k[0] for k, made in rnn.schedules[0]._made.items() if made is not None} == {"intra_stream"}
+    assert {k[0] for k, made in made_of(rnn).items() if made is not None} == {"intra_stream"}
     torch.testing.assert_close(y, as_loop(rnn)(x)[0])
 
 

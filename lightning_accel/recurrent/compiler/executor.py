@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_accel.machine_code.c_functions import refusal
-from lightning_accel.recurrent.cell_step import run_loop
+from lightning_accel.recurrent.cell_step import nesting_of, run_loop
 from lightning_accel.recurrent.compiler.compile_source import compile_source, generalize
 from lightning_accel.recurrent.compiler.emit_python import Generator, Wanted
 from lightning_accel.recurrent.compiler.run_blocks import RunSequence
@@ -27,7 +27,7 @@ from lightning_accel.recurrent.compiler.workspace import SpareWorkspaces
 from lightning_accel.recurrent.exactness.assumptions import assumptions_of, first_change
 from lightning_accel.recurrent.exactness.private_copy import private_copy
 
-_EXAMPLE_STREAMS = (3, 5)  # numbers of streams whose texts are compared, see `generalize`
+EXAMPLE_STREAMS = (3, 5)  # numbers of streams whose texts are compared, see `generalize`
 _MOST_BATCH_SIZES = 8  # of a step that is another one for each batch size
 
 
@@ -42,10 +42,12 @@ class StepSchedule:
         scan: Whether loops that are elementwise and affine in one state become scans; one at least has to be.
         compiled: Whether loops that can be written in C run as machine code; one at least has to.
         reads_sizes: Whether the step may branch on the number of streams, so that each number needs a trace.
+        traces: Traces of this step by number of streams, shared by several schedules; new ones are added.
 
     Attributes:
         failure: What went wrong in a backward, which then ran plainly; ``None`` as long as nothing did.
         block_steps: Steps of a block; by default as many as fit the cache.
+        for_any_batch: Whether one text is to serve all batch sizes if it can, for which two are traced.
 
     Raises:
         CannotScheduleError: If the step can not be traced or staged; the message says why.
@@ -65,6 +67,7 @@ class StepSchedule:
         scan: bool = False,
         compiled: bool = False,
         reads_sizes: bool = True,
+        traces: dict[int, StepGraph] | None = None,
     ) -> None:
         self.scan, self.compiled, self._reads_sizes = scan, compiled, reads_sizes
         self._module, self._step = module, step
@@ -74,11 +77,14 @@ class StepSchedule:
         self._variants: dict[tuple[Wanted, int | None], dict[str, Any]] = {}
         self._general: dict[Wanted, str | None] = {}
         self._lock = threading.RLock()
-        self._steps: dict[int, StepGraph] = {}
+        self._steps: dict[int, StepGraph] = {} if traces is None else traces
         self.failure: str | None = None
         self.block_steps: int | None = None
+        self.for_any_batch = True
         self.spares = SpareWorkspaces(self._device)
-        self.stages = self._stage(_EXAMPLE_STREAMS[0])
+        self.stages = self._stage(EXAMPLE_STREAMS[0])
+        nesting = nesting_of(step)
+        self._returned = None if nesting is None else (nesting.ys, nesting.states)
         if scan:
             self._find_scans()
         if compiled:
@@ -110,6 +116,9 @@ class StepSchedule:
         nx, ns = len(xs), len(states)
         wanted = Wanted(tuple(needs[:nx]), tuple(needs[nx + ns :]), any(needs))
         results = RunSequence.apply(self, wanted, nx, ns, *tensors)
+        nesting = nesting_of(self._step)
+        if nesting is not None and self._returned is not None:  # as if the step had run
+            nesting.ys, nesting.states = self._returned
         ny = self.stages.step.counts[3]
         return list(results[:ny]), list(results[ny:])
 
@@ -130,10 +139,10 @@ class StepSchedule:
         with self._lock:
             key = (wanted, streams)
             if key not in self._variants:
-                general = self._text_for_any_batch(wanted)
+                general = self._text_for_any_batch(wanted) if self.for_any_batch else None
                 if general is not None and (not self._reads_sizes or self._agrees(general, wanted, streams)):
                     if (wanted, None) not in self._variants:
-                        self._variants[wanted, None] = self._compile(wanted, _EXAMPLE_STREAMS[0], general)
+                        self._variants[wanted, None] = self._compile(wanted, EXAMPLE_STREAMS[0], general)
                     self._variants[key] = self._variants[wanted, None]
                 else:
                     own = {s for _, s in self._variants if s is not None}
@@ -150,7 +159,7 @@ class StepSchedule:
         """Note that a backward had to run plainly."""
         self.failure = self.failure or reason
 
-    def source(self, wanted: Wanted, streams: int = _EXAMPLE_STREAMS[0]) -> str:
+    def source(self, wanted: Wanted, streams: int = EXAMPLE_STREAMS[0]) -> str:
         """Return the text of a variant for a number of streams."""
         return self._generator(wanted, streams).source()
 
@@ -164,13 +173,13 @@ class StepSchedule:
 
     def _text_for_any_batch(self, wanted: Wanted) -> str | None:
         if wanted not in self._general:
-            few, more = _EXAMPLE_STREAMS
+            few, more = EXAMPLE_STREAMS
             self._general[wanted] = generalize(self.source(wanted, few), self.source(wanted, more), few, more)
         return self._general[wanted]
 
     def _agrees(self, general: str, wanted: Wanted, streams: int) -> bool:
         """Tell whether a trace of this number of streams gives the text for any number."""
-        few, _ = _EXAMPLE_STREAMS
+        few, _ = EXAMPLE_STREAMS
         if streams == few:
             return True
         return general == generalize(self.source(wanted, few), self.source(wanted, streams), few, streams)
@@ -194,4 +203,3 @@ class StepSchedule:
             rewrite(traced)
             self._steps[streams] = traced
         return stage(self._steps[streams])
-

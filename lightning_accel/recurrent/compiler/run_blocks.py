@@ -50,9 +50,7 @@ class RunSequence(torch.autograd.Function):
             ctx.set_materialize_grads(False)
         needs = [t.requires_grad for t in tensors] if wanted.any else []
         ys_need, states_need = _needing(schedule.dependencies, needs, (nx, ns, ny), steps)
-        ctx.mark_non_differentiable(
-            *(r for r, need in zip(results, (*ys_need, *states_need), strict=True) if not need)
-        )
+        ctx.mark_non_differentiable(*(r for r, need in zip(results, (*ys_need, *states_need), strict=True) if not need))
         return results
 
     @staticmethod
@@ -125,9 +123,7 @@ def _plain_backward(ctx: Any, gradients: Sequence[Tensor | None], *, create_grap
         if not create_graph:
             inputs = tuple(t.detach().requires_grad_(t.requires_grad) for t in inputs)
         ys, last = ctx.schedule.run_plainly(inputs[:nx], inputs[nx : nx + ns], inputs[nx + ns :])
-        results = [
-            (r, g) for r, g in zip((*ys, *last), gradients, strict=True) if r.requires_grad and g is not None
-        ]
+        results = [(r, g) for r, g in zip((*ys, *last), gradients, strict=True) if r.requires_grad and g is not None]
         wanted = [t for t in inputs if t.requires_grad]
         found = iter(
             torch.autograd.grad(

@@ -164,7 +164,9 @@ def trace_step(
     except Exception as error:
         raise CannotScheduleError(f"one step can not be traced: {_last_line(error)}") from error
     finally:
-        if not torch.equal(torch.get_rng_state(), state_before):  # it drew; else another thread's draws would come again
+        if not torch.equal(
+            torch.get_rng_state(), state_before
+        ):  # it drew; else another thread's draws would come again
             torch.set_rng_state(state_before)
     constants = {n.target: getattr(traced, n.target) for n in traced.graph.nodes if n.op == "get_attr"}
     if any(isinstance(c, Tensor) and c.requires_grad for c in constants.values()):

@@ -226,9 +226,7 @@ class _Walk:
         self._identity(value, path)
         if type(value).__module__ == "numpy":
             if getattr(value, "nbytes", 0) > _SMALL_ARRAY_BYTES:
-                self._doubt(
-                    f"{_place(path)} is a large array of numpy, whose changes are not seen; make it a buffer"
-                )
+                self._doubt(f"{_place(path)} is a large array of numpy, whose changes are not seen; make it a buffer")
             else:
                 self._note(path, value.tobytes() if hasattr(value, "tobytes") else repr(value))
             return

@@ -44,7 +44,7 @@ def verify_in_float64(
     with torch.enable_grad():
         expected = _results(lambda m, x, s: run_loop(step, m, x, s), module, inputs, start)
         actual = _results(run, module, inputs, start)
-    _compare(actual, expected, None)
+    _compare(actual, expected, None, 0.0)
 
 
 def verify_call(run: Run, module: nn.Module, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> None:
@@ -65,12 +65,17 @@ def verify_call(run: Run, module: nn.Module, step: Step, xs: Sequence[Tensor], s
 
     expected = _results(loop, twin, inputs, start)
     actual = _results(run, twin, inputs, start)
+    device = inputs[0].device.type
+    rounded = {r.dtype for r in (*expected, *twin.parameters()) if r is not None}
+    if torch.is_autocast_enabled(device):
+        rounded.add(torch.get_autocast_dtype(device))
+    epsilon = max((_EPSILONS[kind] for kind in rounded & _EPSILONS.keys()), default=0.0)
     reference = None
-    if any(r is not None and r.dtype in _EPSILONS for r in expected):
+    if epsilon:
         wide = copy.deepcopy(twin).float()
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             reference = _results(loop, wide, [_widened(x) for x in inputs], [_widened(s) for s in start])
-    _compare(actual, expected, reference)
+    _compare(actual, expected, reference, epsilon)
 
 
 def _leaf(like: Tensor, value: Tensor) -> Tensor:
@@ -101,7 +106,10 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _compare(
-    actual: Sequence[Tensor | None], expected: Sequence[Tensor | None], reference: Sequence[Tensor | None] | None
+    actual: Sequence[Tensor | None],
+    expected: Sequence[Tensor | None],
+    reference: Sequence[Tensor | None] | None,
+    epsilon: float,
 ) -> None:
     if len(actual) != len(expected):
         raise CannotScheduleError("it has other results than the plain loop; please report this cell.")
@@ -121,13 +129,10 @@ def _compare(
         scale = max(_largest(e), _NEGLIGIBLE * largest, torch.finfo(torch.float32).tiny)
         error = _difference(a, e) / scale
         allowed = _TOLERANCES.get(e.dtype, 0.0)
-        if reference is not None and reference[k] is not None and e.is_floating_point():
-            wide = reference[k]
-            assert wide is not None
-            if e.dtype in _EPSILONS or allowed:  # float32 weights under autocast have gradients of half precision
-                epsilon = max(_EPSILONS[r.dtype] for r in expected if r is not None and r.dtype in _EPSILONS)
-                error = _difference(a, wide) / scale
-                allowed = 3.0 * _difference(e, wide) / scale + 4.0 * epsilon
+        wide = reference[k] if reference is not None and e.is_floating_point() else None
+        if wide is not None:
+            error = _difference(a, wide) / scale
+            allowed = 3.0 * _difference(e, wide) / scale + 4.0 * epsilon
         if not error <= allowed:
             raise CannotScheduleError(
                 f"its result differs from the plain loop's by {error:.1e}; please report this cell."
