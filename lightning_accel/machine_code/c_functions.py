@@ -7,6 +7,7 @@ are those of torch's own library, by its exported symbols.
 import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,8 +28,8 @@ _PRELUDE = """
 typedef void (*product_t)(const char *, const char *, const int *, const int *, const int *, const real *, const real *,
     const int *, const real *, const int *, const real *, real *, const int *);
 static inline float exp_float(float x) {
-    x = x < -86.9f ? -86.9f : x;
-    x = x > 88.8f ? 88.8f : x;
+    x = x < -104.0f ? -104.0f : x;
+    x = x > 89.0f ? 89.0f : x;
     float k = x * 1.44269504f + 12582912.0f;
     int32_t bits;
     memcpy(&bits, &k, 4);
@@ -41,10 +42,13 @@ static inline float exp_float(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t scale = (int32_t)(((uint32_t)bits + 126u) << 23);
-    float factor;
-    memcpy(&factor, &scale, 4);
-    return p * factor * 2.0f; /* 2^128 is no float, so the largest ones need two factors */
+    /* 2^k in two factors: neither 2^128 nor 2^-150 is a normal number, the products of their halves are rounded once */
+    int32_t power = (int32_t)((uint32_t)bits - 0x4b400000u), half = power >> 1;
+    int32_t first = (int32_t)((uint32_t)(half + 127) << 23), second = (int32_t)((uint32_t)(power - half + 127) << 23);
+    float factor, other;
+    memcpy(&factor, &first, 4);
+    memcpy(&other, &second, 4);
+    return p * factor * other;
 }
 static inline float tanh_float(float x) {
     float a = fabsf(x), z = x * x;
@@ -116,9 +120,26 @@ class MachineCode:
         )
 
 
-@functools.cache
+def start_check() -> None:
+    """Begin in the background what `refusal` asks, so that a slow compiler holds up nobody who has other work."""
+    with _check_lock:
+        begun, _begun[0] = _begun[0], True
+    if not begun:
+        threading.Thread(target=refusal, name="lightning_accel compiler check", daemon=True).start()
+
+
 def refusal() -> str | None:
     """Return why this machine compiles nothing; ``None`` if it does."""
+    with _answer_lock:  # who comes while the question is asked waits for the one answer
+        return _refusal()
+
+
+_check_lock, _answer_lock = threading.Lock(), threading.Lock()
+_begun = [False]
+
+
+@functools.cache
+def _refusal() -> str | None:
     if find_compiler() is None:
         return "there is no C compiler (looked for $CC, cc, gcc and clang)"
     if any(not hasattr(_torch_library(), name) for name in _PRODUCTS.values()):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.machine_code.c_functions import refusal as no_compiler
+from lightning_accel.machine_code.c_functions import start_check
+from lightning_accel.machine_code.toolchain import compile_budget
 from lightning_accel.measure import time_interleaved
 from lightning_accel.recurrent.cell_step import CellStep, Step, run_loop
 from lightning_accel.recurrent.exactness.assumptions import Assumptions, assumptions_of, first_change
@@ -112,7 +114,7 @@ class ScheduleChoice:
         if reason is not None:
             return None, [(reason, f"runs the plain loop: {reason}")]
         try:
-            with self._lock:
+            with self._lock, compile_budget():
                 return self._find(step, xs, states, notes), notes
         except Exception as error:  # whatever went wrong, the loop is right
             reason = f"{type(error).__name__}: {error}"
@@ -146,9 +148,11 @@ class ScheduleChoice:
             notes.append((doubt, f"runs the plain loop: {doubt}"))
             return None
         schedules.calls += 1
+        if xs[0].device.type == "cpu" and self.schedule in ("auto", "compiled"):
+            start_check()
         key = _kind_of_call(step, xs, states)
         if key not in self.choices:
-            self.choices[key] = self._choose(key, schedules, step, xs, states, notes)
+            self.choices[key] = self._choose(key, schedules, (step, xs, states), notes)
         chosen = self.choices[key]
         if chosen == "loop":
             return None
@@ -185,11 +189,10 @@ class ScheduleChoice:
         self,
         key: str,
         schedules: VerifiedSchedules,
-        step: Step,
-        xs: Sequence[Tensor],
-        states: Sequence[Tensor],
+        call: tuple[Step, Sequence[Tensor], Sequence[Tensor]],
         notes: list[tuple[Hashable, str]],
     ) -> str:
+        step, xs, states = call
         if self.schedule != "auto":
             if schedules.find(self.schedule, step, xs, states) is None:
                 reason = self.refusals[self.schedule] = schedules.refusals.get(self.schedule, "it has no such form")

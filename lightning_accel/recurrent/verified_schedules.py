@@ -101,11 +101,11 @@ class VerifiedSchedules:
     def _make(
         self, name: str, kind: Hashable, step: Step, xs: tuple[TensorSpec, ...], states: tuple[TensorSpec, ...]
     ) -> StepSchedule:
-        schedule = self._traced(self._module, name, kind, step, xs, states)
+        schedule = self._traced(self._module, name, kind, (step, xs, states))
         with torch.autocast(xs[0].device.type, enabled=False):
             double = private_copy(self._module).double()
             wide_xs, wide_states = ([_doubled(s) for s in specs] for specs in (xs, states))
-            twin = self._traced(double, name, ("double", kind), step, wide_xs, wide_states)
+            twin = self._traced(double, name, ("double", kind), (step, wide_xs, wide_states))
             twin.for_any_batch, twin.block_steps = False, 2  # so that the borders of blocks are compared too
             verify_in_float64(_bind(twin), double, step, wide_xs, wide_states)
         return schedule
@@ -115,15 +115,11 @@ class VerifiedSchedules:
         module: nn.Module,
         name: str,
         kind: Hashable,
-        step: Step,
-        xs: Sequence[TensorSpec],
-        states: Sequence[TensorSpec],
+        signature: tuple[Step, Sequence[TensorSpec], Sequence[TensorSpec]],
     ) -> StepSchedule:
         return StepSchedule(
             module,
-            step,
-            xs,
-            states,
+            *signature,
             scan=name == "scan",
             compiled=name == "compiled",
             reads_sizes=self._reads_sizes,

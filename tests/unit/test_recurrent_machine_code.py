@@ -160,10 +160,10 @@ def test_nothing_is_compiled_where_it_does_not_pay(monkeypatch):
 @pytest.fixture
 def no_compiler(monkeypatch):
     monkeypatch.setattr(c_functions, "find_compiler", lambda: None)
-    c_functions.refusal.cache_clear()
+    c_functions._refusal.cache_clear()
     schedule_choice._said.clear()
     yield
-    c_functions.refusal.cache_clear()
+    c_functions._refusal.cache_clear()
     schedule_choice._said.clear()
 
 

@@ -121,7 +121,7 @@ class _Walk:
         elif isinstance(value, types.FunctionType):
             self.function(value, path)
         elif isinstance(value, types.MethodType):
-            self.function(value.__func__, path)
+            self.value(value.__func__, path)
             self.value(value.__self__, f"{path}.__self__")
         elif isinstance(value, functools.partial):
             self.value((value.func, value.args, value.keywords), path)
@@ -195,7 +195,7 @@ class _Walk:
             return
         tied = self._seen.setdefault(id(weight), len(self._seen))
         self._note(path, (tied, weight.dtype, weight.device, weight.requires_grad, type(weight)))
-        if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        if isinstance(weight, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             self._doubt(f"{_place(path)} has no shape yet")
             return
         self._note(path, tuple(weight.shape))

@@ -41,7 +41,7 @@ def plain_reason(xs: Sequence[Tensor], states: Sequence[Tensor]) -> str | None:
 
 def surroundings() -> str | None:
     """Name what watches or transforms single operations now; ``None`` if nothing does."""
-    if torch.jit.is_tracing():
+    if torch_private.is_jit_tracing():
         return "torch.jit.trace"
     found = torch_private.active_transform() or torch_private.active_mode() or torch_private.global_hooks()
     if found is not None:
