@@ -70,6 +70,9 @@ static inline real sigmoid_real(real x) {
 static inline real tanh_real(real x) {
     return sizeof(real) == 4 ? (real)tanh_float((float)x) : (real)tanh((double)x);
 }
+static inline real gelu_tanh(real x) {
+    return tanh_real((real)0.7978845608028654 * (x + (real)0.044715 * x * x * x));
+}
 /* C (rows, columns) = A (rows, inner) W (inner, columns) + keep * C, all row by row. */
 static inline void product(product_t call, long rows, long columns, long inner, const real *A, long ahead,
     const real *W, real *C, long chead, real keep) {

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_accel.callbacks import IntraStreamScheduling
 from lightning_accel.recurrent.compiler import executor
 from lightning_accel.recurrent.schedule_choice import ScheduleChoice
+from lightning_accel.recurrent.verified_schedules import VerifiedSchedules
 
 
 def batches(*shapes):
@@ -26,8 +27,8 @@ def batches(*shapes):
 @pytest.mark.parametrize("kind", [PeepholeLoop, RecurrentLayer])
 def test_changing_lengths_and_batch_sizes_make_no_new_plans(kind, monkeypatch):
     made, traced = [], []
-    make, trace = ScheduleChoice._make, executor.trace_step
-    monkeypatch.setattr(ScheduleChoice, "_make", lambda self, *a: made.append(a[0]) or make(self, *a))
+    make, trace = VerifiedSchedules._make, executor.trace_step
+    monkeypatch.setattr(VerifiedSchedules, "_make", lambda self, *a: made.append(a[0]) or make(self, *a))
     monkeypatch.setattr(executor, "trace_step", lambda *a: traced.append(1) or trace(*a))
     shapes = [(2, 9), (3, 9), (2, 12), (5, 7), (4, 20), (1, 9), (6, 17), (3, 33)]
     counts = []

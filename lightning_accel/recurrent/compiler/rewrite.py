@@ -317,10 +317,40 @@ def _layer_norm_backward(graph: fx.Graph, node: Node) -> None:
             part.update_arg(0, rest)
 
 
+def _fill(graph: fx.Graph, node: Node) -> Node:
+    meta = node.meta["val"]
+    return make(graph, aten.full.default, list(meta.shape), node.args[1], dtype=meta.dtype)
+
+
+def _log_sigmoid(graph: fx.Graph, node: Node) -> None:
+    """Write ``-softplus(-x)``; what torch keeps beside it for its backward is not needed."""
+    value = make(graph, aten.neg.default, make(graph, aten.softplus.default, _negative(graph, node.args[0]), 1, _EXACT))
+    for user in list(node.users):
+        if user.args[1] == 0:
+            user.replace_all_uses_with(value)
+
+
+def _log_sigmoid_backward(graph: fx.Graph, node: Node) -> Node:
+    gradient, x, _ = node.args
+    decay = make(graph, aten.exp.default, make(graph, aten.clamp_max.default, _negative(graph, x), _EXACT))
+    slope = make(graph, aten.div.Tensor, decay, make(graph, aten.add.Scalar, decay, 1))
+    return make(graph, aten.mul.Tensor, gradient, slope)
+
+
+def _negative(graph: fx.Graph, x: Node) -> Node:
+    return make(graph, aten.neg.default, x)
+
+
+_EXACT = 40  # softplus(x) is x from here on, in float64 too
+
+
 _RULES: dict[Any, Callable[[fx.Graph, Node], Node | None]] = {
     aten.sigmoid_backward.default: _sigmoid_backward,
     aten.tanh_backward.default: _tanh_backward,
     aten.rsub.Scalar: _rsub,
+    aten.fill.Scalar: _fill,
+    aten.log_sigmoid_forward.default: _log_sigmoid,
+    aten.log_sigmoid_backward.default: _log_sigmoid_backward,
     aten.relu.default: _relu,
     aten.t.default: _transpose_twice,
     aten.clone.default: _clone,
