@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional
 
 from lightning_accel.machine_code.c_functions import MachineCode
 from lightning_accel.recurrent.compiler.emit_c import emit_c_expression
 from lightning_accel.recurrent.compiler.emit_c.emit_c_expression import expression
-from lightning_accel.recurrent.compiler.rewrite import normalize
+from lightning_accel.recurrent.compiler.normalize import normalize
 from lightning_accel.recurrent.compiler.trace import _refuse_side_effects
 
 ONE = {
@@ -44,25 +44,25 @@ ONE = {
     "sign": torch.sign,
     "sgn": torch.sgn,
     "relu": torch.relu,
-    "relu6": F.relu6,
-    "hardtanh": F.hardtanh,
-    "hardsigmoid": F.hardsigmoid,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "elu of another slope": lambda x: F.elu(x, 0.3),
-    "selu": F.selu,
-    "celu": lambda x: F.celu(x, 0.7),
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "softplus": F.softplus,
-    "softplus of another slope": lambda x: F.softplus(x, 2.0, 5.0),
-    "softsign": F.softsign,
-    "softshrink": F.softshrink,
-    "hardshrink": F.hardshrink,
-    "tanhshrink": F.tanhshrink,
-    "logsigmoid": F.logsigmoid,
-    "threshold": lambda x: F.threshold(x, 0.1, 20.0),
+    "relu6": functional.relu6,
+    "hardtanh": functional.hardtanh,
+    "hardsigmoid": functional.hardsigmoid,
+    "leaky_relu": functional.leaky_relu,
+    "elu": functional.elu,
+    "elu of another slope": lambda x: functional.elu(x, 0.3),
+    "selu": functional.selu,
+    "celu": lambda x: functional.celu(x, 0.7),
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu by tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "softplus": functional.softplus,
+    "softplus of another slope": lambda x: functional.softplus(x, 2.0, 5.0),
+    "softsign": functional.softsign,
+    "softshrink": functional.softshrink,
+    "hardshrink": functional.hardshrink,
+    "tanhshrink": functional.tanhshrink,
+    "logsigmoid": functional.logsigmoid,
+    "threshold": lambda x: functional.threshold(x, 0.1, 20.0),
     "clamp": lambda x: x.clamp(-0.5, 0.7),
     "clamp below": lambda x: x.clamp(min=0.0),
     "clamp above": lambda x: x.clamp(max=0.1),
@@ -109,10 +109,10 @@ TWO = {
     "hardshrink backward": lambda g, x: torch.ops.aten.hardshrink_backward(g, x, 0.5),
     "sigmoid backward": lambda g, x: torch.func.vjp(torch.sigmoid, x)[1](g)[0],
     "tanh backward": lambda g, x: torch.func.vjp(torch.tanh, x)[1](g)[0],
-    "logsigmoid backward": lambda g, x: torch.func.vjp(F.logsigmoid, x)[1](g)[0],
-    "gelu backward": lambda g, x: torch.func.vjp(F.gelu, x)[1](g)[0],
-    "gelu by tanh backward": lambda g, x: torch.func.vjp(lambda v: F.gelu(v, approximate="tanh"), x)[1](g)[0],
-    "silu backward": lambda g, x: torch.func.vjp(F.silu, x)[1](g)[0],
+    "logsigmoid backward": lambda g, x: torch.func.vjp(functional.logsigmoid, x)[1](g)[0],
+    "gelu backward": lambda g, x: torch.func.vjp(functional.gelu, x)[1](g)[0],
+    "gelu by tanh backward": lambda g, x: torch.func.vjp(lambda v: functional.gelu(v, approximate="tanh"), x)[1](g)[0],
+    "silu backward": lambda g, x: torch.func.vjp(functional.silu, x)[1](g)[0],
     "clamp backward": lambda g, x: torch.func.vjp(lambda v: v.clamp(-0.5, 0.7), x)[1](g)[0],
 }
 

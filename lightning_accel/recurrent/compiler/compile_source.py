@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_accel.machine_code.c_functions import MachineCode
 from lightning_accel.machine_code.toolchain import CannotCompileError
-from lightning_accel.recurrent.compiler import emit_aten_call
+from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
+from lightning_accel.recurrent.compiler.emit_python.weight_gradients import layer_norm_sums
 from lightning_accel.recurrent.compiler.rewrite import aten
 from lightning_accel.recurrent.compiler.trace import CannotScheduleError
-from lightning_accel.recurrent.compiler.weight_gradients import layer_norm_sums
 from lightning_accel.recurrent.scan import scan_into
 
 

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from lightning_accel.machine_code.c_functions import refusal
 from lightning_accel.recurrent.cell_step import nesting_of, run_loop
 from lightning_accel.recurrent.compiler.compile_source import compile_source, generalize
-from lightning_accel.recurrent.compiler.emit_python import Generator, Wanted
+from lightning_accel.recurrent.compiler.emit_python.generator import Generator, Wanted
 from lightning_accel.recurrent.compiler.run_blocks import RunSequence
 from lightning_accel.recurrent.compiler.scan_lowering import is_affine
 from lightning_accel.recurrent.compiler.stage import Stages, rewrite, stage

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel import torch_private
-from lightning_accel.recurrent.compiler.emit_python import Wanted
+from lightning_accel.recurrent.compiler.emit_python.generator import Wanted
 from lightning_accel.recurrent.compiler.trace import CannotScheduleError, Dependencies
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ block of time steps in one call, in segments before, between and after the loops
 import operator
 from dataclasses import dataclass, field
 
+from lightning_accel.recurrent.compiler.normalize import normalize
 from lightning_accel.recurrent.compiler.rewrite import (
     VIEWS,
     Node,
     factor_sums,
     fuse_sums,
     hoist_coefficients,
-    normalize,
     pin,
 )
 from lightning_accel.recurrent.compiler.trace import StepGraph

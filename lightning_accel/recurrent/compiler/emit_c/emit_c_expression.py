@@ -23,9 +23,7 @@ _BINARY = {
     aten.bitwise_xor.Tensor: "^",
     aten.logical_and.default: "&&",
     aten.logical_or.default: "||",
-} | {
-    getattr(getattr(aten, name), kind): sign for name, sign in _COMPARISONS.items() for kind in ("Tensor", "Scalar")
-}
+} | {getattr(getattr(aten, name), kind): sign for name, sign in _COMPARISONS.items() for kind in ("Tensor", "Scalar")}
 _SUMS = {aten.add.Tensor: "+", aten.add.Scalar: "+", aten.sub.Tensor: "-", aten.sub.Scalar: "-"}
 # Arguments that may be left out, in order.
 _DEFAULTS: dict[Any, tuple[Any, ...]] = {

@@ -2,11 +2,17 @@
 
 import torch
 
-from lightning_accel.recurrent.compiler import emit_aten_call
-from lightning_accel.recurrent.compiler.buffer_assignment import LoopPlaces
 from lightning_accel.recurrent.compiler.emit_c.emit_c_row import NotInCError, Place, RowWriter, passes, width
 from lightning_accel.recurrent.compiler.emit_c.fusion import PRODUCTS, RowOrder, is_view, owner_of
-from lightning_accel.recurrent.compiler.function_text import FunctionText, buffer_text, dtype_text, parts, shape_text
+from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
+from lightning_accel.recurrent.compiler.emit_python.buffer_assignment import LoopPlaces
+from lightning_accel.recurrent.compiler.emit_python.function_text import (
+    FunctionText,
+    buffer_text,
+    dtype_text,
+    parts,
+    shape_text,
+)
 from lightning_accel.recurrent.compiler.rewrite import Node, aten, shape
 from lightning_accel.recurrent.compiler.stage import Segment
 

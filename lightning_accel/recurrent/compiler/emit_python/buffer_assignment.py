@@ -5,8 +5,14 @@ Views are taken before the loop, and operands of a concatenation are computed wh
 
 import operator
 
-from lightning_accel.recurrent.compiler import emit_aten_call
-from lightning_accel.recurrent.compiler.function_text import FunctionText, buffer_text, dtype_text, parts, shape_text
+from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
+from lightning_accel.recurrent.compiler.emit_python.function_text import (
+    FunctionText,
+    buffer_text,
+    dtype_text,
+    parts,
+    shape_text,
+)
 from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, aten, shape
 from lightning_accel.recurrent.compiler.stage import Segment
 

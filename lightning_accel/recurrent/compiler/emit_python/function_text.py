@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from lightning_accel.recurrent.compiler import emit_aten_call
+from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
 from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, shape
 from lightning_accel.recurrent.compiler.stage import Stages
 

@@ -8,12 +8,12 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lightning_accel.recurrent.compiler import emit_aten_call
 from lightning_accel.recurrent.compiler.emit_c.emit_c_loop import CLoop, CText
 from lightning_accel.recurrent.compiler.emit_c.emit_c_row import NotInCError
 from lightning_accel.recurrent.compiler.emit_c.fusion import inlined
-from lightning_accel.recurrent.compiler.emit_python_loop import write_loop
-from lightning_accel.recurrent.compiler.function_text import (
+from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
+from lightning_accel.recurrent.compiler.emit_python.emit_python_loop import write_loop
+from lightning_accel.recurrent.compiler.emit_python.function_text import (
     INDENT,
     FunctionText,
     buffer_text,
@@ -22,10 +22,10 @@ from lightning_accel.recurrent.compiler.function_text import (
     parts,
     shape_text,
 )
+from lightning_accel.recurrent.compiler.emit_python.weight_gradients import TimeSums
 from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, aten
 from lightning_accel.recurrent.compiler.stage import Segment, Stages
 from lightning_accel.recurrent.compiler.trace import CannotScheduleError
-from lightning_accel.recurrent.compiler.weight_gradients import TimeSums
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 import operator
 
-from lightning_accel.recurrent.compiler import emit_aten_call
-from lightning_accel.recurrent.compiler.buffer_assignment import LoopPlaces
-from lightning_accel.recurrent.compiler.function_text import FunctionText, dtype_text, parts, shape_text
+from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
+from lightning_accel.recurrent.compiler.emit_python.buffer_assignment import LoopPlaces
+from lightning_accel.recurrent.compiler.emit_python.function_text import FunctionText, dtype_text, parts, shape_text
 from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, aten, shape
 from lightning_accel.recurrent.compiler.scan_lowering import affine_forms
 from lightning_accel.recurrent.compiler.stage import Segment

@@ -1,0 +1,1 @@
+"""Python text of a staged step: calls over whole blocks, loops, buffers, and sums over time."""
