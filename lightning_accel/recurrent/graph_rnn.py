@@ -26,7 +26,8 @@ class GraphCell(nn.Module):
     """One time step of a graph.
 
     All full connections that leave a node with one delay are one matrix, ``weights[source@delay]``, whose rows belong
-    to the targets in the order of the edges: a product for each source instead of one for each edge.
+    to the targets in the order of the edges: a product for each source instead of one for each edge. Two equal edges
+    are two connections with weights of their own.
 
     Args:
         graph: The layers and connections.
@@ -35,20 +36,22 @@ class GraphCell(nn.Module):
     def __init__(self, graph: RecurrentGraph) -> None:
         super().__init__()
         self.graph = graph
-        self._products: dict[tuple[str, int], list[Edge]] = {}
-        for edge in graph.edges:
+        self._incoming: dict[str, list[int]] = {name: [] for name in graph.nodes}
+        self._products: dict[tuple[str, int], list[int]] = {}
+        for k, edge in enumerate(graph.edges):
+            self._incoming[edge.target].append(k)
             if edge.connection == "full":
-                self._products.setdefault((edge.source, edge.delay), []).append(edge)
+                self._products.setdefault((edge.source, edge.delay), []).append(k)
+        self._diagonal_names = _diagonal_names(graph.edges)
         fan_in = {n: sum(graph.nodes[e.source].size for e in graph.incoming(n)) for n in graph.nodes}
         self.weights, self.diagonals, self.biases = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
-        for (source, delay), edges in self._products.items():
+        for (source, delay), places in self._products.items():
+            edges = [graph.edges[k] for k in places]
             rows = [_uniform(fan_in[e.target], graph.nodes[e.target].size, graph.nodes[source].size) for e in edges]
             self.weights[f"{source}@{delay}"] = nn.Parameter(torch.cat(rows))
-        for edge in graph.edges:
-            if edge.connection == "diagonal":
-                self.diagonals[_edge_name(edge)] = nn.Parameter(
-                    _uniform(fan_in[edge.target], graph.nodes[edge.target].size)
-                )
+        for k, name in self._diagonal_names.items():
+            target = graph.edges[k].target
+            self.diagonals[name] = nn.Parameter(_uniform(fan_in[target], graph.nodes[target].size))
         for node in graph.nodes.values():
             if node.bias:
                 self.biases[f"{node.name}@bias"] = nn.Parameter(_uniform(fan_in[node.name], node.size))
@@ -69,7 +72,7 @@ class GraphCell(nn.Module):
         values: dict[str, Tensor] = dict(
             zip(self.graph.inputs, x.split([self.graph.nodes[n].size for n in self.graph.inputs], -1), strict=True)
         )
-        products: dict[tuple[str, int], dict[Edge, Tensor]] = {}
+        products: dict[tuple[str, int], dict[int, Tensor]] = {}
         ticking = [n.name for n in self.graph.nodes.values() if n.period]
         for k, name in enumerate(ticking):
             values[name] = clocks[:, k : k + 1].expand(-1, self.graph.nodes[name].size)
@@ -84,21 +87,22 @@ class GraphCell(nn.Module):
         name: str,
         values: dict[str, Tensor],
         past: dict[tuple[str, int], Tensor],
-        products: dict[tuple[str, int], dict[Edge, Tensor]],
+        products: dict[tuple[str, int], dict[int, Tensor]],
     ) -> Tensor:
         node, total = self.graph.nodes[name], None
-        for edge in self.graph.incoming(name):
+        for k in self._incoming[name]:
+            edge = self.graph.edges[k]
             value = past[edge.source, edge.delay] if edge.delay else values[edge.source]
             if edge.connection == "full":
                 key = (edge.source, edge.delay)
                 if key not in products:
-                    edges = self._products[key]
+                    places = self._products[key]
                     parts = linear(value, self.weights[f"{edge.source}@{edge.delay}"])
-                    sizes = [self.graph.nodes[e.target].size for e in edges]
-                    products[key] = dict(zip(edges, parts.split(sizes, -1), strict=True))
-                value = products[key][edge]
+                    sizes = [self.graph.nodes[self.graph.edges[p].target].size for p in places]
+                    products[key] = dict(zip(places, parts.split(sizes, -1), strict=True))
+                value = products[key][k]
             elif edge.connection == "diagonal":
-                value = value * self.diagonals[_edge_name(edge)]
+                value = value * self.diagonals[self._diagonal_names[k]]
             elif edge.connection == "broadcast":
                 value = value.expand(-1, node.size)
             join = torch.add if node.aggregation == "sum" else torch.mul
@@ -166,8 +170,15 @@ def _uniform(fan_in: int, *shape: int) -> Tensor:
     return torch.empty(*shape).uniform_(-bound, bound)
 
 
-def _edge_name(edge: Edge) -> str:
-    return f"{edge.source}@{edge.delay}>{edge.target}"
+def _diagonal_names(edges: Sequence[Edge]) -> dict[int, str]:
+    """Name the weights of the diagonal edges, by the edges' places; equal ones are numbered."""
+    names: dict[int, str] = {}
+    for k, edge in enumerate(edges):
+        if edge.connection == "diagonal":
+            name = f"{edge.source}@{edge.delay}>{edge.target}"
+            equal = sum(1 for used in names.values() if used.partition("#")[0] == name)
+            names[k] = f"{name}#{equal + 1}" if equal else name
+    return names
 
 
 def _read_edge(text: str) -> Edge:

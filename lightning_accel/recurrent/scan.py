@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_accel.machine_code.c_functions import REALS, MachineCode, refusal
+from lightning_accel.machine_code.toolchain import CannotCompileError
+from lightning_accel.recurrent.exactness.plain_modes import surroundings
 
 _STRETCH_ELEMENTS = 2**17
 _COMPILED_ELEMENTS = 2**15
@@ -51,59 +53,83 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """Compute ``h_t = a_t * h_{t-1} + b_t`` for all t, differentiable twice and more.
 
     Args:
-        a: Coefficients, shape (T, ...), T >= 1.
+        a: Coefficients, shape (T, ...), T >= 1; real or complex.
         b: Summands, shape of ``a``.
         h0: State before the first step, shape of ``a[0]``; zeros by default.
 
     Returns:
-        All states, shape of ``a``.
+        All states, shape of ``a``. Where infinities or products of coefficients beyond the range of the type occur,
+        they are those of the plain recurrence, step by step.
 
     Raises:
-        ValueError: If ``a`` and ``b`` differ in shape, or have no step.
+        ValueError: If ``a`` and ``b`` differ in shape, have no step, or ``h0`` is not of the shape of a step.
 
     References:
         Blelloch, "Prefix sums and their applications", 1990. *Deviations*: two levels of about sqrt(T) steps each
         instead of log2(T) levels: on CPUs the number of calls and of passes over memory counts, not the depth.
 
     Complexity:
-        O(T) products in about 4 sqrt(T) calls; no host synchronization.
+        O(T) products in about 4 sqrt(T) calls; one host synchronization without machine code, to look for infinities.
     """
     if a.shape != b.shape or not len(a):
         raise ValueError(f"`a` and `b` must be of one shape (T >= 1, ...), got {tuple(a.shape)} and {tuple(b.shape)}.")
+    if h0 is not None and h0.shape != a.shape[1:]:
+        raise ValueError(f"`h0` must be of the shape of a step, {tuple(a.shape[1:])}, got {tuple(h0.shape)}.")
+    dtype = torch.result_type(a, b)
     if h0 is not None:
-        b = torch.cat([torch.addcmul(b[:1], a[:1], h0[None]), b[1:]])
-    scanned: Tensor = _LinearScan.apply(a, b)
-    return scanned
+        dtype = torch.promote_types(dtype, h0.dtype)
+    start = torch.zeros_like(a[0], dtype=dtype) if h0 is None else h0
+    tensors = [a, b, start]
+    if torch.compiler.is_compiling() or surroundings() is not None or any(map(_is_unusual, tensors)):
+        return _step_by_step(a, b, start)
+    half = dtype in (torch.float16, torch.bfloat16)  # summed in float32: products of many coefficients need it
+    scanned: Tensor = _LinearScan.apply(*(t.to(torch.float32 if half else dtype) for t in tensors))
+    return scanned.to(dtype)
+
+
+def _is_unusual(tensor: Tensor) -> bool:
+    unusual = type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided
+    return unusual or tensor.device.type == "meta" or not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _step_by_step(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    states = []
+    for a_t, b_t in zip(a.unbind(0), b.unbind(0), strict=True):
+        h = a_t * h + b_t
+        states.append(h)
+    return torch.stack(states)
 
 
 class _LinearScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        h = torch.empty_like(b)
-        scan_into(h, a, b, reverse=False)
-        ctx.save_for_backward(a, h)
+    def forward(ctx: Any, a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+        h = torch.empty_like(b, memory_format=torch.contiguous_format)
+        scan_into(h, a, b, reverse=False, start=h0)
+        ctx.save_for_backward(a, h, h0)
         return h
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        a, h = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, h, h0 = ctx.saved_tensors
         (gradient,) = gradients
         if torch.is_grad_enabled():  # to be differentiated again: the same in differentiable operations
-            following = torch.cat([a[1:], torch.zeros_like(a[:1])]).flip(0)
-            d_b = _LinearScan.apply(following, gradient.flip(0)).flip(0)
-            return torch.cat([torch.zeros_like(a[:1]), d_b[1:] * h[:-1]]), d_b
+            following = torch.cat([a[1:].conj(), torch.zeros_like(a[:1])]).flip(0)
+            d_b = _LinearScan.apply(following.resolve_conj(), gradient.flip(0), torch.zeros_like(h0)).flip(0)
+            before = torch.cat([h0[None], h[:-1]])
+            return d_b * before.conj(), d_b, d_b[0] * a[0].conj()
         d_b, d_a = torch.empty_like(h), torch.empty_like(h)
-        d_a[0].zero_()
         d_b[-1].copy_(gradient[-1])
         if len(a) > 1:
             machine = _machine(h, a, gradient)
             if machine is not None:
                 blocks = (d_b, d_a, a, gradient, h)
                 machine.run("scan_gradients", len(a), h[0].numel(), [_flat(v) for v in blocks], [])
-                return d_a, d_b
-            scan_into(d_b[:-1], a[1:], gradient[:-1], reverse=True, start=gradient[-1])
-            torch.mul(d_b[1:], h[:-1], out=d_a[1:])
-        return d_a, d_b
+            else:
+                following = a[1:].conj().resolve_conj()
+                scan_into(d_b[:-1], following, gradient[:-1], reverse=True, start=gradient[-1])
+                torch.mul(d_b[1:], h[:-1].conj(), out=d_a[1:])
+        torch.mul(d_b[0], h0.conj(), out=d_a[0])
+        return d_a, d_b, d_b[0] * a[0].conj()
 
 
 def scan_into(h: Tensor, a: Tensor, b: Tensor, *, reverse: bool, start: Tensor | None = None) -> None:
@@ -118,6 +144,18 @@ def scan_into(h: Tensor, a: Tensor, b: Tensor, *, reverse: bool, start: Tensor |
         name = "scan_back" if reverse else "scan"
         machine.run(name, len(a), h[0].numel(), [_flat(v) for v in (h, a, b)], [first.view(1, -1)])
         return
+    first = torch.zeros_like(h[0]) if start is None else start.clone()
+    if not _scan_in_stretches(h, a, b, reverse=reverse, start=first):
+        rows = list(zip(h.unbind(0), a.unbind(0), b.unbind(0), strict=True))
+        for h_t, a_t, b_t in reversed(rows) if reverse else rows:
+            first = torch.addcmul(b_t, a_t, first, out=h_t)
+
+
+def _scan_in_stretches(h: Tensor, a: Tensor, b: Tensor, *, reverse: bool, start: Tensor) -> bool:
+    """Write the states; return whether they are those of the recurrence.
+
+    A product of coefficients may be infinite or vanish where the state itself does neither.
+    """
     steps = len(a)
     stretch = max(16, min(steps, _STRETCH_ELEMENTS // max(1, a[0].numel())))
     products = torch.empty((stretch, *a.shape[1:]), dtype=a.dtype, device=a.device)
@@ -126,6 +164,9 @@ def scan_into(h: Tensor, a: Tensor, b: Tensor, *, reverse: bool, start: Tensor |
         start = _scan_stretch(
             h[begin:end], a[begin:end], b[begin:end], products[: end - begin], reverse=reverse, start=start
         )
+    largest = h.abs().max() if h.numel() else torch.zeros(())
+    # what underflows is below the least normal number times the largest state
+    return bool(largest < 1.0 / torch.finfo(h.dtype).tiny ** 0.5)
 
 
 def _machine(*tensors: Tensor) -> MachineCode | None:
@@ -139,7 +180,10 @@ def _machine(*tensors: Tensor) -> MachineCode | None:
 
 @functools.cache
 def _compiled(dtype: torch.dtype) -> MachineCode | None:
-    return MachineCode(_TEXT, dtype) if refusal() is None else None
+    try:
+        return MachineCode(_TEXT, dtype) if refusal() is None else None
+    except CannotCompileError:  # the compiler stopped working; chunks give the same
+        return None
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -147,7 +191,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
 
 
-def _scan_stretch(h: Tensor, a: Tensor, b: Tensor, products: Tensor, *, reverse: bool, start: Tensor | None) -> Tensor:
+def _scan_stretch(h: Tensor, a: Tensor, b: Tensor, products: Tensor, *, reverse: bool, start: Tensor) -> Tensor:
     """Advance chunks of about sqrt(T) steps together, then add what each takes over; return the last state."""
     steps = len(a)
     length = max(1, round(steps**0.5))
@@ -167,8 +211,7 @@ def _scan_stretch(h: Tensor, a: Tensor, b: Tensor, products: Tensor, *, reverse:
     carried = torch.zeros((chunks, *shape), dtype=a.dtype, device=a.device)
     ends, whole, takes = hs[order[-1]].unbind(0), fs[order[-1]].unbind(0), carried.unbind(0)
     sequence = list(range(chunks))[:: -1 if reverse else 1]
-    if start is not None:
-        takes[sequence[0]].copy_(start)
+    takes[sequence[0]].copy_(start)
     for previous, k in itertools.pairwise(sequence):
         torch.addcmul(ends[previous], whole[previous], takes[previous], out=takes[k])
     hc.transpose(0, 1).addcmul_(factors, carried[None])

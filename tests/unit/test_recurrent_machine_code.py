@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_accel.machine_code import c_functions
 from lightning_accel.machine_code.c_functions import MachineCode
-from lightning_accel.machine_code.toolchain import CannotCompileError
+from lightning_accel.machine_code.toolchain import CannotCompileError, compile_budget, load
 from lightning_accel.recurrent import (
     LayerNormLSTMCell,
     PeepholeLSTMCell,
@@ -250,3 +251,34 @@ def test_scans_in_machine_code(steps):
         torch.autograd.grad(scanned, (a, b), weights), torch.autograd.grad(looped, (a, b), weights), strict=True
     ):
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_compiler_that_hangs_is_killed_with_its_children_and_given_up(monkeypatch, tmp_path):
+    hanging, children = tmp_path / "cc", tmp_path / "children"
+    hanging.write_text(f'#!/bin/sh\nsleep 300 &\necho $! > {children}\necho $$ >> {children}\nprintf "\\377"\nwait\n')
+    hanging.chmod(0o755)
+    monkeypatch.setenv("CC", str(hanging))
+    with compile_budget(0.7), pytest.raises(CannotCompileError, match="is given up: it had not ended"):
+        load("int four(void) { return 4; }")
+    assert not [int(pid) for pid in children.read_text().split() if runs(int(pid))]
+    with pytest.raises(CannotCompileError, match="is given up"):
+        load("int five(void) { return 5; }")
+
+
+def runs(pid):
+    """Whether a process still runs; one that was killed may wait to be collected."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def test_a_compiler_with_arguments_that_speaks_no_utf8(monkeypatch, tmp_path):
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text('#!/bin/sh\nprintf "\\377\\376 f\\374r nichts\\n" >&2\nshift\nexec cc "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CC", f"{wrapper} --first")
+    assert load("int six(void) { return 6; }").six() == 6
+    with pytest.raises(CannotCompileError, match="refused the text"):
+        load("no C;")

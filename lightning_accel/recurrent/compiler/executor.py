@@ -17,7 +17,6 @@ from lightning_accel.recurrent.compiler.scan_lowering import is_affine
 from lightning_accel.recurrent.compiler.stage import Stages, rewrite, stage
 from lightning_accel.recurrent.compiler.trace import (
     CannotScheduleError,
-    Dependencies,
     StepGraph,
     TensorSpec,
     as_function,
@@ -91,11 +90,6 @@ class StepSchedule:
             reason = "there is no C form for another device than the CPU" if self._device.type != "cpu" else refusal()
             if reason is not None:
                 raise CannotScheduleError(f"no machine code: {reason}.")
-
-    @property
-    def dependencies(self) -> Dependencies:
-        """What the results of one step depend on."""
-        return self.stages.step.dependencies
 
     def __call__(
         self, xs: Sequence[Tensor], states: Sequence[Tensor], weights: Sequence[Tensor]
@@ -189,6 +183,7 @@ class StepSchedule:
         text = generator.source()
         functions = compile_source(general or text, generator.step.constants, self._device)
         functions["places"] = generator.output_names()
+        functions["dependencies"] = generator.step.dependencies
         return functions
 
     def _stage(self, streams: int) -> Stages:

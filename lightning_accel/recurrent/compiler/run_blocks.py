@@ -49,7 +49,7 @@ class RunSequence(torch.autograd.Function):
             ctx.like = [(r.shape, r.dtype, r.device) for r in results]
             ctx.set_materialize_grads(False)
         needs = [t.requires_grad for t in tensors] if wanted.any else []
-        ys_need, states_need = _needing(schedule.dependencies, needs, (nx, ns, ny), steps)
+        ys_need, states_need = _needing(code["dependencies"], needs, (nx, ns, ny), steps)
         ctx.mark_non_differentiable(*(r for r, need in zip(results, (*ys_need, *states_need), strict=True) if not need))
         return results
 
@@ -105,7 +105,7 @@ def _scheduled_backward(ctx: Any, tensors: Sequence[Tensor], gradients: Sequence
     for k, name in code["GRADIENT_PLACES"]:
         d_xs[k] = torch.zeros_like(xs[k]) if name is None else made[name]
     present = [g is not None for g in gradients]
-    reached = _reached(schedule.dependencies, present[:ny], present[ny:], steps)
+    reached = _reached(code["dependencies"], present[:ny], present[ny:], steps)
     return (
         *(None,) * 4,
         *(g if k in reached[0] else None for k, g in enumerate(d_xs)),
