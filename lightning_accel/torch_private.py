@@ -39,11 +39,6 @@ def active_mode() -> str | None:
     return None
 
 
-def is_jit_tracing() -> bool:
-    """Tell whether `torch.jit.trace` is recording, for which torch exports no function that type checkers see."""
-    return bool(torch.jit._trace.is_tracing())
-
-
 def saved_tensor_hooks_are_active() -> bool:
     """Tell whether what autograd saves is packed by somebody (checkpointing, offloading), who counts what is saved."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
