@@ -29,7 +29,9 @@ def is_torch_cell(module: nn.Module) -> bool:
 def is_native(module: nn.Module) -> bool:
     """Tell whether a kernel of torch's layers computes what calls of this cell compute: nobody replaced its forward."""
     own = module.__dict__.get("forward")
-    return is_torch_cell(module) and (own is None or (isinstance(own, InstanceForward) and own.own is None))
+    while isinstance(own, InstanceForward):
+        own = own.own
+    return is_torch_cell(module) and own is None
 
 
 def torch_cell_step(

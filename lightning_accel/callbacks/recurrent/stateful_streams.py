@@ -10,18 +10,20 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from lightning_accel.arguments import check_integer
-from lightning_accel.decision_line import say_decision
-from lightning_accel.recurrent.carried_state import CarriedState, recurrent_layers
+from lightning_accel.recurrent.carried_state import CarriedState, recurrent_layers, why_not_carried
 
 
 class StatefulStreams(Callback):
     """Let every batch go on where the one before ended: BPTT(h; h') with h' the steps of a batch.
 
-    While training, a `Recurrent`, ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` layer that the model calls without a state gets
-    the detached state in which its stream, a lane of the batch, ended one batch before. Streams begin anew with each
-    epoch and where the batch says so. The state is part of the checkpoint.
+    While training, a `Recurrent`, `GraphRNN`, ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` layer that the model calls without
+    a state gets the detached state in which its stream, a lane of the batch, ended one batch before; how it is called,
+    by keyword or with packed sequences, does not matter. Of several calls in a batch each has streams of its own.
+    Streams begin anew with each epoch and where the batch says so. The state is part of the checkpoint.
 
     Args:
         resets: Key of the batch (a mapping, or a tuple's index) under which a boolean tensor of shape (B,) says which
@@ -31,8 +33,11 @@ class StatefulStreams(Callback):
 
     Raises:
         TypeError: If ``prefix_batches`` is no integer, or ``resets`` neither text nor an integer.
-        ValueError: If ``prefix_batches`` is negative, or in a step if the number of streams changes.
-        MisconfigurationException: When training starts, if the model has no such layer.
+        ValueError: If ``prefix_batches`` is negative, or in a step if the number of streams or of a layer's calls
+            changes, or if a layer is called again in the backward (checkpointing).
+        MisconfigurationException: When training starts, if the model has no such layer, a layer's state can not be
+            carried (bidirectional, with clocks, no argument for a state), or the data is shuffled; in a step, if the
+            optimizer runs it more than once (LBFGS).
 
     References:
         Williams, Peng, "An efficient gradient-based algorithm for on-line training of recurrent network trajectories",
@@ -48,6 +53,7 @@ class StatefulStreams(Callback):
         self._carried: dict[str, CarriedState] = {}
         self._saved: dict[str, Any] = {}
         self._resumed = False
+        self._backwards = 0
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Stand before the layers."""
@@ -58,8 +64,15 @@ class StatefulStreams(Callback):
                 f"StatefulStreams found no layer whose state can be carried in {type(pl_module).__name__}: "
                 "no Recurrent, nn.LSTM, nn.GRU or nn.RNN; remove the callback, or put the cell into a Recurrent."
             )
-        self._carried = {name: CarriedState(layer, self.prefix_batches) for name, layer in layers.items()}
-        say_decision(trainer, "StatefulStreams", f"carries the state of {', '.join(map(repr, layers))}.")
+        reason = why_not_carried(pl_module)
+        if reason is not None:
+            raise MisconfigurationException(f"StatefulStreams can not carry a state: {reason}; remove the callback.")
+        if _is_shuffled(trainer):
+            raise MisconfigurationException(
+                "StatefulStreams needs batches in the order of their streams, but the training data is shuffled; set "
+                "`shuffle=False`."
+            )
+        self._carried = {name: CarriedState(layer, self.prefix_batches, name=name) for name, layer in layers.items()}
         if self._resumed:
             for name, state in self._saved.items():
                 self._carried[name].restore(state)
@@ -78,14 +91,24 @@ class StatefulStreams(Callback):
         if batch_idx == 0:
             for carried in self._carried.values():
                 carried.begin()
+        self._backwards = 0
         resets = self._resets_of(batch)
         for carried in self._carried.values():
             carried.active, carried.resets = True, resets
 
+    def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
+        """Refuse optimizers that run a step more than once: the second run would go on where the first one ended."""
+        self._backwards += 1
+        if self._backwards > 1 and pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"StatefulStreams can not carry states through {type(trainer.optimizers[0]).__name__}, which runs its "
+                "closure, and so the training step, more than once a batch; use another optimizer."
+            )
+
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
         """Carry no state into validation."""
         for carried in self._carried.values():
-            carried.active = False
+            carried.finish()
         self._saved = {name: carried.state() for name, carried in self._carried.items()}
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -123,3 +146,14 @@ class StatefulStreams(Callback):
         for carried in self._carried.values():
             carried.remove()
         self._carried = {}
+
+
+def _is_shuffled(trainer: "pl.Trainer") -> bool:
+    """Tell whether a loader of the training data draws its samples in random order."""
+    for loader in pytree.tree_leaves(trainer.train_dataloader):
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)
+        if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
+            return True
+        if isinstance(sampler, DistributedSampler) and sampler.shuffle:
+            return True
+    return False

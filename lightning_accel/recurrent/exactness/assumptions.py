@@ -92,7 +92,9 @@ class _Walk:
         for name, parameter in (*torch_private.parameters_of(root).items(), *torch_private.buffers_of(root).items()):
             self._weight(parameter, f"{path}.{name}")
         for name, value in torch_private.own_attributes(root).items():
-            if not (name == "forward" and isinstance(value, InstanceForward) and value.own is None):
+            while isinstance(value, InstanceForward):  # stands before what the cell's own code is
+                value = value.own  # noqa: PLW2901
+            if name != "forward" or value is not None:
                 self.value(value, f"{path}.{name}")
         self._class(type(root), path)
         for name, child in torch_private.children_of(root).items():
