@@ -21,6 +21,7 @@ from lightning_accel.recurrent.deferred.kernel import SHORTEST, Kernel
 from lightning_accel.torch_private import backward_keeps_graph, backward_reaches, node_class, running_backward
 
 GOES_ON = "it goes on longer than foretold"
+WRITTEN = "its state is written to past autograd (NumPy, `.data`), which gradients then do not know of"
 _FREED = (
     "Trying to backward through the graph a second time, but a recurrent loop has freed what it kept; call the first "
     "backward with `retain_graph=True`."
@@ -92,8 +93,10 @@ class Chain:
     def accepts(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str | None:
         """Say why a call is not the next foretold one; ``None`` if it is."""
         for state, slot in zip(states, self.kernel.layout.state_slots, strict=True):
-            if state._version or is_listened_to(state) or not same_values(state, self._rows[slot][self.given - 1]):
+            if state._version or is_listened_to(state):
                 return "its state is changed or listened to between the steps"
+            if not same_values(state, self._rows[slot][self.given - 1]):
+                return WRITTEN
         if self.given >= self.steps:
             return GOES_ON
         if not all(feed.accepts(self.given, x) for feed, x in zip(self.feeds, xs, strict=True)):

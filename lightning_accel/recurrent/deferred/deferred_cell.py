@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_accel.recurrent.cell_step import is_torch_cell
 from lightning_accel.recurrent.deferred.call_layout import CallLayout, flatten
 from lightning_accel.recurrent.deferred.cell_key import cell_key, changed_part
-from lightning_accel.recurrent.deferred.chain import GOES_ON, Chain
+from lightning_accel.recurrent.deferred.chain import GOES_ON, WRITTEN, Chain
 from lightning_accel.recurrent.deferred.feeds import Feed, FeedForm, feed_of, is_listened_to, is_ordinary
 from lightning_accel.recurrent.deferred.kernel import SHORTEST, Kernel
 from lightning_accel.recurrent.instance_forward import InstanceForward
@@ -86,6 +86,7 @@ class DeferredCell:
         self._plain: deque[list[weakref.ref[Tensor]]] = deque(maxlen=_SIDE_BY_SIDE)
         self._seen: dict[int, tuple[int, float]] = {}
         self._begun = self._vain = self._used = self._vain_batches = self._changes = self._asked = 0
+        self._traced = False
         self._thread = threading.get_ident()
         self._forward = InstanceForward(cell, self._call)
 
@@ -193,6 +194,9 @@ class DeferredCell:
             if problem is None and loop.versions != self._versions():
                 problem = "its weights change between the steps"
             if problem is not None:
+                if problem == WRITTEN:
+                    self.remove(problem, is_fault=True)
+                    return None, False
                 self._running.remove(loop)
                 self._close(loop, problem)
                 return None, True
@@ -222,6 +226,8 @@ class DeferredCell:
             self._close(self._running.pop(), "its state is changed between the steps")
         if self._vain > self._used + steps:  # for this batch
             return None
+        if not self._has_schedule(xs, states):
+            return None
         known, random_state = len(self.choice.choices), torch.get_rng_state()
         chain = Chain(self.kernel, feeds, xs, states, parameters=self._parameters, steps=steps, asked=self._note_asked)
         if len(self.choice.choices) != known:  # what was measured must not be seen in the run
@@ -232,6 +238,16 @@ class DeferredCell:
         self._running.appendleft(loop)
         self.chains += 1
         return loop
+
+    def _has_schedule(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
+        """See whether a step can be traced; computed as a loop, it could draw random numbers before its time."""
+        if self.native or self._traced:
+            return True
+        refusal = self.choice.refusal(self.layout, [x.detach() for x in xs], [s.detach() for s in states])
+        self._traced = refusal is None
+        if refusal is not None:
+            self.remove(refusal)
+        return self._traced
 
     def _foretold(self, order: int, left: float) -> int:
         """Return how many steps the loop that begins will have, if it is like that of the batch before."""

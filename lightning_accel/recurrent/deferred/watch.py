@@ -79,17 +79,26 @@ class Watch:
         self._recent: deque[_Loop] = deque(maxlen=_SIDE_BY_SIDE)
         self._loops: list[_Loop] = []
         self._key: dict[str, Any] | None = None
+        self._tensors: list[Tensor] = []
+        self._versions: list[int] = []
         self.specs: list[Any] = []
 
     def before(self, *_: Any) -> None:
         """Look at the module before a call."""
-        self._key = cell_key(self.module) if self.calls < _LOOKED_AT else None
+        if self.calls < _LOOKED_AT:
+            self._key = cell_key(self.module)
+            self._tensors = [*self.module.parameters(), *self.module.buffers()]
+            self._versions = [t._version for t in self._tensors]
+        else:
+            self._key = None
 
     def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Look at a call."""
         self.calls += 1
         if self._key is not None and (part := changed_part(self._key, cell_key(self.module))) is not None:
             self._object(f"a call of it changes `{part}`")
+        elif self._key is not None and [t._version for t in self._tensors] != self._versions:
+            self._object("a call of it changes a buffer or a weight in place")
         leaves: list[Any] = []
         results: list[Any] = []
         flatten((args, kwargs), leaves)
