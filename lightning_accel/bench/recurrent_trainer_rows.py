@@ -24,7 +24,7 @@ from lightning_accel.measure import compare_paired
 from lightning_accel.zoo.models.char_lm import CharLM
 
 INPUT, HIDDEN, CLASSES = 128, 256, 97
-_SETTLED = 2  # steps of a fit until every schedule is chosen
+_SETTLED = 3  # steps of a fit until every schedule is compared and chosen
 _MEMORY_BATCH = 32
 _QUIET: dict[str, Any] = {
     "logger": False,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-FEATURES, HIDDEN = 3, 4
+FEATURES = HIDDEN = 4  # so that results of one cell can be inputs of another
 
 
 class State(NamedTuple):
@@ -94,14 +94,10 @@ class OwnCell(nn.Module):
         return new
 
 
-QUIRKS = "none none none norm anneals setting counts remembers drops noise reverses detaches".split() + [
-    "keeps last",
-    "batch size",
-    "looks at values",
-    "updates buffer",
-    "in place",
-    "weight norm",
-]
+QUIRKS = (
+    *("none", "none", "none", "norm", "anneals", "setting", "counts", "remembers", "drops", "noise", "reverses"),
+    *("detaches", "keeps last", "batch size", "looks at values", "updates buffer", "in place", "weight norm"),
+)
 FORMS = ("pair", "with none", "named", "dict", "data", "single", "output and state", "list")
 
 
@@ -134,18 +130,25 @@ def make_result(h, c, form):
 
 
 def make_cell(kind, quirk, form):
-    """Return a cell and what calls it as ``step(x, state) -> (output, state)``."""
+    """Return a cell of torch's or of our own."""
     if kind == "lstm":
-        cell = nn.LSTMCell(FEATURES, HIDDEN, bias=quirk != "drops")
-        return cell, lambda x, state: (lambda s: (s[0], s))(cell(x, state))
+        return nn.LSTMCell(FEATURES, HIDDEN, bias=quirk != "drops")
     if kind == "gru":
-        cell = nn.GRUCell(FEATURES, HIDDEN)
-        return cell, lambda x, state: (lambda h: (h, h))(cell(x, state))
+        return nn.GRUCell(FEATURES, HIDDEN)
     if kind == "rnn":
-        cell = nn.RNNCell(FEATURES, HIDDEN, nonlinearity="relu" if quirk == "norm" else "tanh")
-        return cell, lambda x, state: (lambda h: (h, h))(cell(input=x, hx=state))
-    cell = OwnCell(quirk, form)
-    return cell, lambda x, state: read(cell(x, state), form)
+        return nn.RNNCell(FEATURES, HIDDEN, nonlinearity="relu" if quirk == "norm" else "tanh")
+    return OwnCell(quirk, form)
+
+
+def call(cell, kind, form, x, state):
+    """Make a step as the cell's caller would; return output and next state."""
+    if kind == "lstm":
+        state = cell(x, state)
+        return state[0], state
+    if kind in ("gru", "rnn"):
+        h = cell(x, state) if kind == "gru" else cell(input=x, hx=state)
+        return h, h
+    return read(cell(x, state), form)
 
 
 def read(result, form):

@@ -180,8 +180,8 @@ def data():
 
 def trainer(*callbacks, **settings):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    settings = {"max_epochs": 2, "enable_checkpointing": False} | settings
-    return Trainer(callbacks=list(callbacks), **quiet, **settings)
+    settings = quiet | {"max_epochs": 2, "enable_checkpointing": False} | settings
+    return Trainer(callbacks=list(callbacks), **settings)
 
 
 def fit(kind, *callbacks, **settings):

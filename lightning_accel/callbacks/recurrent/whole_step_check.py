@@ -74,17 +74,27 @@ class _Runner:
         self._arguments = trainer, pl_module, batch, batch_idx
 
     def __call__(self, scheduled: Scheduled) -> _Outcome:
-        with isolate_rng():
-            trial = StepTrial(*self._arguments)
-            logged: dict[str, float | Tensor] = {}
-            for module in trial.module.modules():
-                if "log" in module.__dict__:
-                    module.__dict__.update(log=_noting(logged), log_dict=_noting_all(logged))
-            with scheduled(trial.module):
-                loss = trial.forward()
-                trial.module.backward(loss)
-            gradients = {name: p.grad for name, p in trial.module.named_parameters()}
-            return _Outcome(loss.detach(), gradients, {**logged, **dict(_noted(trial.module))})
+        error: Exception | None = None
+        with isolate_rng():  # which restores nothing after an exception
+            try:
+                outcome = self._step(scheduled)
+            except Exception as raised:
+                error = raised
+        if error is not None:
+            raise error
+        return outcome
+
+    def _step(self, scheduled: Scheduled) -> _Outcome:
+        trial = StepTrial(*self._arguments)
+        logged: dict[str, float | Tensor] = {}
+        for module in trial.module.modules():
+            if "log" in module.__dict__:
+                module.__dict__.update(log=_noting(logged), log_dict=_noting_all(logged))
+        with scheduled(trial.module):
+            loss = trial.forward()
+            trial.module.backward(loss)
+        gradients = {name: p.grad for name, p in trial.module.named_parameters()}
+        return _Outcome(loss.detach(), gradients, {**logged, **dict(_noted(trial.module))})
 
 
 def _noting(logged: dict[str, float | Tensor]) -> Callable[..., None]:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from lightning_accel.recurrent.deferred.feeds import Feed, Rows, is_listened_to, same_values
+from lightning_accel.recurrent.deferred.feeds import Feed, Rows, Same, is_listened_to, same_values
 from lightning_accel.recurrent.deferred.kernel import SHORTEST, Kernel
 from lightning_accel.torch_private import backward_keeps_graph, backward_reaches, node_class, running_backward
 
 GOES_ON = "it goes on longer than foretold"
-WRITTEN = "its state is written to past autograd (NumPy, `.data`), which gradients then do not know of"
+WRITTEN = "its state or input is written to past autograd (NumPy, `.data`), which gradients then do not know of"
 _FREED = (
     "Trying to backward through the graph a second time, but a recurrent loop has freed what it kept; call the first "
     "backward with `retain_graph=True`."
@@ -99,6 +99,8 @@ class Chain:
                 return WRITTEN
         if self.given >= self.steps:
             return GOES_ON
+        if any(isinstance(feed, Same) and feed.is_written(x) for feed, x in zip(self.feeds, xs, strict=True)):
+            return WRITTEN
         if not all(feed.accepts(self.given, x) for feed, x in zip(self.feeds, xs, strict=True)):
             return "an input is not the one that was foretold"
         return None

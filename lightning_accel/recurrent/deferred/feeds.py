@@ -257,6 +257,11 @@ class Same:
             return known and same_values(x, self._value)
         return not x.requires_grad and same_values(x, self._value)
 
+    def is_written(self, x: Tensor) -> bool:
+        """Tell whether ``x`` is the tensor, with other values that autograd was not told of."""
+        known = x is self._first and x._version == self._version
+        return known and not same_values(x, self._value)
+
     def bring(self, gradient: Tensor) -> Tensor:
         """Return the gradient of the tensor."""
         return gradient.sum(0)

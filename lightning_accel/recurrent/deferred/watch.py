@@ -80,6 +80,7 @@ class Watch:
         self._loops: list[_Loop] = []
         self._key: dict[str, Any] | None = None
         self._tensors: list[Tensor] = []
+        self._same: dict[int, Tensor] = {}
         self._versions: list[int] = []
         self.specs: list[Any] = []
 
@@ -140,6 +141,7 @@ class Watch:
     def forget(self) -> None:
         """Let go of the batch's tensors."""
         self._recent.clear()
+        self._same.clear()
         for loop in self._loops:
             loop.results = loop.leaves = loop.first = []
 
@@ -175,6 +177,9 @@ class Watch:
         except (IndexError, AttributeError):
             self._object("its calls differ in form")
             return
+        except ValueError as problem:
+            self._object(str(problem))
+            return
         forms = tuple(form for form in found if form is not None)
         if len(forms) < len(found):
             self._object("its inputs are made between the steps, and may use every step's result before the next step")
@@ -191,6 +196,8 @@ class Watch:
 
     def _form(self, before: Any, after: Any) -> FeedForm | None:
         if before is after:
+            if self._same.setdefault(id(after), after.detach().clone()).ne(after).any():
+                raise ValueError("its input is written to past autograd (NumPy, `.data`) between the steps")
             return FeedForm("same")
         old, new = self._origins.of(before), self._origins.of(after)
         if old is not None and new is not None:

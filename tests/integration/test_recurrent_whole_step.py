@@ -1,0 +1,223 @@
+"""A whole training step is compared before a loop is computed at once: what is found, and that nothing is left."""
+
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from recurrent_models import FEATURES, HIDDEN, Body, LSTMLoop, PeepholeLoop, StackedLoop, data, fit, trainer
+from torch import nn
+
+from lightning_accel.callbacks import IntraStreamScheduling
+from lightning_accel.recurrent.deferred import kernel
+
+
+def warned(kind, callback, **settings):
+    """Train; return the module and the callback's warnings."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        module = fit(kind, callback, **settings)
+    return module, [str(w.message) for w in said if "IntraStreamScheduling" in str(w.message)]
+
+
+def assert_trained_plainly(module, plain):
+    assert module.losses == plain.losses
+    for actual, expected in zip(module.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_a_wrong_result_is_found_named_and_not_used(monkeypatch):
+    run = kernel.Kernel.run
+
+    def wrong(self, xs, states):
+        outputs, last = run(self, xs, states)
+        return [
+            outputs[0] * torch.linspace(1, 1.1, len(outputs[0]), dtype=torch.double)[:, None, None],
+            *outputs[1:],
+        ], last
+
+    monkeypatch.setattr(kernel.Kernel, "run", wrong)
+    callback = IntraStreamScheduling("native")
+    module, said = warned(LSTMLoop, callback)
+    assert_trained_plainly(module, fit(LSTMLoop))
+    assert len(said) == 1
+    assert "runs `cell` plainly: the loss of a whole training step differs by" in said[0]
+    assert callback.report == [f"cell: plain, {said[0].split('plainly: ')[1].rstrip('.')}"]
+
+
+def test_a_wrong_gradient_is_found_and_named(monkeypatch):
+    bring = kernel.Kernel.run
+
+    def wrong(self, xs, states):
+        outputs, last = bring(self, xs, states)
+        return [o.detach() + 0.9 * (o - o.detach()) for o in outputs], last
+
+    monkeypatch.setattr(kernel.Kernel, "run", wrong)
+    module, said = warned(LSTMLoop, IntraStreamScheduling("intra_stream"))
+    assert_trained_plainly(module, fit(LSTMLoop))
+    assert "the gradient of `cell.weight_ih` in a whole training step differs by 1.0e-01" in said[0]
+
+
+def test_an_exception_while_steps_are_computed_is_the_plain_loop(monkeypatch):
+    def fails(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(kernel.Kernel, "run", fails)
+    module, said = warned(LSTMLoop, IntraStreamScheduling("intra_stream"))
+    assert_trained_plainly(module, fit(LSTMLoop))
+    assert len(said) == 1
+    assert "OSError while its steps were computed: no space left" in said[0]
+
+
+def test_an_exception_after_the_comparison_is_the_plain_loop_from_then_on(monkeypatch):
+    run, calls = kernel.Kernel.run, []
+
+    def fails_later(self, *arguments):
+        calls.append(1)
+        if len(calls) > 2:
+            raise OSError("no space left")
+        return run(self, *arguments)
+
+    monkeypatch.setattr(kernel.Kernel, "run", fails_later)
+    module, said = warned(LSTMLoop, IntraStreamScheduling("intra_stream"))
+    torch.testing.assert_close(module.losses, fit(LSTMLoop).losses, rtol=1e-10, atol=1e-12)
+    assert len(said) == 1
+    assert "`cell` plainly from now on: OSError" in said[0]
+
+
+class Draws(LSTMLoop):
+    """Looks at all random states, logs, counts and keeps things."""
+
+    def build(self):
+        super().build()
+        self.drawn, self.steps, self.register = [], 0, self.register_buffer("seen", torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        self.seen += 1
+        self.drawn.append((random.random(), float(np.random.random()), float(torch.rand(()))))
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_step=True)
+        return loss
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_comparison_leaves_nothing_behind(fails, monkeypatch, tmp_path):
+    if fails:
+        monkeypatch.setattr(kernel.Kernel, "run", lambda *_: 1 / 0)
+    modules, rows = [], []
+    for k, callbacks in enumerate(([], [IntraStreamScheduling("intra_stream")])):
+        random.seed(7)
+        np.random.seed(7)
+        torch.manual_seed(7)
+        module = Draws()
+        logger = CSVLogger(tmp_path, name=str(k))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer(*callbacks, logger=logger, log_every_n_steps=1).fit(module, data())
+        logger.save()
+        modules.append(module)
+        rows.append(len((tmp_path / str(k) / "version_0" / "metrics.csv").read_text().splitlines()))
+    plain, other = modules
+    assert other.drawn == plain.drawn
+    assert (other.steps, float(other.seen)) == (plain.steps, float(plain.seen)) == (6, 6.0)
+    assert rows[0] == rows[1]
+    torch.testing.assert_close(other.losses, plain.losses, rtol=1e-10, atol=1e-12)
+
+
+def test_a_module_that_can_not_be_copied_runs_plain_and_says_so():
+    class Holds(LSTMLoop):
+        def build(self):
+            super().build()
+            self.stream = (k for k in range(10))
+
+    callback = IntraStreamScheduling("intra_stream")
+    module, said = warned(Holds, callback)
+    assert_trained_plainly(module, fit(LSTMLoop))
+    assert len(said) == 1
+    assert "a training step can not be tried on a copy of the module: TypeError" in said[0]
+
+
+def test_manual_optimization_runs_plain_and_says_so():
+    class Manual(LSTMLoop):
+        def build(self):
+            super().build()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+    module, said = warned(Manual, IntraStreamScheduling("intra_stream"))
+    assert module.losses == fit(Manual).losses
+    assert "manual optimization can not be tried on a copy" in said[0]
+
+
+def test_short_fits_run_plain_with_the_numbers():
+    callback = IntraStreamScheduling()
+    module = fit(PeepholeLoop, callback)
+    assert_trained_plainly(module, fit(PeepholeLoop))
+    assert "steps of" in callback.report[0]
+    assert "to compare, trace and measure schedules takes about" in callback.report[0]
+    assert "more than 3% of that" in callback.report[0]
+
+
+def test_an_overhead_without_limit_measures_short_fits_too():
+    callback = IntraStreamScheduling(max_overhead=float("inf"))
+    module = fit(StackedLoop, callback)
+    torch.testing.assert_close(module.losses, fit(StackedLoop).losses, rtol=1e-10, atol=1e-12)
+    assert all("chains of" in line or "no schedule was faster" in line for line in callback.report), callback.report
+
+
+class Annealed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inwards, self.around, self.gain = nn.Linear(FEATURES, HIDDEN), nn.Linear(HIDDEN, HIDDEN), 1.0
+
+    def forward(self, x, h):
+        return torch.tanh(self.inwards(x) + self.gain * self.around(h))
+
+
+class Anneals(Body):
+    until = 100
+
+    def build(self):
+        self.cell = Annealed()
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.cell.gain = 1.0 - 0.1 * min(self.global_step, self.until)
+
+    def forward(self, x):
+        h, hidden = x.new_zeros(x.shape[1], HIDDEN), []
+        for t in range(len(x)):
+            h = self.cell(x[t], h)
+            hidden.append(h)
+        return torch.stack(hidden)
+
+
+@pytest.mark.parametrize("until", [100, 2])
+def test_attributes_that_change_count(until):
+    kind = type("Anneals", (Anneals,), {"until": until})
+    callback = IntraStreamScheduling("intra_stream")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a schedule of the old value, where it is found
+        module = fit(kind, callback, max_epochs=4)
+    torch.testing.assert_close(module.losses, fit(kind, max_epochs=4).losses, rtol=1e-10, atol=1e-12)
+    assert callback.report[0].startswith("cell: ")
+    if until == 100:
+        assert "plain" in callback.report[0]
+
+
+def test_the_choice_is_said_once_when_it_is_made(caplog):
+    class Noting(LSTMLoop):
+        def on_train_batch_end(self, *_):
+            self.said = [*getattr(self, "said", []), len([r for r in caplog.records if "IntraStream" in r.message])]
+
+    with caplog.at_level("INFO"):
+        module = fit(Noting, IntraStreamScheduling("intra_stream"))
+    assert module.said[0] == 0
+    assert module.said[-1] == 1
