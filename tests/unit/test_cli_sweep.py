@@ -53,6 +53,12 @@ NOISY = [
 ]
 
 
+def test_a_lone_setting_gets_no_star():
+    (lone,) = settings(seeds("a", 100.0, [0.90, 0.92], 0))
+    report = SweepReport([], [lone], "val/accuracy", "max", None, {lone.name}, set(), "", {})
+    assert report.mark(lone) == ""
+
+
 def test_seeds_are_one_point_with_an_interval_of_student():
     a, b, c = settings(NOISY)
     assert [s.name for s in (a, b, c)] == ["x=a", "x=b", "x=c"]

@@ -38,7 +38,9 @@ class SweepReport:
     environment: Mapping[str, str | int]
 
     def mark(self, setting: Setting) -> str:
-        """Return what the table says of a setting's place."""
+        """Return what the table says of a setting's place; of a lone setting nothing, there is no choice."""
+        if len(self.settings) == 1:
+            return ""
         return "*" if setting.name in self.on_front else "(*)" if setting.name in self.near_front else ""
 
 
