@@ -49,8 +49,9 @@ from lightning_accel.low_rank.optimizer import (
     undo_replacement,
 )
 from lightning_accel.low_rank.optimizer_kinds import MakeOptimizer, makers_by_layer, why_not_followed
-from lightning_accel.low_rank.rank_plan.candidates import plateau_candidates, theoretical_ranks
-from lightning_accel.low_rank.rank_plan.gate import (
+from lightning_accel.low_rank.plan import Candidate, LayerPlan, RankPlan
+from lightning_accel.low_rank.rank_search.candidates import plateau_candidates, theoretical_ranks
+from lightning_accel.low_rank.rank_search.gate import (
     GateDecision,
     apply_decision,
     layer_groups,
@@ -58,9 +59,8 @@ from lightning_accel.low_rank.rank_plan.gate import (
     payback_steps,
     verify_plan,
 )
-from lightning_accel.low_rank.rank_plan.plan import Candidate, LayerPlan, RankPlan
-from lightning_accel.low_rank.rank_plan.search import make_plan
-from lightning_accel.low_rank.rank_plan.timing import DiskCache, default_cache_dir, time_layer
+from lightning_accel.low_rank.rank_search.search import make_plan
+from lightning_accel.low_rank.rank_search.timing import DiskCache, default_cache_dir, time_layer
 from lightning_accel.low_rank.structure import adapt_structure
 
 __all__ = [

@@ -9,7 +9,7 @@ from lightning_accel.low_rank.eligibility import LEFT_ALONE, eligible_layers, lo
 from lightning_accel.low_rank.factored import FactoredLayer
 from lightning_accel.low_rank.factorize import factorize, to_dense
 from lightning_accel.low_rank.in_place import become
-from lightning_accel.low_rank.rank_plan.plan import RankPlan
+from lightning_accel.low_rank.plan import RankPlan
 
 
 def decompose(model: nn.Module, plan: RankPlan, *, second_moments: Mapping[str, Tensor] | None = None) -> list[str]:

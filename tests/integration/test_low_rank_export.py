@@ -9,7 +9,7 @@ from cli_calls import call
 from onnx.reference import ReferenceEvaluator
 
 from lightning_accel.low_rank import LowRankConv, TuckerConv, decompose, low_rank_layers, make_plan
-from lightning_accel.low_rank.rank_plan.plan import LayerPlan, RankPlan
+from lightning_accel.low_rank.plan import LayerPlan, RankPlan
 from lightning_accel.zoo import CNN
 
 PLAIN = """

@@ -12,7 +12,7 @@ from low_rank_models import Classifier, train
 from lightning_accel.callbacks import RankQuantization, SequentialFreezing
 from lightning_accel.callbacks.rank_quantization import step_times as _step_times
 from lightning_accel.low_rank import decompose, low_rank_layers, make_plan
-from lightning_accel.low_rank.rank_plan import timing
+from lightning_accel.low_rank.rank_search import timing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
 

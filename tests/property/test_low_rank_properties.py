@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_accel.low_rank import EnergyProfile, factorize, frozen_factor_index, full_ranks, to_dense
-from lightning_accel.low_rank.rank_plan.candidates import plateau_candidates, snapped_ranks, theoretical_ranks
-from lightning_accel.low_rank.rank_plan.knapsack import least_cost, most_value
-from lightning_accel.low_rank.rank_plan.plan import factor_parameters
-from lightning_accel.low_rank.rank_plan.two_budgets import most_value_within
+from lightning_accel.low_rank.plan import factor_parameters
+from lightning_accel.low_rank.rank_search.candidates import plateau_candidates, snapped_ranks, theoretical_ranks
+from lightning_accel.low_rank.rank_search.knapsack import least_cost, most_value
+from lightning_accel.low_rank.rank_search.two_budgets import most_value_within
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 300), st.integers(1, 300)),

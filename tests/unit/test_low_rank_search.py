@@ -23,7 +23,7 @@ from lightning_accel.low_rank import (
     theoretical_ranks,
     time_layer,
 )
-from lightning_accel.low_rank.rank_plan.candidates import every_rank, plateau_below
+from lightning_accel.low_rank.rank_search.candidates import every_rank, plateau_below
 
 
 def mlp(width=64, depth=3):

@@ -29,7 +29,7 @@ from lightning_accel.callbacks.rank_quantization.request import RankRequest
 from lightning_accel.callbacks.rank_quantization.verdict import Verdict, dense
 from lightning_accel.lightning_private import callbacks_of, pruned_layers
 from lightning_accel.low_rank import RankPlan
-from lightning_accel.low_rank.rank_plan.plan import UNMEASURED
+from lightning_accel.low_rank.plan import UNMEASURED
 
 
 @dataclass

@@ -13,19 +13,13 @@ from torch import Tensor, nn
 
 from lightning_accel import measure
 from lightning_accel.low_rank.calls import RunBatch, input_second_moments, record_calls
+from lightning_accel.low_rank.choose import choose_by_paper, choose_fixed, choose_in_knapsack
 from lightning_accel.low_rank.eligibility import eligible_layers, left_alone
 from lightning_accel.low_rank.factored import DenseLayer
 from lightning_accel.low_rank.factorize import EnergyProfile
 from lightning_accel.low_rank.freezing import NUM_GROUPS
 from lightning_accel.low_rank.optimizer_kinds import MakeOptimizer
-from lightning_accel.low_rank.rank_plan.candidates import (
-    every_rank,
-    plateau_below,
-    plateau_candidates,
-    theoretical_ranks,
-)
-from lightning_accel.low_rank.rank_plan.choose import choose_by_paper, choose_fixed, choose_in_knapsack
-from lightning_accel.low_rank.rank_plan.plan import (
+from lightning_accel.low_rank.plan import (
     UNMEASURED,
     Candidate,
     LayerPlan,
@@ -34,7 +28,13 @@ from lightning_accel.low_rank.rank_plan.plan import (
     Weighting,
     factor_parameters,
 )
-from lightning_accel.low_rank.rank_plan.timing import DiskCache, Phase, Timer, candidate_name, time_layer
+from lightning_accel.low_rank.rank_search.candidates import (
+    every_rank,
+    plateau_below,
+    plateau_candidates,
+    theoretical_ranks,
+)
+from lightning_accel.low_rank.rank_search.timing import DiskCache, Phase, Timer, candidate_name, time_layer
 
 
 @dataclasses.dataclass(frozen=True)

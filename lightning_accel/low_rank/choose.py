@@ -4,10 +4,10 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from lightning_accel.low_rank.rank_plan.candidates import snapped_ranks
-from lightning_accel.low_rank.rank_plan.knapsack import least_cost, most_value
-from lightning_accel.low_rank.rank_plan.plan import Candidate, LayerPlan
-from lightning_accel.low_rank.rank_plan.two_budgets import most_value_within
+from lightning_accel.low_rank.plan import Candidate, LayerPlan
+from lightning_accel.low_rank.rank_search.candidates import snapped_ranks
+from lightning_accel.low_rank.rank_search.knapsack import least_cost, most_value
+from lightning_accel.low_rank.rank_search.two_budgets import most_value_within
 
 MARGIN = 0.03
 """Share of the dense time that a low-rank layer must save to be considered at all."""

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_accel.low_rank.rank_plan.plan import RankPlan
+from lightning_accel.low_rank.plan import RankPlan
 from lightning_accel.measure import PairedRatio, compare_paired
 
 TimeVariants = Callable[[Mapping[str, frozenset[str]]], Mapping[str, Sequence[float]]]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from lightning_accel.low_rank.rank_plan.plan import factor_parameters
+from lightning_accel.low_rank.plan import factor_parameters
 
 _GRANULARITIES = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 _ENOUGH = 6  # plateaus that describe how time depends on the rank

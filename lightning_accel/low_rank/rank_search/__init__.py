@@ -1,0 +1,1 @@
+"""Finding ranks: which are worth trying, what they cost here, and whether the whole pays."""
