@@ -104,8 +104,8 @@ def main():
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
     begun, gained, wrong = time.monotonic(), 0, {}
-    for start in range(0, arguments.modules, 250):
-        seeds = range(arguments.seed + start, arguments.seed + min(start + 250, arguments.modules))
+    for start in range(0, arguments.modules, 50):
+        seeds = range(arguments.seed + start, arguments.seed + min(start + 50, arguments.modules))
         more, found = run(seeds, verbose=True)
         gained, wrong = gained + more, {**wrong, **found}
         done = start + len(seeds)
