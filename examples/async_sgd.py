@@ -32,7 +32,7 @@ def fit_and_test(strategy: AsyncSGDStrategy | str, devices: int) -> float:
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     strategy = AsyncSGDStrategy(
-        staleness="inverse",  # a gradient that is n steps old counts 1/n
+        staleness="look_ahead",  # workers compute on the parameters as they will be when their gradients arrive
         max_restarts=3,  # a worker that dies is started again; its batches go to others
     )
     alone, together = fit_and_test("auto", 1), fit_and_test(strategy, 2)

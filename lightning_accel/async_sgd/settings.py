@@ -26,7 +26,8 @@ class Settings:
         outer_momentum: Of ``delayed_nesterov``, in [0, 1).
         overlap: Whether a worker goes on with its next batch while its push is applied, so that it never waits for
             the server; its gradients are then up to one step of its own older.
-        staleness: Rule for gradients of older parameters, see `rules.learning_rate_weight`.
+        staleness: Rule for gradients of older parameters. ``look_ahead``: workers compute on a forecast of the
+            parameters, see `LookAhead`; the others, see `learning_rate_weight`.
         drop_beyond: Largest staleness that rule ``drop`` applies, in optimizer steps, >= 0.
         compensation: Strength of ``delay_compensation``, >= 0.
         max_staleness: Pushes that the fastest worker may be ahead of the slowest; None for no bound.
@@ -63,7 +64,7 @@ class Settings:
     outer: Outer = "mean"
     outer_momentum: float = 0.9
     overlap: bool = False
-    staleness: StalenessRule = "inverse"
+    staleness: StalenessRule = "look_ahead"
     drop_beyond: int = 16
     compensation: float = 0.04
     max_staleness: int | None = None

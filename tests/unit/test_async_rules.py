@@ -21,6 +21,7 @@ from lightning_accel.async_sgd.policy.rules import (
     [
         ("none", 9, 1.0),
         ("delay_compensation", 9, 1.0),
+        ("look_ahead", 4, 0.25),  # of local steps
         ("inverse", 0, 1.0),
         ("inverse", 1, 1.0),
         ("inverse", 4, 0.25),
@@ -33,7 +34,7 @@ def test_weight_of_a_stale_gradient(rule, staleness, weight):
 
 
 def test_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match=r"`rule` must be one of none, inverse, delay_compensation, drop"):
+    with pytest.raises(ValueError, match=r"`rule` must be one of look_ahead, inverse, none, delay_compensation, drop"):
         learning_rate_weight(0, rule="gently", threshold=0)
 
 

@@ -126,7 +126,7 @@ def test_a_gradient_that_is_too_stale_is_dropped_and_its_batch_given_out_again()
 
 
 def test_inverse_weighs_the_learning_rate_and_puts_it_back():
-    server = opened(momentum=0.0)
+    server = opened(Settings(staleness="inverse"), momentum=0.0)
     for sequence in (1, 2, 3, 4):
         server.apply(push(sequence, base=sequence - 1, scale=0.0))
     before = server.parameters[1].detach().clone()
@@ -231,7 +231,7 @@ def test_replay_of_the_log_gives_the_same_bits():
         entry = LogEntry(worker, 0, sequence, base, 0, 0, 1.0, [], [])
         made = push(sequence, worker=worker, base=base, gradients=gradient_of(entry, history[base]))
         assert server.apply(made) == "applied"
-        history[server.version] = [p.detach().clone() for p in server.parameters]
+        history[server.version] = [p.detach().clone() for p in server.published()]
     replay(server.log, parameters, [optimizer], gradient_of)
     assert all(torch.equal(a, b) for a, b in zip(server.parameters, parameters, strict=True))
 

@@ -96,6 +96,14 @@ class FlatOptimizer:
         if self._able and plain:
             self._gather()
 
+    @property
+    def pieces(self) -> list[Tensor]:
+        """Tensors that cover the optimizer's parameters and share their memory, as few as there can be."""
+        if not self._arena.spans:
+            return [self._parameters[place] for place in self._places]
+        spans = self._arena.spans
+        return [self._arena.memory[spans[a][0] : spans[b][1]] for runs in self._runs for a, b in runs]
+
     def forget(self) -> None:
         """Take note that the optimizer was given another state."""
         self._twin = None

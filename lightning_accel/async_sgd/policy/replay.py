@@ -21,8 +21,8 @@ def replay(
         log: Of `ParameterServer`, with ``record_log``; pushes of gradients, not of local steps.
         parameters: Where the run began, at the version before the first entry.
         optimizers: Over these parameters, in their state at that version.
-        gradient_of: Returns the gradients (one entry a parameter, or None) of an entry at given parameters: those of
-            the entry's ``base_version``, on the batches of its ``leases``. Must not depend on anything else.
+        gradient_of: Returns the gradients (one entry a parameter, or None) of an entry at given parameters: those
+            published as the entry's ``base_version``, on the batches of its ``leases``. Must not depend on anything else.
 
     Raises:
         ValueError: If the log has a gap, or a gradient belongs to a version from before its beginning.
@@ -33,6 +33,7 @@ def replay(
     uses = Counter(entry.base_version for entry in log)
     version = log[0].version - 1 if log else 0
     history = {version: [p.detach().clone() for p in parameters]} if uses[version] else {}
+    offsets: dict[int, Tensor] = {}  # by place: forecast minus parameter
     for entry in log:
         if entry.version != version + 1:
             raise ValueError(f"the log goes from version {version} to {entry.version}; a step is missing.")
@@ -42,8 +43,16 @@ def replay(
         uses[entry.base_version] -= 1
         if not uses[entry.base_version]:
             del history[entry.base_version]
-        set_groups(optimizers[entry.optimizer], entry.groups)
-        step_optimizer(optimizers[entry.optimizer], parameters, gradients, weight=entry.weight)
+        optimizer = optimizers[entry.optimizer]
+        set_groups(optimizer, entry.groups)
+        if entry.scale != 1.0:
+            gradients = [None if g is None else g * entry.scale for g in gradients]
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        before = {i: p.detach().clone() for i, p in enumerate(parameters) if id(p) in owned and entry.reach}
+        step_optimizer(optimizer, parameters, gradients, weight=entry.weight)
+        offsets.update({i: (parameters[i].detach() - old) * entry.reach for i, old in before.items()})
         version = entry.version
         if uses[version]:
             history[version] = [p.detach().clone() for p in parameters]
+            for i, offset in offsets.items():
+                history[version][i] += offset

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-StalenessRule = Literal["none", "inverse", "delay_compensation", "drop"]
+StalenessRule = Literal["look_ahead", "inverse", "none", "delay_compensation", "drop"]
 STALENESS_RULES: tuple[str, ...] = get_args(StalenessRule)
 
 
@@ -26,8 +26,8 @@ def staleness_of(version: int, base_version: int) -> int:
 def learning_rate_weight(staleness: int, *, rule: StalenessRule, threshold: int) -> float | None:
     """Return the factor on the learning rate of one push, or None where the push is to be dropped.
 
-    ``none`` and ``delay_compensation``: 1. ``inverse``: ``1 / max(1, staleness)``. ``drop``: 1 up to ``threshold``,
-    None beyond. The factor acts on the learning rate, not on the gradient, which Adam would normalise away.
+    ``none`` and ``delay_compensation``: 1. ``inverse``: ``1 / max(1, staleness)``; so does ``look_ahead`` for pushes of
+    local steps, for those of gradients see `LookAhead`. ``drop``: 1 up to ``threshold``, None beyond. The factor acts on the learning rate, not on the gradient, which Adam would normalise away.
 
     Args:
         staleness: Optimizer steps between the reading and the pushing, >= 0.
@@ -43,7 +43,7 @@ def learning_rate_weight(staleness: int, *, rule: StalenessRule, threshold: int)
     """
     if rule in ("none", "delay_compensation"):
         return 1.0
-    if rule == "inverse":
+    if rule in ("look_ahead", "inverse"):
         return 1.0 / max(1, staleness)
     if rule == "drop":
         return 1.0 if staleness <= threshold else None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_accel.async_sgd.policy.flat_optimizer import Arena, FlatOptimizer
 from lightning_accel.async_sgd.policy.leases import LeaseBook, LeaseId
+from lightning_accel.async_sgd.policy.look_ahead import LookAhead
 from lightning_accel.async_sgd.policy.rules import compensate_delay, learning_rate_weight, staleness_of
 from lightning_accel.async_sgd.policy.stepping import get_groups, set_groups
 from lightning_accel.async_sgd.settings import Settings
@@ -56,6 +57,8 @@ class LogEntry:
         version: Version that the push made.
         optimizer: Which optimizer stepped.
         weight: Factor on its learning rate.
+        scale: Factor on its gradients.
+        reach: How far what was published after it looks ahead, see `LookAhead`.
         leases: Batches in the gradient, as (epoch, position).
         groups: Hyper-parameters of the optimizer in this step.
     """
@@ -69,6 +72,8 @@ class LogEntry:
     weight: float
     leases: list[LeaseId]
     groups: list[dict[str, Any]]
+    scale: float = 1.0
+    reach: float = 0.0
 
 
 class ParameterServer:
@@ -108,8 +113,14 @@ class ParameterServer:
         self.optimizers = opening.optimizers
         arena = Arena(self.parameters)
         self._flat = [FlatOptimizer(optimizer, self.parameters, arena) for optimizer in self.optimizers]
+        self._begin_looking_ahead()
         nesterov = self.settings.outer == "delayed_nesterov"
         self._outer = OuterStep(self.settings.outer_momentum if nesterov else None)
+
+    def _begin_looking_ahead(self) -> None:
+        self._look_ahead: LookAhead | None = None
+        if self.settings.staleness == "look_ahead" and not self.settings.local_steps:
+            self._look_ahead = LookAhead(self.parameters, [flat.pieces for flat in self._flat], self.optimizers)
 
     def exchange(self, opening: Opening) -> None:
         """Go on with other parameters: layers of the model were replaced. Versions, steps and leases go on.
@@ -187,8 +198,15 @@ class ParameterServer:
         if weight is None:
             self.leases.give_back(push.worker, push.leases)
             return "dropped"
+        scale, reach = 1.0, 0.0
         began = time.perf_counter()
-        self._step(push, weight)
+        if self._look_ahead is not None and push.optimizer >= 0:
+            weight, scale = self._look_ahead.observe(push.optimizer, staleness, push.gradients)
+            self._look_ahead.begin_step(push.optimizer)
+            self._step(push, weight, scale)
+            reach = self._look_ahead.end_step(push.optimizer)
+        else:
+            self._step(push, weight, scale)
         self._apply_seconds.append(time.perf_counter() - began)
         self.version += 1
         self.leases.commit(push.worker, push.leases)
@@ -209,11 +227,13 @@ class ParameterServer:
                     weight=weight,
                     leases=list(push.leases),
                     groups=groups,
+                    scale=scale,
+                    reach=reach,
                 )
             )
         return "applied"
 
-    def _step(self, push: Push, weight: float) -> None:
+    def _step(self, push: Push, weight: float, scale: float) -> None:
         gradients = push.gradients
         if push.optimizer == OUTER:
             self._outer.apply(self.parameters, gradients, workers=max(1, self.live), weight=weight)
@@ -228,6 +248,9 @@ class ParameterServer:
             gradients = [
                 None if g is None else compensate_delay(g, p.detach(), b, strength=strength) for g, p, b in triples
             ]
+        if scale != 1.0:
+            memory = None
+            gradients = [None if g is None else g * scale for g in gradients]
         self._flat[push.optimizer].step(gradients, weight=weight, flat=memory)
         self.steps[push.optimizer] += 1
 
@@ -235,7 +258,8 @@ class ParameterServer:
     def _assign(self, push: Push) -> Outcome:
         if push.optimizer == ASSIGN and push.base_version != self.version:
             return "refused"
-        for parameter, value in zip(self.parameters, push.gradients, strict=True):
+        values = push.gradients if self._look_ahead is None else self._look_ahead.settle(push.gradients)
+        for parameter, value in zip(self.parameters, values, strict=True):
             if value is not None:
                 parameter.copy_(value)
         return "assigned"
@@ -252,6 +276,10 @@ class ParameterServer:
                 mine.copy_(theirs)
             else:
                 mine.lerp_(theirs, share)
+
+    def published(self) -> list[Tensor]:
+        """Return what workers read: the parameters, or a forecast of them with rule ``look_ahead``."""
+        return [*self.parameters] if self._look_ahead is None else self._look_ahead.published()
 
     def snapshot(self) -> Snapshot:
         """Return a copy of everything, one consistent cut."""
@@ -277,6 +305,7 @@ class ParameterServer:
         for flat, state in zip(self._flat, snapshot.optimizer_states, strict=True):
             flat.optimizer.load_state_dict(_copied(state))  # which keeps the tensors that it is given
             flat.forget()
+        self._begin_looking_ahead()  # the last steps led to other parameters
         self.version += 1
         self._oldest_base = self.version
 

@@ -230,7 +230,7 @@ class Service:
     def _publish(self) -> None:
         assert self.server is not None
         assert self._page is not None
-        self._page.publish([*self.server.parameters, *self.server.buffers], self.server.version, self.server.steps)
+        self._page.publish([*self.server.published(), *self.server.buffers], self.server.version, self.server.steps)
 
     # --- what workers wait for
 
