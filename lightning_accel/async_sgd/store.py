@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_accel.async_sgd.policy.buffers import Role
 from lightning_accel.async_sgd.policy.leases import Lease, LeaseId
 from lightning_accel.async_sgd.settings import Settings
 
@@ -27,6 +28,7 @@ class Opening:
         version: Optimizer steps made before (of an earlier run), all optimizers together.
         steps: The same for each optimizer.
         epochs: Unfinished epochs of an earlier run, see `LeaseBook.state`.
+        buffer_roles: What becomes of each buffer, see `take_buffers`.
     """
 
     names: list[str]
@@ -37,6 +39,7 @@ class Opening:
     version: int = 0
     steps: list[int] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
+    buffer_roles: list[Role] = field(default_factory=list)
 
 
 @dataclass
@@ -193,8 +196,8 @@ class ParameterStore(Protocol):
 
     # --- parameters and gradients
 
-    def pull(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[int, list[int]]:
-        """Copy the latest parameters and shared buffers in place; returns version and steps of each optimizer."""
+    def pull(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> tuple[int, list[int]]:
+        """Copy the latest parameters and buffers (None: not wanted) in place; returns version and optimizers' steps."""
         ...
 
     def push(

@@ -19,6 +19,7 @@ from lightning_accel.async_sgd.optimizer_steps import (
     refuse_unsupported,
     with_hooks,
 )
+from lightning_accel.async_sgd.policy.buffers import buffer_roles
 from lightning_accel.async_sgd.policy.leases import LeaseId
 from lightning_accel.async_sgd.policy.server import ASSIGN, NO_UPDATE, OUTER, OVERWRITE
 from lightning_accel.async_sgd.policy.stepping import get_groups
@@ -42,7 +43,8 @@ class Worker:
         optimizers: Over these parameters.
         watch: Whether the server gets to know what anyone but an optimizer makes of the parameters between two steps
             (clamps them, say), if the coordinator does it.
-        module: Whose parameters these are; wanted for ``buffers="recompute"`` alone.
+        module: Whose parameters and buffers these are: tells statistics of batch norm, which are averaged, from other
+            buffers, and what a forward pass has put in their place. Without, all buffers are the coordinator's.
 
     Raises:
         ValueError: If an optimizer holds a parameter that is not among ``parameters``, or cannot work on a server.
@@ -69,7 +71,7 @@ class Worker:
         self._last_push = 0
         self.pending: list[LeaseId] = []  # batches whose gradients are in no push yet
         self._local_steps: list[Callable[[], Any]] = [optimizer.step for optimizer in self.optimizers]
-        self._module = module if settings.buffers == "recompute" else None
+        self._module = module
         self._recomputation: Recomputation | None = None
         refuse_unsupported(self.optimizers)
         self.follow(parameters, buffers)
@@ -82,7 +84,10 @@ class Worker:
         Raises:
             ValueError: If an optimizer holds a parameter that is not among ``parameters``.
         """
-        self.parameters, self.buffers = parameters, buffers
+        self.parameters, self._buffers = parameters, dict(buffers)
+        self._roles = buffer_roles(self._module, list(buffers))
+        parts = {} if self._module is None else dict(self._module.named_modules())
+        self._places = [(parts.get(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in buffers]
         self._tensors: list[nn.Parameter] = list(parameters.values())
         places = {id(p): i for i, p in enumerate(self._tensors)}
         self._owned = [places_in(optimizer, places) for optimizer in self.optimizers]
@@ -93,7 +98,29 @@ class Worker:
         self._base: list[Tensor] = []
         if self._recomputation is not None:
             self._recomputation.detach()
-        self._recomputation = None if self._module is None else Recomputation(self._module)
+        recomputes = self._module is not None and self.settings.buffers == "recompute"
+        self._recomputation = Recomputation(self._module) if recomputes else None
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The module's buffers by name: where a forward pass has put another tensor into the place of one, that one.
+
+        One that has got another shape or dtype cannot go to the server any more: the last that could stands for it.
+        """
+        for (name, known), (part, leaf) in zip(list(self._buffers.items()), self._places, strict=True):
+            found = getattr(part, leaf, None)
+            if isinstance(found, Tensor) and found is not known:
+                same = (found.shape, found.dtype, found.layout) == (known.shape, known.dtype, known.layout)
+                self._buffers[name] = found if same else known
+        return self._buffers
+
+    def shared_buffers(self, cut: Snapshot) -> list[tuple[Tensor, Tensor]]:
+        """Return the buffers that the server, and not this worker, has the last word on, each with its value."""
+        if self.settings.buffers != "mean" or (self.store.is_coordinator and self.store.live_workers == 1):
+            return []
+        mine = not self.store.is_coordinator
+        triples = zip(self.buffers.values(), cut.buffers, self._roles, strict=True)
+        return [(buffer, value) for buffer, value, role in triples if mine or role != "own"]
 
     def opening(self, *, version: int = 0, steps: Sequence[int] = (), epochs: Sequence[dict[str, Any]] = ()) -> Opening:
         """Return what opens a run: copies of parameters, buffers and optimizers on CPU."""
@@ -111,6 +138,7 @@ class Worker:
             parameters=tensors,
             buffer_names=list(self.buffers),
             buffers=[b.detach().cpu().clone() for b in self.buffers.values()],
+            buffer_roles=self._roles,
             optimizers=optimizers,
             version=version,
             steps=list(steps) or [0] * len(optimizers),
@@ -125,7 +153,7 @@ class Worker:
 
     def begin(self) -> None:
         """Read the run's parameters, and leave the optimizers' state to the server."""
-        self.pull()
+        self.pull(whole=True)
         if not self.settings.local_steps:
             for optimizer in self.optimizers:
                 optimizer.state.clear()
@@ -180,9 +208,16 @@ class Worker:
             self._step_remotely(index)
         return loss
 
-    def pull(self) -> None:
-        """Read the latest parameters, and buffers where they are shared."""
-        shared = list(self.buffers.values()) if self.settings.buffers == "mean" else []
+    def pull(self, *, whole: bool = False) -> None:
+        """Read the latest parameters, and buffers where they are shared.
+
+        The coordinator, whose buffers the others read, reads but the averages, or all of them with ``whole``.
+        """
+        shared: list[Tensor | None] = []
+        if whole or self.settings.buffers == "mean":
+            every = whole or not self.store.is_coordinator
+            pairs = zip(self.buffers.values(), self._roles, strict=True)
+            shared = [buffer if every or role != "own" else None for buffer, role in pairs]
         self.version, self.steps = self.store.pull(self._tensors, shared)
         self._since_pull = 0
         if self.settings.local_steps or self._has_hooks() or (self.watch and self.store.is_coordinator):
@@ -227,9 +262,8 @@ class Worker:
             parameter.copy_(value)
         if self.watch:
             self._remember()
-        if self.settings.buffers == "mean":
-            for buffer, value in zip(self.buffers.values(), snapshot.buffers, strict=True):
-                buffer.copy_(value)
+        for buffer, value in self.shared_buffers(snapshot):
+            buffer.copy_(value)
         if self._recomputation is not None and self._recomputation.recompute():
             for buffer, value in zip(self.buffers.values(), snapshot.buffers, strict=True):
                 value.copy_(buffer)

@@ -25,7 +25,7 @@ from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import launcher_module, make_averages_picklable
 from lightning_accel.strategies.live import live_table
 from lightning_accel.strategies.rescue import Rescue, load_values
-from lightning_accel.strategies.results import bring_back, bring_back_optimizers, collect
+from lightning_accel.strategies.results import bring_back, bring_back_buffers, bring_back_optimizers, collect
 from lightning_accel.strategies.worker_process.layer_exchange import prepare_to_come_back
 from lightning_accel.strategies.worker_process.snapshots import remove_part
 
@@ -79,6 +79,7 @@ class AsyncSGDLauncherBody:
                 "the trained parameters, and the last checkpoint is resumable with `fit(ckpt_path=...)`."
             )
         strategy.precision_plugin.convert_module(trainer.lightning_module)  # as the workers' was; a fit leaves it so
+        bring_back_buffers(trainer.lightning_module, output.extra["async_sgd"]["buffers"])
         _load_weights(trainer.lightning_module, ending.take_file())
         self._recover_results_in_main_process(output, trainer)  # type: ignore[attr-defined]
         if not strategy.settings.local_steps:  # else each worker's optimizer has a state of its own

@@ -4,6 +4,8 @@ import pickle
 from collections import defaultdict
 from typing import Any
 
+from torch import Tensor, nn
+
 from lightning_accel.async_sgd import Opening
 from lightning_accel.async_sgd.policy.stepping import get_groups, set_groups
 from lightning_accel.lightning_private import bring_back_progress
@@ -16,7 +18,40 @@ def collect(trainer: Any) -> dict[str, Any]:
         "callbacks": {callback.state_key: callback.state_dict() for callback in trainer.callbacks},
         "loggers": pickled_loggers(trainer),
         "groups": [get_groups(optimizer) for optimizer in trainer.optimizers],
+        "buffers": _buffers_outside_state(trainer),
     }
+
+
+def _buffers_outside_state(trainer: Any) -> dict[str, Tensor]:
+    """Return the buffers that a state dict does not bring back: not persistent, new, or of another shape than before."""
+    module, session = trainer.lightning_module, trainer.strategy._session
+    saved = module.state_dict()
+    known = session.worker.buffers if session is not None and session.joined else {}
+    found = {}
+    for name, buffer in module.named_buffers():
+        before = known.get(name)
+        same = before is not None and (before.shape, before.dtype) == (buffer.shape, buffer.dtype)
+        if name not in saved or not same:
+            found[name] = buffer.detach().cpu()
+    return found
+
+
+def bring_back_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    """Put buffers in place that no state dict carries, before one is loaded whose shapes must fit."""
+    for name, value in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        part = module.get_submodule(owner)
+        mine = getattr(part, leaf, None)
+        if isinstance(mine, Tensor) and (mine.shape, mine.dtype, mine.layout) == (
+            value.shape,
+            value.dtype,
+            value.layout,
+        ):
+            mine.detach().copy_(value)
+        elif hasattr(part, leaf):
+            setattr(part, leaf, value)
+        else:
+            part.register_buffer(leaf, value)
 
 
 def bring_back(trainer: Any, collected: dict[str, Any]) -> None:

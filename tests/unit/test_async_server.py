@@ -165,15 +165,53 @@ def test_only_the_coordinator_sets_hyper_parameters():
         set_groups(server.optimizers[0], [{}, {}])
 
 
-def test_buffers_move_by_a_share_and_counters_by_the_largest():
-    server = opened(buffers=[torch.zeros(2), torch.tensor(3)])
-    server.apply(push(1, buffers=[torch.ones(2), torch.tensor(2)]))
-    assert server.buffers[0].tolist() == [0.5, 0.5]
-    assert int(server.buffers[1]) == 3
+def with_norm_statistics(settings=None):
+    server = opened(settings, buffers=[torch.zeros(2), torch.tensor(3), torch.zeros(2)])
+    server.buffer_roles = ["average", "count", "own"]
+    return server
+
+
+def test_averages_move_by_a_share_counts_rise_and_all_else_is_the_coordinators():
+    server = with_norm_statistics()
+    sent = [torch.ones(2), torch.tensor(2), torch.ones(2)]
+    server.apply(push(1, worker=1, buffers=sent), from_coordinator=False)
+    assert [b.tolist() for b in server.buffers] == [[0.5, 0.5], 3, [0.0, 0.0]]
+    server.apply(push(1, base=1, buffers=[torch.ones(2), torch.tensor(5), torch.ones(2)]))
+    assert [b.tolist() for b in server.buffers] == [[0.75, 0.75], 5, [1.0, 1.0]]
     server.live = 1
-    server.apply(push(2, base=1, buffers=[torch.full((2,), 0.1), torch.tensor(4)]))
-    assert server.buffers[0].tolist() == torch.full((2,), 0.1).tolist()
-    assert int(server.buffers[1]) == 4
+    alone = [torch.full((2,), 0.1), torch.tensor(4), torch.tensor([float("nan"), 1.0])]
+    server.apply(push(2, base=2, buffers=alone))
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(server.buffers, alone, strict=True))
+
+
+def test_statistics_of_a_bad_batch_spread_into_no_buffer():
+    server = with_norm_statistics()
+    bad = torch.tensor([float("nan"), float("inf")])
+    server.apply(push(1, buffers=[bad, torch.tensor(3), bad]))
+    assert [b.tolist() for b in server.buffers] == [[0.0, 0.0], 3, [0.0, 0.0]]
+    server.buffers[0].fill_(float("nan"))  # from a checkpoint, say
+    server.apply(push(2, base=1, buffers=[torch.ones(2), torch.tensor(3), torch.ones(2)]))
+    assert server.buffers[0].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor([0.0, float("-inf")]),
+        torch.tensor([1 + 2j, -3j]),
+        torch.tensor([True, False]),
+        torch.tensor([3, 0], dtype=torch.uint8),
+        torch.tensor([1.5, 2.5], dtype=torch.bfloat16),
+    ],
+    ids=["infinite", "complex", "bool", "whole", "short"],
+)
+@pytest.mark.parametrize("live", [1, 2])
+def test_any_buffer_is_that_of_the_coordinator(value, live):
+    server = opened(buffers=[torch.zeros_like(value)])
+    server.live = live
+    server.apply(push(1, buffers=[value.clone()]))
+    server.apply(push(1, worker=1, base=1, buffers=[value.clone()]), from_coordinator=False)
+    assert torch.equal(server.buffers[0], value)
 
 
 @pytest.mark.parametrize("rule", ["coordinator", "recompute"])

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 REACH = 1.3  # steps that the forecast looks ahead, in units of the mean staleness
-RATE_EXPONENT = 0.75  # the rate falls with this power of 1 + mean staleness, where gradients set a step's length
+RATE_EXPONENT = 0.75  # the rate falls with this power of 1 + mean staleness
+NORMALISED_RATE_EXPONENT = 0.25  # the same for Adam and its like, whose steps are as long as the rate says
 NORM_BOUND = 1.5  # longest gradient, in units of the running mean of their norms
 _SHARE = 0.05  # of the newest staleness in the running mean
 _NORM_SHARE = 0.03  # the same for norms
@@ -26,8 +27,7 @@ class LookAhead:
     """Forecast the parameters of a server, and say how much each stale push counts.
 
     Each optimizer has a staleness of its own, in steps of its own. With ``s`` its running mean, a step has the rate
-    times ``(1 + s) ** -RATE_EXPONENT`` (Adam and its like, whose steps are normalised: the full rate), a gradient at
-    most ``NORM_BOUND`` times the running mean norm, and what is published is ``x + REACH * s * (x - x_before)`` where
+    times ``(1 + s) ** -RATE_EXPONENT`` (or ``NORMALISED_RATE_EXPONENT``), a gradient at most ``NORM_BOUND`` times the running mean norm, and what is published is ``x + REACH * s * (x - x_before)`` where
     ``x_before`` is ``x`` before the optimizer's last step (without momentum: ``x``).
 
     Args:
@@ -73,9 +73,8 @@ class LookAhead:
         self._staleness[optimizer] += share * (own - self._staleness[optimizer])
         if not self._staleness[optimizer]:
             return 1.0, 1.0
-        weight = 1.0
-        if not is_normalised(self._optimizers[optimizer]):
-            weight = (1.0 + self._staleness[optimizer]) ** -RATE_EXPONENT
+        exponent = NORMALISED_RATE_EXPONENT if is_normalised(self._optimizers[optimizer]) else RATE_EXPONENT
+        weight = (1.0 + self._staleness[optimizer]) ** -exponent
         return weight, self._bound(optimizer, [g for g in gradients if g is not None])
 
     def _bound(self, optimizer: int, gradients: list[Tensor]) -> float:

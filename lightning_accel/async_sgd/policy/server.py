@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_accel.async_sgd.policy.buffers import take_buffers
 from lightning_accel.async_sgd.policy.flat_optimizer import Arena, FlatOptimizer
 from lightning_accel.async_sgd.policy.leases import LeaseBook, LeaseId
 from lightning_accel.async_sgd.policy.look_ahead import LookAhead
@@ -110,6 +111,7 @@ class ParameterServer:
         self.parameters = opening.parameters
         self.buffer_names = opening.buffer_names
         self.buffers = opening.buffers
+        self.buffer_roles = opening.buffer_roles
         self.optimizers = opening.optimizers
         arena = Arena(self.parameters)
         self._flat = [FlatOptimizer(optimizer, self.parameters, arena) for optimizer in self.optimizers]
@@ -138,6 +140,7 @@ class ParameterServer:
             parameters=self.parameters,
             buffer_names=self.buffer_names,
             buffers=self.buffers,
+            buffer_roles=self.buffer_roles,
             optimizers=self.optimizers,
             version=self.version,
             steps=list(self.steps),
@@ -265,17 +268,15 @@ class ParameterServer:
         return "assigned"
 
     def _take_buffers(self, buffers: Sequence[Tensor], from_coordinator: bool) -> None:
-        if not buffers or (self.settings.buffers != "mean" and not from_coordinator):
-            return
-        share = 1.0 / max(1, self.live) if self.settings.buffers == "mean" else 1.0
-        for mine, theirs in zip(self.buffers, buffers, strict=True):
-            if not mine.is_floating_point():
-                # counters such as batch norm's `num_batches_tracked`
-                mine.copy_(torch.maximum(mine, theirs) if mine.dtype != torch.bool else theirs)
-            elif share == 1.0:
-                mine.copy_(theirs)
-            else:
-                mine.lerp_(theirs, share)
+        if buffers:
+            take_buffers(
+                self.buffers,
+                buffers,
+                self.buffer_roles,
+                workers=max(1, self.live),
+                from_coordinator=from_coordinator,
+                averages=self.settings.buffers == "mean",
+            )
 
     def published(self) -> list[Tensor]:
         """Return what workers read: the parameters, or a forecast of them with rule ``look_ahead``."""

@@ -156,8 +156,8 @@ class SharedMemoryStore:
                 "build the same layers in every process."
             )
 
-    def pull(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[int, list[int]]:
-        """Copy the latest publication in place; see `ParameterStore.pull`. ``buffers`` may be empty: not wanted."""
+    def pull(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> tuple[int, list[int]]:
+        """Copy the latest publication in place; see `ParameterStore.pull`. ``buffers`` may be empty: none is wanted."""
         page = self._opened()
         began = time.perf_counter()
         targets: list[Tensor | None] = [p.detach() for p in parameters]

@@ -8,15 +8,15 @@ from torch import Tensor
 from lightning_accel.async_sgd import Snapshot, Worker
 
 
-def with_values_of(cut: Snapshot, state: dict[str, Any], worker: Worker, *, buffers: bool) -> dict[str, Any]:
-    """Return a module's state dict with the parameters (and buffers) of a cut in the place of the worker's own.
+def with_values_of(cut: Snapshot, state: dict[str, Any], worker: Worker) -> dict[str, Any]:
+    """Return a module's state dict with the parameters and shared buffers of a cut in the place of the worker's own.
 
     Entries are told by the memory they lie in, so tied parameters and keys that hooks have renamed are found as well.
     """
     mine: list[Tensor] = list(worker.parameters.values())
     theirs = cut.parameters
-    if buffers:
-        mine, theirs = [*mine, *worker.buffers.values()], [*theirs, *cut.buffers]
+    shared = worker.shared_buffers(cut)
+    mine, theirs = [*mine, *(own for own, _ in shared)], [*theirs, *(value for _, value in shared)]
     fresh = {(t.data_ptr(), t.shape): value for t, value in zip(mine, theirs, strict=True) if t.numel()}
     for key, value in state.items():  # in place: a state dict carries metadata
         if isinstance(value, Tensor):

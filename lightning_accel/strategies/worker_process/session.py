@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -235,8 +236,7 @@ class Session:
         elif self._cut is None:
             self.worker.send_changes()
         self._dumped = self._cut or self.store.snapshot()
-        shared = self.settings.buffers != "coordinator" or self._workers > 1
-        return with_values_of(self._dumped, state, self.worker, buffers=shared)
+        return with_values_of(self._dumped, state, self.worker)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
         """Return the server's state of an optimizer, of the same cut; None where this worker's own counts.
@@ -263,9 +263,7 @@ class Session:
         """Take what the module holds for the result: callbacks may have changed what the server had."""
         if self._cut is not None:
             parameters = [p.detach().cpu().clone() for p in self.worker.parameters.values()]
-            buffers = self._cut.buffers
-            if self.settings.buffers != "coordinator":
-                buffers = [b.detach().cpu().clone() for b in self.worker.buffers.values()]
+            buffers = [b.detach().cpu().clone() for b in self.worker.buffers.values()]
             self._cut = replace(self._cut, parameters=parameters, buffers=buffers)
 
     def _save_snapshot(self, every: int | None) -> None:
@@ -318,7 +316,9 @@ class Session:
 
 
 def _tensors_of(module: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return dict(module.named_parameters()), {name: b for name, b in module.named_buffers() if b is not None}
+    # a sparse buffer has no place in shared memory: it stays each worker's own
+    buffers = {name: b for name, b in module.named_buffers() if b is not None and b.layout == torch.strided}
+    return dict(module.named_parameters()), buffers
 
 
 def stop_first(session: Session, callback_class: type[Any]) -> Any:
