@@ -4,7 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_accel.async_sgd.policy.optimizer_copy import refuse_what_needs_a_loss
+from lightning_accel.async_sgd.policy.stepping import ELEMENTWISE, get_groups
 
 Closure = Callable[[], Any]
 
@@ -57,14 +61,74 @@ def places_in(optimizer: Optimizer, places: dict[int, int]) -> list[int]:
 
 
 def refuse_unsupported(optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers that evaluate the loss several times a step: the server has no loss.
+    """Refuse optimizers that cannot step on a server, which has gradients and no loss.
 
     Raises:
-        ValueError: For `torch.optim.LBFGS` and its subclasses.
+        ValueError: For `torch.optim.LBFGS`, `torch.optim.SparseAdam`, optimizers of two steps (SAM) or of two sets of
+            parameters (schedule-free), those whose step needs or uses the loss, and what cannot be pickled.
     """
     for optimizer in optimizers:
+        name = type(optimizer).__name__
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
                 "LBFGS evaluates the loss several times in one step, which a parameter server cannot; "
                 "use SGD, AdamW or another first-order optimizer, or another strategy."
             )
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            raise ValueError(
+                "SparseAdam needs sparse gradients, and pushes are dense; use Adam with `sparse=False` embeddings, or "
+                "another strategy."
+            )
+        if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+            raise ValueError(
+                f"`{name}` makes a step of two (`first_step`, `second_step`) around a second backward pass, and a "
+                "parameter server sees `step()` alone; use its base optimizer, or another strategy."
+            )
+        if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+            raise ValueError(
+                f"`{name}` has one set of parameters to train and one to evaluate (`train()`, `eval()`), and what "
+                "turns one into the other lies on the server; use an optimizer with a schedule, or another strategy."
+            )
+        if type(optimizer) not in ELEMENTWISE:
+            refuse_what_needs_a_loss(optimizer)
+
+
+class SentGroups:
+    """What the server knows of an optimizer's hyper-parameters.
+
+    Only what is changed in a worker (by a schedule, say) goes to the server: the rest is what the server's optimizer
+    makes of it, which may keep counters and estimates in its groups.
+
+    Args:
+        optimizer: A worker's.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._sent = self._kept()
+
+    def changed(self) -> list[dict[str, Any]]:
+        """Return the hyper-parameters that were changed since they were sent, group by group."""
+        pairs = zip(get_groups(self._optimizer), self._sent, strict=False)
+        return [{k: v for k, v in now.items() if k not in sent or not _same(v, sent[k])} for now, sent in pairs]
+
+    def take(self) -> list[dict[str, Any]] | None:
+        """Return the same, on CPU, as something that is sent now; None if there is nothing."""
+        groups = self.changed()
+        if len(groups) != len(self._optimizer.param_groups):
+            groups = get_groups(self._optimizer)  # which the server refuses, and says why
+        elif not any(groups):
+            return None
+        self._sent = self._kept()
+        return [{k: v.cpu() if isinstance(v, Tensor) else v for k, v in group.items()} for group in groups]
+
+    def _kept(self) -> list[dict[str, Any]]:
+        # a rate may be a tensor that a schedule writes into
+        groups = get_groups(self._optimizer)
+        return [{k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in g.items()} for g in groups]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)

@@ -196,7 +196,7 @@ class ParameterStore(Protocol):
 
     # --- parameters and gradients
 
-    def pull(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> tuple[int, list[int]]:
+    def pull(self, parameters: Sequence[Tensor | None], buffers: Sequence[Tensor | None]) -> tuple[int, list[int]]:
         """Copy the latest parameters and buffers (None: not wanted) in place; returns version and optimizers' steps."""
         ...
 

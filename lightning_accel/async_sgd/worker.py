@@ -1,6 +1,5 @@
 """The optimizer steps of one worker: what is pushed and pulled, and when."""
 
-import copy
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -11,18 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_accel.async_sgd.module_buffers import ModuleBuffers
 from lightning_accel.async_sgd.optimizer_steps import (
     Closure,
+    SentGroups,
     places_in,
     post_hooks,
     pushing_step,
     refuse_unsupported,
     with_hooks,
 )
-from lightning_accel.async_sgd.policy.buffers import buffer_roles
 from lightning_accel.async_sgd.policy.leases import LeaseId
+from lightning_accel.async_sgd.policy.optimizer_copy import copy_optimizers
 from lightning_accel.async_sgd.policy.server import ASSIGN, NO_UPDATE, OUTER, OVERWRITE
-from lightning_accel.async_sgd.policy.stepping import get_groups
 from lightning_accel.async_sgd.recompute import Recomputation
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.store import Membership, Opening, ParameterStore, Snapshot
@@ -77,59 +77,44 @@ class Worker:
         self.follow(parameters, buffers)
 
     def follow(self, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:
-        """Take these for the module's; the optimizers hold them. For the beginning, and after an exchange of layers.
-
-        Gradients that were not yet pushed are forgotten.
+        """Take these for the module's; gradients not yet pushed are forgotten. To begin, and after layers' exchange.
 
         Raises:
             ValueError: If an optimizer holds a parameter that is not among ``parameters``.
         """
-        self.parameters, self._buffers = parameters, dict(buffers)
-        self._roles = buffer_roles(self._module, list(buffers))
-        parts = {} if self._module is None else dict(self._module.named_modules())
-        self._places = [(parts.get(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in buffers]
+        self.parameters = parameters
+        self._buffers = ModuleBuffers(self._module, buffers)
         self._tensors: list[nn.Parameter] = list(parameters.values())
         places = {id(p): i for i, p in enumerate(self._tensors)}
         self._owned = [places_in(optimizer, places) for optimizer in self.optimizers]
         self._sums: list[dict[int, Tensor]] = [{} for _ in self.optimizers]
         self._counts: defaultdict[int, int] = defaultdict(int)
         self._since_pull = 0
-        self._sent_groups: list[list[dict[str, Any]] | None] = [None] * len(self.optimizers)
+        self.know_groups()
         self._base: list[Tensor] = []
         if self._recomputation is not None:
             self._recomputation.detach()
-        recomputes = self._module is not None and self.settings.buffers == "recompute"
-        self._recomputation = Recomputation(self._module) if recomputes else None
+        recomputes = self.settings.buffers == "recompute"
+        self._recomputation = Recomputation(self._module) if self._module and recomputes else None
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """The module's buffers by name: where a forward pass has put another tensor into the place of one, that one.
-
-        One that has got another shape or dtype cannot go to the server any more: the last that could stands for it.
-        """
-        for (name, known), (part, leaf) in zip(list(self._buffers.items()), self._places, strict=True):
-            found = getattr(part, leaf, None)
-            if isinstance(found, Tensor) and found is not known:
-                same = (found.shape, found.dtype, found.layout) == (known.shape, known.dtype, known.layout)
-                self._buffers[name] = found if same else known
-        return self._buffers
+        """The module's buffers by name."""
+        return self._buffers.now()
 
     def shared_buffers(self, cut: Snapshot) -> list[tuple[Tensor, Tensor]]:
         """Return the buffers that the server, and not this worker, has the last word on, each with its value."""
         if self.settings.buffers != "mean" or (self.store.is_coordinator and self.store.live_workers == 1):
             return []
         mine = not self.store.is_coordinator
-        triples = zip(self.buffers.values(), cut.buffers, self._roles, strict=True)
+        triples = zip(self.buffers.values(), cut.buffers, self._buffers.roles, strict=True)
         return [(buffer, value) for buffer, value, role in triples if mine or role != "own"]
 
     def opening(self, *, version: int = 0, steps: Sequence[int] = (), epochs: Sequence[dict[str, Any]] = ()) -> Opening:
         """Return what opens a run: copies of parameters, buffers and optimizers on CPU."""
-        # one deep copy, so that the optimizers' copies hold the parameters' copies
-        with torch.no_grad():
-            tensors, optimizers = copy.deepcopy((self._tensors, self.optimizers))
-        for tensor in tensors:
-            tensor.grad = None
-            tensor.data = tensor.data.cpu()
+        tensors = [nn.Parameter(p.detach().cpu().clone(), p.requires_grad) for p in self._tensors]
+        copies: dict[int, Tensor] = {id(p): copied for p, copied in zip(self._tensors, tensors, strict=True)}
+        optimizers = copy_optimizers(self.optimizers, copies)
         for optimizer in optimizers:
             for state in optimizer.state.values():
                 state.update({k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()})
@@ -138,7 +123,7 @@ class Worker:
             parameters=tensors,
             buffer_names=list(self.buffers),
             buffers=[b.detach().cpu().clone() for b in self.buffers.values()],
-            buffer_roles=self._roles,
+            buffer_roles=self._buffers.roles,
             optimizers=optimizers,
             version=version,
             steps=list(steps) or [0] * len(optimizers),
@@ -208,20 +193,34 @@ class Worker:
             self._step_remotely(index)
         return loss
 
-    def pull(self, *, whole: bool = False) -> None:
-        """Read the latest parameters, and buffers where they are shared.
+    def pull(self, places: Sequence[int] | None = None, *, whole: bool = False) -> None:
+        """Read the latest parameters (of all, or those at ``places``), and buffers where they are shared.
+
+        A step reads what it has stepped, as a plain one writes no other: others may be in a graph that is yet to go
+        backward. `begin_batch` reads the rest.
 
         The coordinator, whose buffers the others read, reads but the averages, or all of them with ``whole``.
         """
         shared: list[Tensor | None] = []
         if whole or self.settings.buffers == "mean":
             every = whole or not self.store.is_coordinator
-            pairs = zip(self.buffers.values(), self._roles, strict=True)
+            pairs = zip(self.buffers.values(), self._buffers.roles, strict=True)
             shared = [buffer if every or role != "own" else None for buffer, role in pairs]
-        self.version, self.steps = self.store.pull(self._tensors, shared)
+        wanted: list[Tensor | None] = list(self._tensors)
+        if places is not None and len(places) < len(wanted):
+            chosen = set(places)
+            wanted = [p if i in chosen else None for i, p in enumerate(self._tensors)]
+        self.version, self.steps = self.store.pull(wanted, shared)
         self._since_pull = 0
         if self.settings.local_steps or self._has_hooks() or (self.watch and self.store.is_coordinator):
             self._remember()
+
+    def begin_batch(self) -> None:
+        """Read what the steps of the last batch have left unread, where others may have changed it."""
+        apart = any(len(owned) < len(self._tensors) for owned in self._owned)
+        if apart and self._since_pull == 0 and not self.settings.local_steps and self.store.live_workers > 1:
+            self.send_changes()
+            self.pull()
 
     def settle(self, optimizer: Optimizer, attempts: int = 3) -> None:
         """Give the server what step hooks (projections, masks) made of the parameters.
@@ -281,7 +280,8 @@ class Worker:
 
     def _step_remotely(self, index: int) -> None:
         gradients = {i: self._tensors[i].grad for i in self._owned[index]}
-        present = {i: g for i, g in gradients.items() if g is not None}
+        # a sparse gradient (of a functional embedding) has no place in shared memory
+        present = {i: g.to_dense() if g.is_sparse else g for i, g in gradients.items() if g is not None}
         self._counts[index] += 1
         if self.settings.n_push > 1:
             for i, gradient in present.items():
@@ -294,7 +294,7 @@ class Worker:
             self._push(index)
         self._since_pull += 1
         if self._since_pull >= self.settings.n_fetch:
-            self.pull()
+            self.pull(self._owned[index])
 
     def _push(self, index: int) -> None:
         sums, count = self._sums[index], self._counts[index]
@@ -324,23 +324,18 @@ class Worker:
             gradients,
             optimizer=index,
             leases=leases,
-            groups=self._changed_groups(index) if index >= 0 else None,
+            groups=self._groups[index].take() if index >= 0 and self.store.is_coordinator else None,
             buffers=list(self.buffers.values()) if update else [],
             base=base,
         )
 
-    def _changed_groups(self, index: int) -> list[dict[str, Any]] | None:
-        """Hyper-parameters if they may have changed: only the coordinator's count, and rarely do they differ."""
-        if not self.store.is_coordinator:
-            self._sent_groups[index] = None
-            return None
-        groups = get_groups(self.optimizers[index])
-        if any(isinstance(value, Tensor) for group in groups for value in group.values()):
-            return [{k: v.cpu() if isinstance(v, Tensor) else v for k, v in group.items()} for group in groups]
-        if groups == self._sent_groups[index]:
-            return None
-        self._sent_groups[index] = groups
-        return groups
+    def know_groups(self) -> None:
+        """Take the optimizers' hyper-parameters for those that the server has."""
+        self._groups = [SentGroups(optimizer) for optimizer in self.optimizers]
+
+    def changed_groups(self, index: int) -> list[dict[str, Any]]:
+        """Return the hyper-parameters of an optimizer that were changed here since they were sent, group by group."""
+        return self._groups[index].changed()
 
     def _step_locally(self, index: int) -> None:
         self._local_steps[index]()

@@ -1,12 +1,12 @@
 """What a `fit` in worker processes brings back into the Trainer of the process that called it."""
 
 import pickle
-from collections import defaultdict
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_accel.async_sgd import Opening
+from lightning_accel.async_sgd.policy.optimizer_copy import copy_optimizers
 from lightning_accel.async_sgd.policy.stepping import get_groups, set_groups
 from lightning_accel.lightning_private import bring_back_progress
 
@@ -17,13 +17,21 @@ def collect(trainer: Any) -> dict[str, Any]:
         "fit_loop": trainer.fit_loop.state_dict(),
         "callbacks": {callback.state_key: callback.state_dict() for callback in trainer.callbacks},
         "loggers": pickled_loggers(trainer),
-        "groups": [get_groups(optimizer) for optimizer in trainer.optimizers],
+        "groups": _changed_groups(trainer),
         "buffers": _buffers_outside_state(trainer),
     }
 
 
+def _changed_groups(trainer: Any) -> list[list[dict[str, Any]]]:
+    """Return what schedules have made of the optimizers' hyper-parameters since the last push."""
+    session = trainer.strategy._session
+    if session is None or not session.joined:
+        return [get_groups(optimizer) for optimizer in trainer.optimizers]
+    return [session.worker.changed_groups(index) for index in range(len(session.worker.optimizers))]
+
+
 def _buffers_outside_state(trainer: Any) -> dict[str, Tensor]:
-    """Return the buffers that a state dict does not bring back: not persistent, new, or of another shape than before."""
+    """Return the buffers that a state dict does not bring back: not persistent, new, or of another shape."""
     module, session = trainer.lightning_module, trainer.strategy._session
     saved = module.state_dict()
     known = session.worker.buffers if session is not None and session.joined else {}
@@ -91,16 +99,13 @@ def bring_back_optimizers(trainer: Any, state: Opening | None, groups: list[list
     Args:
         trainer: The caller's.
         state: Of the server, at the end.
-        groups: Hyper-parameters of each optimizer as the schedules have left them.
+        groups: Hyper-parameters of each optimizer that schedules have changed since.
     """
     parameters = dict(trainer.lightning_module.named_parameters())
     if state is None or list(parameters) != state.names:
         return
-    mine = {id(theirs): parameters[name] for name, theirs in zip(state.names, state.parameters, strict=True)}
-    for optimizer, values in zip(state.optimizers, groups, strict=True):
+    mine: dict[int, Tensor] = {id(v): parameters[name] for name, v in zip(state.names, state.parameters, strict=True)}
+    optimizers = copy_optimizers(state.optimizers, mine)
+    for optimizer, values in zip(optimizers, groups, strict=True):
         set_groups(optimizer, values)
-        for group in optimizer.param_groups:
-            group["params"] = [mine[id(parameter)] for parameter in group["params"]]
-        states = {mine[id(parameter)]: value for parameter, value in optimizer.state.items()}
-        optimizer.state = defaultdict(dict, states)
-    trainer.strategy.optimizers = state.optimizers
+    trainer.strategy.optimizers = optimizers

@@ -49,8 +49,8 @@ def take_buffers(
         from_coordinator: Whether the coordinator pushed.
         averages: Whether averages are made at all; without, all buffers are the coordinator's.
     """
-    roles = [*roles, *["own"] * (len(mine) - len(roles))]
-    for target, value, role in zip(mine, theirs, roles, strict=True):
+    own: list[Role] = ["own"] * (len(mine) - len(roles))
+    for target, value, role in zip(mine, theirs, [*roles, *own], strict=True):
         if workers == 1:
             target.copy_(value)
         elif averages and role == "average":

@@ -27,8 +27,9 @@ class LookAhead:
     """Forecast the parameters of a server, and say how much each stale push counts.
 
     Each optimizer has a staleness of its own, in steps of its own. With ``s`` its running mean, a step has the rate
-    times ``(1 + s) ** -RATE_EXPONENT`` (or ``NORMALISED_RATE_EXPONENT``), a gradient at most ``NORM_BOUND`` times the running mean norm, and what is published is ``x + REACH * s * (x - x_before)`` where
-    ``x_before`` is ``x`` before the optimizer's last step (without momentum: ``x``).
+    times ``(1 + s) ** -RATE_EXPONENT`` (or ``NORMALISED_RATE_EXPONENT``), a gradient at most ``NORM_BOUND`` times the
+    running mean norm, and what is published is ``x + REACH * s * (x - x_before)`` where ``x_before`` is ``x`` before
+    the optimizer's last step (without momentum: ``x``).
 
     Args:
         parameters: Of the server, all of them.

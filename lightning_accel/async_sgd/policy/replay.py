@@ -22,7 +22,8 @@ def replay(
         parameters: Where the run began, at the version before the first entry.
         optimizers: Over these parameters, in their state at that version.
         gradient_of: Returns the gradients (one entry a parameter, or None) of an entry at given parameters: those
-            published as the entry's ``base_version``, on the batches of its ``leases``. Must not depend on anything else.
+            published as the entry's ``base_version``, on the batches of its ``leases``. Must not depend on anything
+            else.
 
     Raises:
         ValueError: If the log has a gap, or a gradient belongs to a version from before its beginning.

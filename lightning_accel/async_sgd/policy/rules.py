@@ -27,7 +27,8 @@ def learning_rate_weight(staleness: int, *, rule: StalenessRule, threshold: int)
     """Return the factor on the learning rate of one push, or None where the push is to be dropped.
 
     ``none`` and ``delay_compensation``: 1. ``inverse``: ``1 / max(1, staleness)``; so does ``look_ahead`` for pushes of
-    local steps, for those of gradients see `LookAhead`. ``drop``: 1 up to ``threshold``, None beyond. The factor acts on the learning rate, not on the gradient, which Adam would normalise away.
+    local steps, for those of gradients see `LookAhead`. ``drop``: 1 up to ``threshold``, None beyond. The factor acts
+    on the learning rate, not on the gradient, which Adam would normalise away.
 
     Args:
         staleness: Optimizer steps between the reading and the pushing, >= 0.

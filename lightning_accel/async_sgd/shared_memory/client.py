@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_accel.async_sgd.policy.leases import Lease, LeaseId
+from lightning_accel.async_sgd.policy.optimizer_copy import dumps
 from lightning_accel.async_sgd.policy.pace import Pace
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.channel import Channel, Message
@@ -93,7 +94,7 @@ class SharedMemoryStore:
         """Enter the run; see `ParameterStore.join`."""
         reply = self._ask(Message("join"))
         if reply.values["open"]:
-            reply = self._ask(Message("join", payload=pickle.dumps(opening())))
+            reply = self._ask(Message("join", payload=dumps(opening())))
         self._open(reply)
         return Membership(self.worker, self.incarnation, reply.values["epoch"])
 
@@ -132,7 +133,7 @@ class SharedMemoryStore:
 
         Pushes of the others that are under way are refused; their batches are given out again.
         """
-        self._open(self._ask(Message("exchange", payload=pickle.dumps(opening))))
+        self._open(self._ask(Message("exchange", payload=dumps(opening))))
 
     def rejoin(self) -> None:
         """Take part with the parameters that the run has now, under the same number."""
@@ -156,11 +157,11 @@ class SharedMemoryStore:
                 "build the same layers in every process."
             )
 
-    def pull(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> tuple[int, list[int]]:
+    def pull(self, parameters: Sequence[Tensor | None], buffers: Sequence[Tensor | None]) -> tuple[int, list[int]]:
         """Copy the latest publication in place; see `ParameterStore.pull`. ``buffers`` may be empty: none is wanted."""
         page = self._opened()
         began = time.perf_counter()
-        targets: list[Tensor | None] = [p.detach() for p in parameters]
+        targets = [None if p is None else p.detach() for p in parameters]
         targets += list(buffers) or [None] * (len(page.specs) - len(parameters))
         self._base_version, steps = page.read_into(targets)
         self._pull_seconds = time.perf_counter() - began

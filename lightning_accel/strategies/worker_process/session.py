@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_accel.async_sgd import ParameterStore, Settings, Snapshot, Worker
-from lightning_accel.async_sgd.policy.stepping import get_groups, set_groups
+from lightning_accel.async_sgd.policy.stepping import set_groups
 from lightning_accel.lightning_private import (
     checkpoint_periods,
     count_steps_of_others,
@@ -121,6 +121,7 @@ class Session:
         for optimizer, state in zip(self.worker.optimizers, self.store.snapshot().optimizer_states, strict=True):
             values = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
             set_groups(optimizer, values)
+        self.worker.know_groups()
         made = [now - then for now, then in zip(self.worker.steps, progress["steps_of"], strict=True)]
         steps_of = {id(optimizer): steps for optimizer, steps in zip(self.worker.optimizers, made, strict=True)}
         catch_up(
@@ -167,6 +168,7 @@ class Session:
             log_statistics(self._trainer, self.store)
         if not self.store.is_current and batch_idx % self._trainer.accumulate_grad_batches == 0:
             self._follow_exchange()
+        self.worker.begin_batch()
         if (lease := self.data.begin_batch()) is not None:
             self.worker.pending.append(lease)
         self.store.begin("step")
@@ -247,7 +249,8 @@ class Session:
             return None
         optimizer = getattr(optimizer, "optimizer", optimizer)
         state = self._dumped.optimizer_states[self.worker.optimizers.index(optimizer)]
-        pairs = zip(state["param_groups"], get_groups(optimizer), strict=True)
+        mine = self.worker.changed_groups(self.worker.optimizers.index(optimizer))
+        pairs = zip(state["param_groups"], mine, strict=True)
         return {**state, "param_groups": [{**theirs, **mine} for theirs, mine in pairs]}
 
     def unfinished_epochs(self, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
