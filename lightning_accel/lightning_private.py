@@ -133,6 +133,26 @@ def attach_launcher(strategy: Any, launcher: Any) -> None:
     strategy._launcher = launcher
 
 
+@contextlib.contextmanager
+def without_launcher(strategy: Any) -> Iterator[None]:
+    """Hide a strategy's launcher while an evaluation runs in this process.
+
+    `Trainer.predict` takes every launcher that is derived from the stock one for another process, which cannot return
+    predictions, whatever it does.
+    """
+    launcher = strategy._launcher
+    strategy._launcher = None
+    try:
+        yield
+    finally:
+        strategy._launcher = launcher
+
+
+def prepare_data_of(trainer: Any) -> None:
+    """Call ``prepare_data`` of module and data module as a Trainer does, where this process is the first."""
+    trainer._data_connector.prepare_data()
+
+
 def sync_batch_norm_requested(strategy: Any) -> bool:
     """Whether ``Trainer(sync_batchnorm=True)`` was asked for; the connector tells strategies by this attribute only."""
     return strategy._layer_sync is not None

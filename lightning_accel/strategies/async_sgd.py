@@ -28,6 +28,7 @@ from lightning_accel.lightning_private import attach_launcher, keep_written_metr
 from lightning_accel.strategies.refusals import refuse_lock_step
 from lightning_accel.strategies.rescue import Rescue
 from lightning_accel.strategies.worker_process.leased_data import lease_training_data
+from lightning_accel.strategies.worker_process.random_states import draw_apart, set_up_alike
 from lightning_accel.strategies.worker_process.session import Session, stop_first
 
 if TYPE_CHECKING:  # the real base comes from the distribution at hand
@@ -74,8 +75,9 @@ class AsyncSGDBody(_Base):
             server took so many steps, so that a killed parent loses no more; None for never.
         live: Show a table with one row a worker while training.
         start_method: Of worker processes. ``spawn`` starts each from nothing; ``forkserver`` forks them from a process
-            that has imported Lightning once, so that later and restarted workers are there within a fraction of a
-            second. Linux and macOS.
+            that has imported Lightning and the script once; ``fork`` from this one, at once. ``auto``: ``fork`` on
+            Linux for workers on CPU with one thread each where no other thread runs here, else ``forkserver``.
+            Linux and macOS.
         accelerator: As of any strategy of Lightning, here and below.
         parallel_devices: The workers' devices.
         cluster_environment: As of any strategy.
@@ -123,7 +125,7 @@ class AsyncSGDBody(_Base):
         deterministic_replay: bool = False,
         snapshot_every_n_steps: int | None = None,
         live: bool = False,
-        start_method: StartMethod = "spawn",
+        start_method: StartMethod = "auto",
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
@@ -232,8 +234,24 @@ class AsyncSGDBody(_Base):
 
     # --- nobody waits for anybody
 
+    @property
+    def num_nodes(self) -> int:
+        """Number of machines: one."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, nodes: int) -> None:
+        if nodes != 1:
+            error = import_module(f"{self.distribution}.utilities.exceptions").MisconfigurationException
+            raise error(
+                f"`num_nodes` must be 1 with `async_sgd`, got {nodes}: its engine works on one machine, and each "
+                "machine would train a model of its own; use `devices` for more workers, or DDP for several machines."
+            )
+
     def barrier(self, name: str | None = None) -> None:
-        """Do nothing: workers do not wait for each other."""
+        """Wait for the coordinator's ``prepare_data`` before ``setup``; else do nothing, workers do not wait."""
+        if name == "pre_setup" and self._store is not None and self._trainer.state.fn == "fit":
+            set_up_alike(self._trainer, self._store)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:  # noqa: ARG002
         """Return what the first caller from this line of code, for the n-th time, gave; nobody waits."""
@@ -314,6 +332,8 @@ class AsyncSGDBody(_Base):
         """Join the run: the coordinator opens it with what it has, the others read."""
         super().on_train_start()
         assert self._session is not None
+        assert self._store is not None
+        draw_apart(self._store)
         self._session.join(self._resumed.get("epochs", []))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

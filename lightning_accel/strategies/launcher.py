@@ -9,9 +9,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import random
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -21,9 +19,11 @@ import torch
 
 from lightning_accel.async_sgd import ParameterStore, Remains, run_workers
 from lightning_accel.async_sgd.shared_memory.memory import anonymous_file
+from lightning_accel.async_sgd.shared_memory.spawn import resolve_start_method
 from lightning_accel.decision_line import say_decision
-from lightning_accel.lightning_private import launcher_module, make_averages_picklable
+from lightning_accel.lightning_private import launcher_module, make_averages_picklable, without_launcher
 from lightning_accel.strategies.live import live_table
+from lightning_accel.strategies.refusals import refuse_other_launchers
 from lightning_accel.strategies.rescue import Rescue, load_values
 from lightning_accel.strategies.results import bring_back, bring_back_buffers, bring_back_optimizers, collect
 from lightning_accel.strategies.worker_process.layer_exchange import prepare_to_come_back
@@ -37,15 +37,12 @@ class AsyncSGDLauncherBody:
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Run ``fit`` in worker processes, anything else right here: evaluations are one process's work."""
-        if trainer is None or trainer.state.fn != "fit":
-            return function(*args, **kwargs)
         strategy = self._strategy  # type: ignore[attr-defined]
+        if trainer is None or trainer.state.fn != "fit":
+            with without_launcher(strategy):  # which Lightning takes for a reason to return no predictions
+                return function(*args, **kwargs)
+        refuse_other_launchers(strategy)
         parts = launcher_module(strategy.distribution)
-        parts._check_missing_main_guard()
-        if strategy.start_method == "forkserver":
-            # the first optimizer of a process imports the last of these, which takes seconds
-            modules = [type(strategy).__module__, "lightning_accel.strategies.worker_process.session", "torch._dynamo"]
-            multiprocessing.set_forkserver_preload(modules)
         prepare_to_come_back(trainer)
         make_averages_picklable(trainer)
         strategy.optimizers = []  # of an earlier fit; the workers make their own
@@ -53,6 +50,17 @@ class AsyncSGDLauncherBody:
         states = parts._GlobalStateSnapshot.capture()
         # sums in another number of threads have other last bits; several workers share what this process may use
         threads = max(1, torch.get_num_threads() // strategy.num_processes)
+        start_method = resolve_start_method(
+            strategy.start_method, threads=threads, on_cpu=strategy.root_device.type == "cpu"
+        )
+        if start_method != "fork":
+            parts._check_missing_main_guard()
+        # the first optimizer of a process imports `torch._dynamo`, which takes seconds: once for all workers
+        if start_method == "forkserver":
+            modules = [type(strategy).__module__, "lightning_accel.strategies.worker_process.session", "torch._dynamo"]
+            multiprocessing.set_forkserver_preload(["__main__", *modules])
+        elif start_method == "fork":
+            import_module("torch._dynamo")
         say_decision(trainer, "AsyncSGDStrategy", _decision(strategy))
 
         def rescue(remains: Remains) -> None:
@@ -66,7 +74,7 @@ class AsyncSGDLauncherBody:
                 workers=strategy.num_processes,
                 settings=strategy.settings,
                 on_tick=on_tick,
-                start_method=strategy.start_method,
+                start_method=start_method,
                 on_failure=rescue,
             )
         remove_part(trainer.default_root_dir)
@@ -142,13 +150,6 @@ def _fit_in_worker(  # noqa: PLR0917  # a process is started with a flat list of
     parts = launcher_module(strategy.distribution)
     strategy.enter(store, trainer)
     states.restore()
-    if store.worker or store.incarnation:
-        # the first worker draws as a plain run does; every other one needs dropout masks of its own
-        seed = int(torch.randint(2**31, ())) + 1009 * store.incarnation + store.worker
-        torch.manual_seed(seed)
-        random.seed(seed)
-        if (numpy := sys.modules.get("numpy")) is not None:
-            numpy.random.seed(seed % 2**32)
     args, kwargs = parts._disable_module_memory_sharing((args, kwargs))
     torch.set_num_threads(threads)
     os.environ["LOCAL_RANK"] = str(store.worker)

@@ -1,5 +1,6 @@
 """What workers that do not wait for each other cannot do, refused before training starts."""
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -28,3 +29,25 @@ def refuse_lock_step(strategy: Any, module: nn.Module) -> None:
             "a default process group exists: Lightning would synchronize all workers in every batch; do not call "
             "`torch.distributed.init_process_group` with this strategy."
         )
+
+
+def refuse_other_launchers(strategy: Any) -> None:
+    """Refuse processes that somebody else has started: each would train a model of its own.
+
+    Raises:
+        MisconfigurationException: Where torchrun, SLURM or MPI has started this process as one of several.
+    """
+    environment = strategy.cluster_environment
+    started = environment is not None and environment.creates_processes_externally and environment.world_size() > 1
+    # torchrun's names, also where its environment is not recognised; Lightning itself never sets `RANK`
+    started |= "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not started:
+        return
+    name = type(environment).__name__
+    error = import_module(f"{strategy.distribution}.utilities.exceptions").MisconfigurationException
+    raise error(
+        f"this process is one of several that a launcher has started ({name}), and each would train a model of its "
+        "own: "
+        "`async_sgd` starts its workers itself, on one machine. Start the script once (one task, no torchrun), and say "
+        "`devices=` how many workers there are to be."
+    )

@@ -50,8 +50,8 @@ def test_constructor_refuses_and_survives_pickling():
         lightning_accel.AsyncSGDStrategy(snapshot_every_n_steps=0)
     with pytest.raises(ValueError, match=r"`n_push` must be >= 1, got 0"):
         lightning_accel.AsyncSGDStrategy(n_push=0)
-    with pytest.raises(ValueError, match=r"`start_method` must be one of spawn, forkserver, got 'fork'"):
-        lightning_accel.AsyncSGDStrategy(start_method="fork")
+    with pytest.raises(ValueError, match=r"`start_method` must be one of auto, fork, forkserver, spawn, got 'thread'"):
+        lightning_accel.AsyncSGDStrategy(start_method="thread")
     strategy = lightning_accel.AsyncSGDStrategy(compression="topk", kept=0.5)
     for other in (copy.deepcopy(strategy), pickle.loads(pickle.dumps(strategy))):
         assert other.settings == strategy.settings

@@ -7,20 +7,24 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal
 
+import torch
+
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.channel import ChannelClosedError
 from lightning_accel.async_sgd.shared_memory.client import SharedMemoryStore
 from lightning_accel.async_sgd.shared_memory.peers import WorkerProcess
 from lightning_accel.async_sgd.shared_memory.supervisor import Ending, Remains, StartWorker, Supervisor
+from lightning_accel.async_sgd.shared_memory.unpicklable import what_cannot_be_pickled
 from lightning_accel.async_sgd.store import Statistics
 
-StartMethod = Literal["spawn", "forkserver"]
+StartMethod = Literal["auto", "fork", "forkserver", "spawn"]
 WorkerFunction = Callable[..., Any]  # called with the store and the caller's arguments
 
 
@@ -44,7 +48,8 @@ def run_workers(
         workers: Number of processes, >= 1.
         settings: Of the run.
         on_tick: See `Supervisor`.
-        start_method: Of `multiprocessing`; ``forkserver`` starts quickly what its server has imported before.
+        start_method: Of `multiprocessing`; ``forkserver`` starts quickly what its server has imported before, ``fork``
+            at once. ``auto``: see `resolve_start_method`.
         on_failure: Called with what the server has when the run does not end well, before the exception (or Ctrl-C)
             goes on to the caller. All processes have ended then.
 
@@ -69,20 +74,46 @@ def starter(
     function: WorkerFunction, args: tuple[Any, ...], settings: Settings, start_method: StartMethod = "spawn"
 ) -> StartWorker:
     """Return what starts one worker process for a `Supervisor`."""
-    context: Any = multiprocessing.get_context(start_method)  # a context without processes, says its type
+    method = resolve_start_method(start_method)
+    context: Any = multiprocessing.get_context(method)  # a context without processes, says its type
     task = Task(function, args)
 
     def start(worker: int, incarnation: int, sock: socket.socket) -> WorkerProcess:
         process = context.Process(
             target=_work,
-            args=(task, worker, incarnation, sock, settings),
+            args=(task, worker, incarnation, sock, settings, method == "fork"),
             name=f"async-sgd-worker-{worker}",
         )
         with _interrupts_ignored():
-            process.start()
+            try:
+                process.start()
+            except (EOFError, ConnectionError) as error:
+                raise RuntimeError(
+                    "the process that starts workers has ended; its traceback is above. A script that trains when "
+                    'it is imported needs `if __name__ == "__main__":` around that, for workers import it.'
+                ) from error
         return process
 
     return start
+
+
+def resolve_start_method(wanted: StartMethod, *, threads: int = 1, on_cpu: bool = True) -> StartMethod:
+    """Return how to start workers: ``wanted``, and for ``auto`` what is quick here and safe.
+
+    ``fork`` makes a worker of this process within milliseconds, with all that is imported. It is safe as for the
+    processes of a DataLoader: on Linux, where no other Python thread may hold a lock, no accelerator is in use, and
+    the worker computes with one thread (the threads of OpenMP do not survive a fork). Else ``forkserver``.
+
+    Args:
+        wanted: By the caller.
+        threads: With which a worker is going to compute.
+        on_cpu: Whether the workers compute on CPU.
+    """
+    if wanted != "auto":
+        return wanted
+    alone = threading.active_count() == 1 and threading.current_thread() is threading.main_thread()
+    safe = sys.platform == "linux" and alone and on_cpu and threads == 1 and not torch.cuda.is_initialized()
+    return "fork" if safe else "forkserver"
 
 
 @contextlib.contextmanager
@@ -114,7 +145,19 @@ class Task:
     def __getstate__(self) -> bytes:
         # called while a process is being started, which is when locks and descriptors may be pickled
         packed = io.BytesIO()
-        ForkingPickler(packed, pickle.HIGHEST_PROTOCOL).dump(self._content)
+        try:
+            ForkingPickler(packed, pickle.HIGHEST_PROTOCOL).dump(self._content)
+        except Exception as error:
+            # the particular (models, data) comes last among arguments, and is named first
+            parts = [*reversed(self._content[1]), self._content[0]] if isinstance(self._content, tuple) else []
+            found = next(filter(None, map(what_cannot_be_pickled, parts)), None)
+            if found is None:
+                raise
+            raise TypeError(
+                f"`{found}` cannot be pickled, and model, data and callbacks go to worker processes by pickle; make "
+                "it in a hook that runs there, such as `setup` or `train_dataloader`, or leave it out in "
+                "`__getstate__`."
+            ) from error
         return packed.getvalue()
 
     def __setstate__(self, packed: bytes) -> None:
@@ -128,13 +171,16 @@ class Task:
         return self._content
 
 
-def _work(
+def _work(  # noqa: PLR0917  # a process is started with a flat list of arguments
     task: Task,
     worker: int,
     incarnation: int,
     sock: socket.socket,
     settings: Settings,
+    forked: bool,
 ) -> None:
+    if forked:  # handlers of the process that it was
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # the parent of a forked process is the fork server, which ends with the process that it serves
     store = SharedMemoryStore(worker, incarnation, sock, settings, parent=os.getppid())
     try:
