@@ -196,10 +196,8 @@ class Worker:
     def pull(self, places: Sequence[int] | None = None, *, whole: bool = False) -> None:
         """Read the latest parameters (of all, or those at ``places``), and buffers where they are shared.
 
-        A step reads what it has stepped, as a plain one writes no other: others may be in a graph that is yet to go
-        backward. `begin_batch` reads the rest.
-
-        The coordinator, whose buffers the others read, reads but the averages, or all of them with ``whole``.
+        A step reads what it has stepped: other parameters may be in a graph that is yet to go backward. The coordinator,
+        whose buffers the others read, reads but the averages, or all of them with ``whole``.
         """
         shared: list[Tensor | None] = []
         if whole or self.settings.buffers == "mean":
@@ -334,7 +332,7 @@ class Worker:
         self._groups = [SentGroups(optimizer) for optimizer in self.optimizers]
 
     def changed_groups(self, index: int) -> list[dict[str, Any]]:
-        """Return the hyper-parameters of an optimizer that were changed here since they were sent, group by group."""
+        """Return what `SentGroups.changed` does for an optimizer."""
         return self._groups[index].changed()
 
     def _step_locally(self, index: int) -> None:
