@@ -196,8 +196,8 @@ class Worker:
     def pull(self, places: Sequence[int] | None = None, *, whole: bool = False) -> None:
         """Read the latest parameters (of all, or those at ``places``), and buffers where they are shared.
 
-        A step reads what it has stepped: other parameters may be in a graph that is yet to go backward. The coordinator,
-        whose buffers the others read, reads but the averages, or all of them with ``whole``.
+        A step reads what it has stepped: others may be in a graph that is yet to go backward. The coordinator, whose
+        buffers the others read, reads but the averages, or all of them with ``whole``.
         """
         shared: list[Tensor | None] = []
         if whole or self.settings.buffers == "mean":
