@@ -1,5 +1,6 @@
 """The table of the fuzzer: accelerator to its neutral setting, its real one, and what must hold of a real fit."""
 
+import math
 import random
 import tempfile
 from collections.abc import Callable
@@ -8,8 +9,16 @@ from typing import Any
 
 import torch
 from random_modules import Moved, RandomModule
+from torch import nn
 
-from lightning_accel.callbacks import RankQuantization, SequentialFreezing, enable_low_rank_loading
+from lightning_accel.callbacks import (
+    IntraStreamScheduling,
+    L1InfProjection,
+    MultilevelProjection,
+    RankQuantization,
+    SequentialFreezing,
+    enable_low_rank_loading,
+)
 from lightning_accel.low_rank import low_rank_layers, make_plan
 
 FACTORS = ("factor_in", "core", "factor_out")
@@ -87,6 +96,64 @@ def low_rank_problems(plain: Fit, real: Fit) -> list[str]:
     return found
 
 
+def infinite_radius(seed: int) -> list[Any]:
+    """A ball that holds everything: training must not notice."""
+    draw = random.Random(f"infinite {seed}")
+    if draw.random() < 0.5:
+        return [L1InfProjection(radius=math.inf, method=draw.choice(("bilevel", "exact")))]
+    return [MultilevelProjection(radius=math.inf, norms=draw.choice((("l1", "linf"), ("l1", "l2"), ("linf", "l1"))))]
+
+
+def sparse(seed: int) -> list[Any]:
+    """Projections as they come, and to a share of the groups in several ways."""
+    draw = random.Random(f"sparse {seed}")
+    share, way = draw.choice((0.2, 0.5)), draw.randrange(5)
+    if way < 2:
+        return [(L1InfProjection, MultilevelProjection)[way]()]
+    if way == 2:
+        method, groups = draw.choice(("bilevel", "exact")), draw.choice(("rows", "columns"))
+        return [L1InfProjection(target_sparsity=share, method=method, groups=groups)]
+    if way == 3:
+        return [MultilevelProjection(target_sparsity=share, freeze_zero_groups=draw.random() < 0.5)]
+    return [L1InfProjection(target_sparsity=share, scope="global")]
+
+
+def schedules(_seed: int) -> list[Any]:
+    """Recurrent layers by schedules, which compute what the loop does."""
+    return [IntraStreamScheduling()]
+
+
+def training_problems(plain: Fit, real: Fit) -> list[str]:
+    """Say which parameters do not train as they do without, are not finite or cleared whole, or not what is saved."""
+    # a bias in front of a batch norm has no gradient but rounding
+    parameters, first = dict(plain.module.named_parameters()), plain.moved.first
+    wanted = {n for n, p in parameters.items() if n in first and bool(((p - first[n]).abs() > 1e-6).any())}
+    found = [f"`{name}` did not move" for name in sorted(wanted - real.moved.names(real.module))]
+    for name, p in real.module.named_parameters():
+        if not torch.isfinite(p).all():
+            found.append(f"`{name}` is not finite")
+        if name in wanted and p.dim() > 1 and not bool(p.any()):
+            found.append(f"`{name}` is cleared whole")
+    fresh = RandomModule(real.seed)
+    fresh.load_state_dict(real.module.state_dict())
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        if not torch.allclose(real.module.eval()(x), fresh.eval()(x), atol=1e-5):
+            found.append("what is saved is not what runs")
+    return found
+
+
+def has_zero_groups(module: Any) -> bool:
+    """Whether a weight has a row or a column of zeros."""
+    weights = [p for p in module.parameters() if p.dim() > 1]
+    return any(bool((p.transpose(0, dim) == 0).flatten(1).all(1).any()) for p in weights for dim in (0, 1))
+
+
+def is_recurrent(module: Any) -> bool:
+    """Whether there is a layer to schedule."""
+    return any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in module.modules())
+
+
 def _held_by_none(fit: Fit) -> set[str]:
     held = {id(p) for optimizer in fit.trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     return {name for name, p in fit.module.named_parameters() if p.requires_grad and id(p) not in held}
@@ -95,5 +162,7 @@ def _held_by_none(fit: Fit) -> set[str]:
 TABLE = {
     "low_rank": Entry(
         tries_and_stays_dense, low_rank_in_turns, low_rank_problems, lambda module: bool(low_rank_layers(module))
-    )
+    ),
+    "projection": Entry(infinite_radius, sparse, training_problems, has_zero_groups),
+    "scheduling": Entry(schedules, schedules, training_problems, is_recurrent),
 }

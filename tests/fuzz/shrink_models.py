@@ -162,7 +162,7 @@ class Mixing(Block):
             lambda: h * self.scale,
             lambda: h.view(h.shape[0], -1, 2, 4).amax(2, keepdim=True).expand(-1, -1, 2, -1).reshape(*h.shape[:2], 8),
             lambda: h * F.normalize(h.detach(), dim=-1),
-            lambda: h if float(x.mean()) > 0 else h.flip(-1),
+            lambda: h if float(x.detach().mean()) > 0 else h.flip(-1),
         )
         return self.down(ways[self.kind]())
 
@@ -246,7 +246,100 @@ class Images(Block):
         return x + self.flat(h.flatten(1)).unsqueeze(1)
 
 
-BLOCKS = (Plain, Residual, Gate, SwiGLU, Masked, Attention, Recurrent, Mixing, Twice, Concat, Ids, Images)
+class Sequences(Block):
+    """Convolutions along time, with norms over the batch, squeezed attention, strides and dilations."""
+
+    def build(self, draw, width):
+        self.kind = draw.randrange(6)
+        norm = draw.choice((nn.Identity(), nn.BatchNorm1d(8), nn.BatchNorm1d(8, affine=False), nn.GroupNorm(4, 8)))
+        self.up = nn.Sequential(nn.Conv1d(width, 8, 1, bias=draw.random() < 0.7), norm)
+        self.same = nn.Conv1d(8, 8, 3, padding=1, dilation=1, groups=draw.choice((1, 8, 2)))
+        self.squeeze, self.rise = self.linear(draw, 8, 3), self.linear(draw, 3, 8)
+        self.down, self.wide = nn.Conv1d(8, width, 1), nn.Conv1d(16, width, 1)
+
+    def forward(self, x, given):
+        h = self.act(self.up(x.mT))
+        if self.kind == 0:
+            h = h * self.rise(self.act(self.squeeze(h.mean(-1)))).sigmoid().unsqueeze(-1)
+        elif self.kind == 1:
+            h = self.act(self.same(h))
+        elif self.kind == 2:
+            h = h + self.same(h)
+        elif self.kind == 3:
+            return x + self.wide(torch.cat([h.amax(-1), h.mean(-1)], 1).unsqueeze(-1)).mT
+        elif self.kind == 4:
+            h = F.pad(h, (1, 0))[..., :-1]
+        else:
+            h = h.masked_fill(~given["mask"].unsqueeze(1), float("-inf")).amax(-1, keepdim=True)
+        return x + self.down(h).mT
+
+
+class Experts(Block):
+    """Tokens go to one of several layers, or to all with weights; some layers may not be called at all."""
+
+    def build(self, draw, width):
+        self.gate, self.kind = self.linear(draw, width, 3), draw.randrange(4)
+        self.experts = nn.ModuleList(
+            nn.Sequential(self.linear(draw, width, 6), nn.GELU(), self.linear(draw, 6, width)) for _ in range(3)
+        )
+        self.spare = self.linear(draw, 6, width)
+
+    def forward(self, x, given):
+        scores = self.gate(x).softmax(-1)
+        if self.kind == 0:
+            return sum(scores[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts))
+        if self.kind == 1:
+            chosen, y = scores.argmax(-1), torch.zeros_like(x)
+            for i, expert in enumerate(self.experts):
+                y[chosen == i] = expert(x[chosen == i])
+            return y
+        if self.kind == 2:
+            return self.experts[int(given["ids"].sum()) % 3](x)
+        h = self.experts[0][:2](x)
+        return self.spare(h) if bool(given["mask"].all()) else self.experts[0][2](h)
+
+
+class Steps(Block):
+    """One layer step after step, its result kept in a list; and channels contracted by letters."""
+
+    def build(self, draw, width):
+        self.cell, self.up, self.kind = self.linear(draw, width + 6, 6), self.linear(draw, width, 6), draw.randrange(4)
+        self.down, self.table = self.linear(draw, 6, width), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x, given):
+        h = self.act(self.up(x))
+        if self.kind == 0:
+            state, states = h[:, 0], []
+            for t in range(x.shape[1]):
+                state = torch.tanh(self.cell(torch.cat([x[:, t], state], -1)))
+                states.append(state)
+            h = torch.stack(states, 1)
+        elif self.kind == 1:
+            h = torch.einsum("btc,cd->btd", h, self.table)
+        elif self.kind == 2:
+            h = torch.einsum("btc,bsc->bts", h, h).softmax(-1) @ h
+        else:
+            h = h.sort(1).values - h.flip(1)
+        return self.down(h)
+
+
+BLOCKS = (
+    Sequences,
+    Experts,
+    Steps,
+    Plain,
+    Residual,
+    Gate,
+    SwiGLU,
+    Masked,
+    Attention,
+    Recurrent,
+    Mixing,
+    Twice,
+    Concat,
+    Ids,
+    Images,
+)
 
 
 class Net(nn.Module):
