@@ -236,8 +236,9 @@ class Moved(Callback):
         new = ((n, p.detach().clone()) for n, p in pl_module.named_parameters() if (n, p.shape) not in seen)
         self.first.extend(new)
 
-    def names(self, module):
-        """Names of the parameters of ``module`` that have moved."""
+    def names(self, module, *, by=0.0):
+        """Names of the parameters of ``module`` that have moved, by more than a share ``by`` of their largest entry."""
         first = {(name, value.shape): value for name, value in self.first}
         known = {name: p.detach() for name, p in module.named_parameters() if (name, p.shape) in first}
-        return {name for name, p in known.items() if not torch.equal(first[name, p.shape], p)}
+        moved = {name: float((p - first[name, p.shape]).abs().max()) for name, p in known.items()}
+        return {name for name, p in known.items() if not moved[name] <= by * float(p.abs().max())}

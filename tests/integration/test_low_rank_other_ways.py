@@ -503,3 +503,51 @@ def test_conditions_of_a_switch_hold_with_every_option_of_the_run():
     fit(module, low_rank(), accumulate_grad_batches=2, gradient_clip_val=0.5, epochs=4)
     assert set(low_rank_layers(module)) == {"fc1", "fc2"}
     assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+class ByHand(Net):
+    """Steps its optimizers itself: past the Trainer, which then counts no step, or two of them in a batch."""
+
+    automatic = False
+    raw = True
+
+    def training_step(self, batch, index):
+        optimizers = self.optimizers(use_pl_optimizer=not self.raw)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, index))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        if self.raw:
+            return super().configure_optimizers()
+        layers = [*self.fc1.parameters(), *self.fc2.parameters()]
+        return [torch.optim.AdamW(layers, 1e-2), torch.optim.AdamW(self.head.parameters(), 1e-2)], []
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_factors_take_turns_however_a_module_counts_its_steps(raw):
+    class Module(ByHand):
+        pass
+
+    Module.raw, rested = raw, []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if low_rank_layers(pl_module):
+                rested.append(frozenset(n for n, p in pl_module.fc2.named_parameters() if not p.requires_grad))
+
+    fit(Module(), low_rank(when=0), SequentialFreezing(period_steps=1), Watch())
+    assert set(rested) == {frozenset({"factor_out"}), frozenset({"factor_in"})}
+
+
+def test_freezing_steps_aside_where_the_optimizer_leaves_the_model_dense():
+    class Module(Net):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), 0.1, max_iter=2)
+
+    module, plain = Module(), Module()
+    fit(plain)
+    with warned("LBFGS keeps directions over all its parameters together"):
+        fit(module, low_rank(), SequentialFreezing())
+    assert_equal(plain, module)
