@@ -185,7 +185,8 @@ def run(folder, seed):
         return torch.autograd.grad(nn.functional.mse_loss(nn.functional.linear(x, weight, bias), y), [weight, bias])
 
     replay(strategy.ending.log, again, [torch.optim.SGD(again, 0.02, momentum=0.9)], gradient_of)
-    harm["torn"] = not all(torch.equal(a, b) for a, b in zip(again, module.parameters(), strict=True))
+    harm["torn"] = not same(again, strategy.ending.snapshot.parameters)
+    harm["another result"] = not same(strategy.ending.snapshot.parameters, module.parameters())
     pids = {int(line) for line in Path(folder, "pids").read_text(encoding="utf-8").split()}
     harm["left"] = sum(is_alive(pid) for pid in pids)
     times = sorted(float(line) for line in Path(folder, "steps").read_text(encoding="utf-8").split())
@@ -193,6 +194,10 @@ def run(folder, seed):
     harm["hangs"] = int(longest > HANG_SECONDS)
     faults = Path(folder, "faults")
     return +harm, faults.read_text(encoding="utf-8").splitlines() if faults.exists() else [], longest
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def sweep(faults, seed=0, *, tell=print):

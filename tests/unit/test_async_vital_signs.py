@@ -174,6 +174,19 @@ def test_the_coordinator_is_never_late_at_the_end_and_the_others_have_as_long_as
     assert not RunEnd(5.0, lambda: now[0]).is_overdue(training), "the run is not over"
 
 
+def test_a_result_of_a_run_that_goes_on_is_forgotten():
+    end = RunEnd(5.0)
+    end.results[0] = b"too early"
+    descriptor = os.open(os.devnull, os.O_RDONLY)
+    end.keep_file(0, descriptor)
+    end.forget_result(0)
+    end.forget_result(1)
+    assert end.results == {}
+    assert end.files == {}
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
 def test_dropped_gradients_are_spoken_of_but_not_each_time():
     notes = DropNotes(16)
     said = [notes.take(1, "dropped", finite=False) for _ in range(100)]

@@ -41,6 +41,13 @@ class RunEnd:
             os.close(former)
         self.files[worker] = descriptor
 
+    def forget_result(self, worker: int) -> None:
+        """Drop what a worker handed in that took the run for over when it was not."""
+        self.results.pop(worker, None)
+        file = self.files.pop(worker, None)
+        if file is not None:
+            os.close(file)
+
     def is_overdue(self, peer: Any) -> bool:
         """Whether a worker holds up the end of a run that is over.
 

@@ -214,18 +214,18 @@ class Service:
     def _leave(self, peer: Peer, *, stop: bool) -> None:
         self.drain(peer)
         peer.state = "left"
-        if peer.worker == self.control.coordinator:
-            self.end.coordinator_gone()
         if self.server is not None:
             self.server.dismiss(peer.worker)
         self.count_live()
         self.send(peer, Message("leave"))
-        if not stop or self.control.stopped:
-            return
-        if not self.unfinished():
+        if stop and not self.control.stopped:
+            if self.unfinished():
+                self.end.forget_result(peer.worker)  # of a run that goes on
+                self.appoint()
+                return
             self._stop()
-            return
-        self.appoint()
+        if self.control.stopped and peer.worker == self.control.coordinator:
+            self.end.coordinator_gone()
 
     def _publish(self) -> None:
         assert self.server is not None
@@ -299,13 +299,9 @@ class Service:
         if self.server is None or self._sharing is None:
             return None  # not yet joined
         values = request.values
-        asked = LeaseRequest(
-            values["epoch"],
-            values["final"],
-            pickle.loads(request.payload) if request.payload else None,
-            values.get("known", 0),
-            values.get("complete", True),
-        )
+        units = pickle.loads(request.payload) if request.payload else None
+        known, complete = values.get("known", 0), values.get("complete", True)
+        asked = LeaseRequest(values["epoch"], values["final"], units, known, complete)
         request.payload = b""  # learned once, whatever there is to wait for
         if self.control.coordinator == peer.worker:
             for other in self.peers:

@@ -40,6 +40,7 @@ class LeasedOrder:
         self.order = order
         self.sampler = getattr(order, "sampler", order)  # Lightning calls its `set_epoch`
         self.given: deque[LeaseId] = deque()  # leases of batches that are being loaded, oldest first
+        self._next: deque[Lease] = deque()  # leased, and not yet asked for
         self._share = share
 
     def __len__(self) -> int:
@@ -53,10 +54,19 @@ class LeasedOrder:
             yield from self.order
             return
         while block:
-            for lease in block:
+            self._next = waiting = deque(block)
+            while waiting:
+                lease = waiting.popleft()
                 self.given.append(lease.id)
                 yield lease.unit
             block = self._share.take(units)
+
+    def begin_anew(self) -> list[LeaseId]:
+        """Forget what is leased and not yet handed out; returns it, in order."""
+        forgotten = [*self.given, *(lease.id for lease in self._next)]
+        self.given.clear()
+        self._next.clear()
+        return forgotten
 
 
 def lease_batches(loader: DataLoader, share: Share, *, eager: bool) -> DataLoader:
@@ -127,8 +137,7 @@ def refuse_unleasable(loader: DataLoader) -> None:
 
 def _leased_class(base: type[DataLoader], order: LeasedOrder, share: Share, *, eager: bool) -> type[DataLoader]:
     def iterate(self: DataLoader) -> Iterator[Any]:
-        share.begin_anew(list(order.given))  # what an iterator before this one has leased is not trained on
-        order.given.clear()
+        share.begin_anew(order.begin_anew())  # what an iterator before this one has leased is not trained on
         return hand_out(base.__iter__(self) if eager else None, self)
 
     def stay(self: DataLoader, state_dict: Any) -> None:  # the loader's own signature
