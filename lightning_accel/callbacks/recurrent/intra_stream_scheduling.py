@@ -166,6 +166,9 @@ class IntraStreamScheduling(Callback):
     def _compare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int) -> None:
         """Compare a whole step with schedules with the plain one, if it is worth its time; leave plain what differs."""
         assert self._layers is not None
+        if not pl_module.automatic_optimization:
+            self._layers.refuse("a training step of manual optimization can not be tried on a copy")
+            return
         if self.schedule == "auto" and not self._is_repeated:
             if not self._seconds:
                 return

@@ -42,13 +42,11 @@ def difference(
 
     Args:
         trainer: Of the run.
-        pl_module: Its module, copied.
+        pl_module: Its module, copied; automatic optimization only.
         batch: As ``training_step`` gets it.
         batch_idx: As ``training_step`` gets it.
         scheduled: Gives a copy its schedules for the time of a step.
     """
-    if not pl_module.automatic_optimization:
-        return "a training step of manual optimization can not be tried on a copy"
     run = _Runner(trainer, pl_module, batch, batch_idx)
     try:
         plain = run(lambda _: nullcontext())
