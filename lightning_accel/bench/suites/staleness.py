@@ -23,7 +23,8 @@ from lightning_accel.zoo.models.cnn import CNN
 _SLOWDOWN = 3.0
 _BASELINE = "one process"
 RULES: dict[str, dict[str, Any]] = {
-    "inverse (default)": {},
+    "look_ahead (default)": {},
+    "inverse": {"staleness": "inverse"},
     "none": {"staleness": "none"},
     "delay_compensation": {"staleness": "delay_compensation"},
     "drop beyond 2": {"staleness": "drop", "drop_beyond": 2},
