@@ -13,6 +13,8 @@ from lightning_accel.evidence.feature_selection.overhead import measure_overhead
 from lightning_accel.evidence.feature_selection.page import SelectionReport, write_selection_page
 from lightning_accel.evidence.feature_selection.plots import plot_accuracy_against_features, plot_weights
 from lightning_accel.evidence.feature_selection.study import (
+    CONTROLS,
+    KEPT_WEIGHTS,
     PLAIN,
     Selection,
     headline,
@@ -57,15 +59,25 @@ def selection(method, sparsity, accuracy, features=10):
 
 def test_methods_are_compared_at_equal_sparsity_under_equal_seeds(trained, runs):
     assert [(s.method, s.seed) for s in runs] == [
-        (method, seed) for seed in (0, 1) for method in (PLAIN, "bi-level", "exact")
+        (method, seed) for seed in (0, 1) for method in (PLAIN, "bi-level", "exact", KEPT_WEIGHTS, *CONTROLS)
     ]
-    assert [s.features for s in runs] == [60, 12, 12] * 2
+    assert [s.features for s in runs] == [60, 12, 12, 12, 12, 12] * 2
     for found in trained:
         assert int((found.weight != 0).any(0).sum()) == found.selection.features
         assert len(found.informative) == 8
-        assert 0.5 < found.selection.accuracy <= 1.0
+        assert 0.5 < found.selection.accuracy <= 1.0 or found.selection.method == "random"
     by_chance = 12 * 8 / 60
-    assert all(s.informative > by_chance for s in runs), runs
+    assert all(s.informative > by_chance for s in runs if s.method != "random"), runs
+
+
+def test_controls_keep_other_columns_and_train_from_the_same_start(trained):
+    first = {t.selection.method: t.weight for t in trained if t.selection.seed == 0}
+    kept = {method: frozenset(torch.nonzero((w != 0).any(0))[:, 0].tolist()) for method, w in first.items()}
+    assert kept[KEPT_WEIGHTS] == kept["bi-level"], "one projection has chosen both"
+    assert not torch.equal(first[KEPT_WEIGHTS], first["bi-level"])
+    assert kept["random"] != kept["bi-level"]
+    again = list(select_features(make, parameter="encoder.0.weight", sparsities=[0.8], retrain_epoch=2, seeds=[0]))
+    assert torch.equal(again[-1].weight, first["random"]), "the random choice is the seed's"
 
 
 def test_without_an_epoch_to_retrain_every_step_is_projected():
@@ -77,7 +89,10 @@ def test_without_an_epoch_to_retrain_every_step_is_projected():
 
 def test_summaries_hold_means_spreads_and_paired_differences_and_reach_the_disk(runs, tmp_path):
     summaries = summarize(runs)
-    assert [(s.method, s.features) for s in summaries] == [(PLAIN, 60.0), ("bi-level", 12.0), ("exact", 12.0)]
+    methods = ("bi-level", "exact", KEPT_WEIGHTS, *CONTROLS)
+    assert [(s.method, s.features) for s in summaries] == [(PLAIN, 60.0), *((method, 12.0) for method in methods)]
+    others = headline(summaries).partition("The same training with other masks")[2]
+    assert all(f"({method})" in others for method in (KEPT_WEIGHTS, *CONTROLS))
     assert summaries[0].difference.median == 0.0
     assert summaries[0].informative == 8.0
     assert summaries[1].by_chance == pytest.approx(12 * 8 / 60)
@@ -148,7 +163,7 @@ def test_pictures_and_page_hold_all_of_it(trained, runs, known, tmp_path):
     assert "&lt;SAE&gt;" in page
     assert headline(summaries).replace(" ", "") in page.replace(" ", "")
     assert ("by chance" in page) == known
-    assert page.count("<tr>") == 1 + 3 + 1 + 6
+    assert page.count("<tr>") == 1 + 6 + 1 + 12
 
 
 def test_missing_packages_are_named(runs, monkeypatch, tmp_path):
@@ -180,13 +195,13 @@ SMALL = [
 def test_compare_prints_the_table_and_writes_pictures_and_page(capsys, tmp_path):
     assert call("compare", *SMALL, f"hydra.run.dir={tmp_path}") == 0
     out = capsys.readouterr().out
-    rows = re.findall(r"^(no projection|bi-level|exact) +(\d+)% +(\d+) ", out, re.MULTILINE)
+    rows = re.findall(
+        r"^(no projection|not rewound|bi-level|exact|magnitude|random) +(\d+)% +(\d+) ", out, re.MULTILINE
+    )
     assert rows == [
         ("no projection", "0", "40"),
-        ("bi-level", "50", "20"),
-        ("exact", "50", "20"),
-        ("bi-level", "75", "10"),
-        ("exact", "75", "10"),
+        *((method, "50", "20") for method in ("bi-level", "exact", KEPT_WEIGHTS, *CONTROLS)),
+        *((method, "75", "10") for method in ("bi-level", "exact", KEPT_WEIGHTS, *CONTROLS)),
     ]
     assert len(re.findall(r"[+-]\d+\.\d %", out)) == 4
     names = {"feature_selection.json", "accuracy_against_features.png", "weights.png", "report.html"}

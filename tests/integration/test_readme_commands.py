@@ -1,5 +1,10 @@
-"""Every command line of the README and of the method cards runs; long ones are shortened by overrides at their end."""
+"""Every command line of the README and of the method cards runs and measures what it says it does.
 
+Long ones are shortened by overrides at their end; one that is quick is run as it stands.
+"""
+
+import json
+import math
 import re
 import shlex
 import subprocess
@@ -40,6 +45,10 @@ def command_lines(page: Path) -> list[str]:
     ]
 
 
+PROJECTION = (
+    "lightning-accel train experiment=sae_breast_cancer callbacks=[l1inf_projection] "
+    "callbacks.l1inf_projection.target_sparsity=0.9"
+)
 COMMANDS = sorted({line for page in PAGES for line in command_lines(page)} - set(FRESH_MACHINE))
 
 
@@ -76,9 +85,79 @@ def test_every_method_card_shows_a_command():
         assert command_lines(page), f"{page.name} of {page.parent.name} has no command line"
 
 
+def run_line(command, folder):
+    (folder / "examples").symlink_to(ROOT / "examples")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=540, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def written(folder, name):
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob(name))]
+
+
+def check_train(folder, line):
+    runs = written(folder, "metrics.json")
+    assert len(runs) == (2 if " -m " in line else 1), "one record a run"
+    for run in runs:
+        assert run["metrics"], run
+        assert all(value is not None and math.isfinite(value) for value in run["metrics"].values()), run
+        scores = [value for name, value in run["metrics"].items() if name.endswith(("accuracy", "loss"))]
+        assert scores
+        assert all(0.0 <= value < 10.0 for value in scores), run
+        assert all(v <= 1.0 for name, v in run["metrics"].items() if name.endswith("accuracy")), run
+
+
+def check_compare(folder, line):
+    if "experiment=sae_" in line:
+        (runs,) = written(folder, "feature_selection.json")
+        assert {run["method"] for run in runs} >= {"no projection", "bi-level", "exact", "magnitude", "random"}
+        assert all(0.0 <= run["accuracy"] <= 1.0 and run["features"] > 0 for run in runs)
+        return
+    (summary,) = written(folder, "comparison.json")
+    numbers = re.findall(r"-?[0-9]+\.[0-9]+", json.dumps(summary))
+    assert len(numbers) > 10, "times, accuracies and their intervals"
+
+
+def check_bench(folder, _):
+    (bench,) = written(folder, "bench.json")
+    assert bench["rows"]
+    for row in bench["rows"]:
+        assert all(seconds is None or seconds > 0.0 for seconds in row.get("seconds", {}).values()), row
+
+
+def check_plan(_, line, out):
+    assert re.search(r"[0-9]+(\\.[0-9]+)? ?(ms|µs|us|s\\b|%)", out), (
+        f"{line} shows no number with a unit:\n{out[-2000:]}"
+    )
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("line", COMMANDS)
-def test_command_line_of_a_page_runs(line, tmp_path):
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    done = subprocess.run(with_overrides(line), cwd=tmp_path, capture_output=True, text=True, timeout=540, check=False)
-    assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line != PROJECTION])
+def test_command_line_of_a_page_runs_and_measures(line, tmp_path):
+    out = run_line(with_overrides(line), tmp_path)
+    _, command, *_ = shlex.split(line)
+    checks = {"train": check_train, "compare": check_compare, "bench": check_bench}
+    if command in checks:
+        checks[command](tmp_path, line)
+    elif command == "plan":
+        check_plan(tmp_path, line, out)
+    else:
+        assert "lightning-accel" in out
+
+
+@pytest.mark.slow
+def test_the_recipe_of_projection_ends_near_the_accuracy_without_it(tmp_path):
+    assert PROJECTION in COMMANDS
+    program, *words = shlex.split(PROJECTION)
+    plain = [word for word in words if "callbacks" not in word]
+    found = {}
+    for name, mine in (("plain", plain), ("projected", words)):
+        (tmp_path / name).mkdir()
+        run_line([str(Path(sys.executable).with_name(program)), *mine], tmp_path / name)
+        (record,) = written(tmp_path / name, "metrics.json")
+        found[name] = record["metrics"]
+    assert found["plain"]["val/accuracy"] > 0.9
+    assert found["projected"]["val/accuracy"] >= found["plain"]["val/accuracy"] - 0.02, found
+    assert found["projected"]["test/accuracy"] >= found["plain"]["test/accuracy"] - 0.02, found
+    assert found["projected"]["l1inf_projection/zero_groups"] == pytest.approx(0.9, abs=0.01)

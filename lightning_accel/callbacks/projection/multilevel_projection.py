@@ -16,8 +16,11 @@ class MultilevelProjection(ProjectionCallback):
 
     Without arguments it clears half of the rows (neurons, channels) of every hidden layer: none in the first tenth of
     the fit, in which the network learns, more and more until six tenths are over, and none after that, so that what is
-    left recovers. Cleared rows stay cleared. Layers that write the model's output are left alone; which they are is
-    read off the autograd graph of the first training steps, not off their names.
+    left recovers. In this rise of its own choice it clears the groups that the projection would clear and leaves all
+    others as they are, as the papers keep no more than the zeros of theirs: again and again cut down to the ball, those
+    that stay could not recover in time. With a ``schedule``, a step or a radius it projects. Cleared rows stay cleared.
+    Layers that write the model's output are left alone; which they are is read off the autograd graph of the first
+    training steps, not off their names.
 
     Projects after the optimizer's own step (a post-step hook), so it is right under accumulation, manual optimization,
     several optimizers and skipped steps. DDP needs no communication, shards of FSDP2 only the group norms. Parameters

@@ -89,7 +89,9 @@ class ProjectedTraining:
             raise ValueError(
                 f"`rewind` must be 'none', 'init' or the path of a checkpoint, got {source!r}, where there is no file."
             )
-        self.projector = Projector([], self.ball, self.timing.ramp, self.freeze_zero_groups, self.compile)
+        self.projector = Projector(
+            [], self.ball, self.timing.ramp, self.freeze_zero_groups, self.compile, self.timing.over_fit
+        )
         self._projected, self._before_end, self._logged_at = False, None, -1
         self.shortfalls.forget()
         self.roles.forget(None if self._restored is None else self._restored["roles"])

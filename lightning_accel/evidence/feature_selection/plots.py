@@ -55,7 +55,7 @@ def plot_accuracy_against_features(summaries: Sequence[Summary], path: Path) -> 
         axis.set_xticks(counts, labels=[f"{count:,.0f}" for count in counts])
         axis.minorticks_off()
         axis.set_xlabel("features kept (logarithmic)")
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 4), frameon=False)
     _save(figure, path)
 
 

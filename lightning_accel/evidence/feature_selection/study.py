@@ -12,10 +12,13 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 
 from lightning_accel.callbacks.projection.l1inf_projection import L1InfProjection
+from lightning_accel.evidence.feature_selection.controls import RankedColumns, Ranking
 from lightning_accel.measure import PairedDifference, subtract_paired
 
 PLAIN = "no projection"
 METHODS: dict[str, Literal["bilevel", "exact"]] = {"bi-level": "bilevel", "exact": "exact"}
+KEPT_WEIGHTS = "not rewound"  # bi-level; what is left of the weights after the projection trains on
+CONTROLS: dict[str, Ranking] = {"magnitude": "magnitude", "random": "random"}
 
 MakeFit = Callable[[int, Sequence[Callback]], tuple[Trainer, LightningModule, LightningDataModule]]
 
@@ -25,7 +28,7 @@ class Selection:
     """One training.
 
     Attributes:
-        method: ``"no projection"``, ``"bi-level"`` or ``"exact"``.
+        method: ``"no projection"``, one of `METHODS` or of `CONTROLS`, or `KEPT_WEIGHTS`.
         sparsity: Fraction of the features to clear, in [0, 1].
         seed: Of model and data.
         accuracy: On the test samples, in [0, 1].
@@ -67,7 +70,10 @@ def select_features(
     """Train with every method at every sparsity under every seed; yield what came out.
 
     As in the papers: train, project the columns of the first weight once, keep the zeros, rewind the rest to its
-    initial values and train on. Methods are compared at equal sparsity, for equal radii mean different things.
+    initial values and train on. Of the projection that keeps a mask only, and any ranking of the columns gives one; so
+    the same is done with the columns of the largest norms and with random ones. Where the projected weights themselves
+    are used (`KEPT_WEIGHTS`), nothing is rewound. Methods are compared at equal sparsity, for equal radii mean
+    different things.
 
     Args:
         make: Builds trainer, model and data for a seed, with callbacks.
@@ -91,6 +97,19 @@ def select_features(
                     rewind="none" if retrain_epoch is None else "init",
                 )
                 yield _train(make, [projection], parameter=parameter, seed=seed, method=name, sparsity=sparsity)
+            if retrain_epoch is None:
+                continue
+            kept = L1InfProjection(
+                target_sparsity=sparsity,
+                parameters=parameter,
+                groups="columns",
+                mode="project_then_retrain",
+                retrain_epoch=retrain_epoch,
+            )
+            yield _train(make, [kept], parameter=parameter, seed=seed, method=KEPT_WEIGHTS, sparsity=sparsity)
+            for name, ranking in CONTROLS.items():
+                control = RankedColumns(parameter, sparsity, retrain_epoch, ranking, seed)
+                yield _train(make, [control], parameter=parameter, seed=seed, method=name, sparsity=sparsity)
 
 
 def _train(
@@ -165,25 +184,30 @@ def summarize(runs: Sequence[Selection]) -> list[Summary]:
 
 
 def sparsest_without_loss(summaries: Sequence[Summary]) -> float:
-    """Return the highest sparsity at which every method is at least as accurate as no projection, else the best one."""
+    """Return the highest sparsity at which each of `METHODS` is as accurate as no projection, else the best one."""
     (plain,) = (s for s in summaries if s.method == PLAIN)
     worst: dict[float, float] = {}
     for s in summaries:
-        if s.method != PLAIN:
+        if s.method in METHODS:
             worst[s.sparsity] = min(s.accuracy[0], worst.get(s.sparsity, 1.0))
     without = [sparsity for sparsity, accuracy in worst.items() if accuracy >= plain.accuracy[0]]
     return max(without) if without else max(worst, key=lambda sparsity: worst[sparsity])
 
 
 def headline(summaries: Sequence[Summary]) -> str:
-    """Say in one sentence what the study found."""
+    """Say in two sentences what the study found, and which part of it gains."""
     (plain,) = (s for s in summaries if s.method == PLAIN)
-    shown = [s for s in summaries if s.sparsity == sparsest_without_loss(summaries) and s.method != PLAIN]
+    at = [s for s in summaries if s.sparsity == sparsest_without_loss(summaries) and s.method != PLAIN]
+    shown = [s for s in at if s.method in METHODS]
     parts = ", ".join(f"{s.accuracy[0]:.3f} ({s.method}, {s.difference.verdict})" for s in shown)
-    return (
+    found = (
         f"Test accuracy with {shown[0].features:,.0f} of {plain.features:,.0f} features: {parts}; with all: "
         f"{plain.accuracy[0]:.3f}."
     )
+    others = ", ".join(f"{s.accuracy[0]:.3f} ({s.method})" for s in at if s.method not in METHODS)
+    if not others:
+        return found
+    return f"{found} The same training with other masks, or with weights that are not rewound: {others}."
 
 
 def write_runs(runs: Sequence[Selection], path: Path) -> None:

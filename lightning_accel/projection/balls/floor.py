@@ -16,12 +16,14 @@ class Floor(NamedTuple):
         least: Groups of each that stay, >= 0.
         sparsity: Fraction of all groups to clear; ``None`` where a radius decides.
         radius: Of the ball; read only without a sparsity.
+        zeros_only: Clear what the projection clears and leave all other groups as they are; for a sparsity.
     """
 
     sizes: Sequence[int]
     least: int
     sparsity: float | None = None
     radius: float = math.inf
+    zeros_only: bool = False
 
     @property
     def cleared(self) -> int:
@@ -70,6 +72,8 @@ class Floor(NamedTuple):
         Groups of the floor stay as they are for a sparsity. For a radius they keep a share of it, in proportion to
         their norms, and all others make room for that.
         """
+        if self.zeros_only:
+            bounds = bounds.masked_fill(bounds > 0.0, torch.inf)
         gone = (bounds == 0.0) & (norms > 0.0)
         if self.sparsity is not None:
             if norms.is_cpu and int((bounds == 0.0).sum()) <= self.cleared and len(self.sizes) == 1:

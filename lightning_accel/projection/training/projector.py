@@ -39,6 +39,7 @@ class Projector:
         freeze_zero_groups: Keep groups cleared that a projection has cleared: neither momentum nor gradients bring
             them back.
         compile: As in `project_l1inf`.
+        zeros_only: For a target sparsity: clear the groups that the projection clears, leave the others as they are.
         memories: By the targets' names.
         unchecked: Norms on a GPU that `check_finite` has not looked at yet.
     """
@@ -48,6 +49,7 @@ class Projector:
     ramp: Ramp = field(default_factory=Ramp)
     freeze_zero_groups: bool = False
     compile: Compile = "auto"
+    zeros_only: bool = False
     memories: dict[str, Memory] = field(default_factory=dict)
     unchecked: list[Tensor] = field(default_factory=list)
     _layouts: dict[str, tuple[nn.Parameter, Place, MaxPyramid]] = field(default_factory=dict, repr=False)
@@ -166,7 +168,7 @@ class Projector:
             if sparsity > 0.0 and self.ball.norms[0] == "l1":
                 free = replace(self.ball, scope="parameter", min_groups=0)
                 ball = replace(free, radius=None, radius_fraction=None, target_sparsity=sparsity)
-                Projector([target], ball, compile=self.compile).project(1)
+                Projector([target], ball, compile=self.compile, zeros_only=self.zeros_only).project(1)
 
     def zero_groups(self, name: str) -> float:
         """Return the fraction of a target's groups that the last projection left at zero."""
@@ -247,7 +249,7 @@ class Projector:
         sizes, ball = [target.num_groups for target in targets], self.ball
         least = ball.min_groups if ball.norms[0] == "l1" else 0  # no other outermost norm clears groups
         if ball.target_sparsity is not None:
-            return Floor(sizes, least, sparsity=ball.target_sparsity * part)
+            return Floor(sizes, least, sparsity=ball.target_sparsity * part, zeros_only=self.zeros_only)
         return Floor(sizes, least, radius=self._size(targets, part))
 
     def _size(self, targets: Sequence[Target], part: float) -> float:

@@ -1,0 +1,235 @@
+"""What projections leave alone, and what they say: layers live, requests that a fit cannot meet are told."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_accel.callbacks import L1InfProjection, MultilevelProjection
+
+BOTH = pytest.mark.parametrize("kind", [L1InfProjection, MultilevelProjection])
+x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+
+
+class Net(LightningModule):
+    def __init__(self, net=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = net or nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def training_step(self, batch, _):
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, _):
+        self.log("val/loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], 1e-2)
+
+
+def fit(net, *callbacks, epochs=2, validate=False, **settings):
+    data = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 8)
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=1.0 if validate else 0,
+        **settings,
+    )
+    trainer.fit(net, data, data)
+    return trainer
+
+
+def zero_rows(net):
+    return [int((m.weight == 0).all(1).sum()) for m in net.net if isinstance(m, nn.Linear)]
+
+
+@BOTH
+def test_without_arguments_half_of_the_hidden_rows_go_and_no_class(kind):
+    net = Net()
+    fit(net, kind())
+    assert zero_rows(net) == [8, 4, 0]
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{"target_sparsity": 1.0}, {"radius": 0.0}, {"radius_fraction": 0.0}])
+@pytest.mark.parametrize("floor", [1, 3])
+def test_the_floor_keeps_layers_alive(kind, options, floor):
+    net = Net()
+    fit(net, kind(**options, parameters="*weight", min_groups=floor))
+    assert zero_rows(net) == [16 - floor, 8 - floor, 3 - min(floor, 3) if floor < 3 or "radius" in str(options) else 0]
+
+
+@pytest.mark.parametrize("method", ["bilevel", "exact"])
+@pytest.mark.parametrize("schedule", [None, "constant"])
+def test_a_shared_budget_keeps_the_floor_of_every_layer(method, schedule):
+    net = Net()
+    with torch.no_grad():
+        net.net[2].weight.mul_(1e-3)
+    options = {"scope": "global", "method": method, "schedule": schedule, "min_groups": 2}
+    fit(net, L1InfProjection(target_sparsity=0.6, **options))
+    zero = zero_rows(net)
+    assert zero[1] <= 6
+    assert zero[0] <= 14
+    assert zero[0] + zero[1] == round(0.6 * 24)
+
+
+def test_ties_do_not_overshoot_a_target():
+    net = Net()
+    with torch.no_grad():
+        for layer in (net.net[0], net.net[2]):
+            layer.weight.copy_(layer.weight.sign() * 0.25)
+    fit(net, L1InfProjection(target_sparsity=0.5, at_end=True), max_steps=1)
+    assert zero_rows(net)[:2] == [8, 4] or max(zero_rows(net)[:2]) <= 8
+
+
+def test_an_identity_of_equal_rows_keeps_what_was_not_asked_for():
+    net = Net()
+    nn.init.eye_(net.net[2].weight)
+    before = net.net[2].weight.detach().clone()
+    net.net[2].weight.register_hook(torch.zeros_like)
+    fit(net, L1InfProjection(target_sparsity=0.5, parameters="net.2.weight", schedule="constant"))
+    assert zero_rows(net)[1] == 4
+    assert torch.equal(before.ne(0).sum(1), torch.ones(8, dtype=torch.long))
+
+
+def test_what_is_left_alone_is_said(caplog):
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        fit(Net(nn.Sequential(nn.Linear(12, 1), nn.Linear(1, 8), nn.Linear(8, 3))), L1InfProjection())
+    assert "leaves alone net.0.weight (only 1 group), net.2.weight (writes the model's output)." in caplog.text
+
+
+def test_a_model_of_one_layer_trains_plainly_with_a_warning(caplog):
+    plain = Net(nn.Sequential(nn.Linear(12, 3)))
+    net = copy.deepcopy(plain)
+    fit(net, L1InfProjection())
+    fit(plain)
+    assert torch.equal(net.net[0].weight, plain.net[0].weight)
+    assert "projects nothing. It leaves alone net.0.weight (writes the model's output)." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"end_step": 100}, "`end_step`=100 lies beyond this fit of 16 optimizer steps, which ends at 41% of the way"),
+        ({"start_step": 100}, "`start_step`=100 is not before the end of this fit of 16 optimizer steps"),
+        ({"every_n_steps": 50}, "`every_n_steps`=50 is more than this fit of 16 optimizer steps"),
+        ({"every_n_epochs": 5}, "`every_n_epochs`=5 is more than this fit of 2 epochs"),
+        (
+            {"mode": "project_then_retrain", "retrain_epoch": 7},
+            "`retrain_epoch`=7 never begins in this fit of 2 epochs",
+        ),
+        ({"parameters": ["net.0.*", "nowhere*"]}, "No parameter fits 'nowhere*'"),
+    ],
+)
+def test_a_request_that_a_fit_is_too_short_for_is_told_once(options, said, caplog):
+    with caplog.at_level(logging.WARNING, logger="lightning_accel"):
+        fit(Net(), L1InfProjection(target_sparsity=0.5, **options))
+    assert said in caplog.text
+    assert len([r for r in caplog.records if r.name.startswith("lightning_accel")]) == 1
+
+
+def test_a_fit_that_stops_early_says_how_far_the_projection_came(caplog):
+    stop = EarlyStopping("loss", patience=0, mode="max")
+    fit(Net(), L1InfProjection(), stop, epochs=10)
+    assert "of the way to the full projection, with " in caplog.text
+
+
+class Thaw(BaseFinetuning):
+    def freeze_before_training(self, module):
+        self.freeze(module.net[0])
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=1e-2)
+
+
+@pytest.mark.parametrize("thaw_first", [True, False])
+@pytest.mark.parametrize("parameters", [None, "net.0.weight"])
+def test_layers_that_are_thawed_later_are_projected_from_then_on(thaw_first, parameters):
+    net, mine = Net(), L1InfProjection(radius=0.5, parameters=parameters)
+    fit(net, *((Thaw(), mine) if thaw_first else (mine, Thaw())), epochs=3)
+    assert float(net.net[0].weight.detach().abs().amax(1).sum()) <= 0.5
+
+
+@pytest.mark.parametrize("parameters", [None, "*weight"])
+def test_lazy_layers_join_when_they_have_a_shape(parameters):
+    lazy = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))
+    net = Net(lazy)
+    fit(net, L1InfProjection(target_sparsity=0.5, parameters=parameters))
+    assert zero_rows(net)[:2] == [8, 4]
+
+
+@pytest.mark.parametrize("when", [{"at_end": True}, {"every_n_steps": 7}, {"every_n_epochs": 3}, {}])
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("limit", [{"epochs": 4}, {"epochs": 9, "max_steps": 20}])
+def test_the_last_checkpoint_is_projected_in_every_mode(when, validate, limit, tmp_path):
+    net = Net()
+    last = ModelCheckpoint(tmp_path, save_last=True)
+    trainer = fit(net, L1InfProjection(target_sparsity=0.5, **when), last, validate=validate, **limit)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    for name in ("last.ckpt", "after.ckpt"):
+        saved = torch.load(tmp_path / name, weights_only=False)["state_dict"]
+        assert [int((saved[f"net.{i}.weight"] == 0).all(1).sum()) for i in (0, 2, 4)] == [8, 4, 0], name
+        assert all(torch.equal(saved[k], v) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("order", ["abe", "aeb", "eab"])
+def test_two_callbacks_and_an_average_keep_apart(order, tmp_path):
+    net = Net()
+    parts = {
+        "a": L1InfProjection(target_sparsity=0.5, parameters="net.0.weight"),
+        "b": L1InfProjection(target_sparsity=0.75, parameters="net.2.weight"),
+        "e": EMAWeightAveraging(decay=0.9),
+    }
+    trainer = fit(net, *(parts[c] for c in order), validate=True, epochs=3)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    saved = torch.load(tmp_path / "after.ckpt", weights_only=False)["state_dict"]
+    assert zero_rows(net)[:2] == [8, 6]
+    assert all(torch.equal(saved[k], v) for k, v in net.state_dict().items())
+
+
+def test_two_callbacks_of_one_selection_have_states_of_their_own():
+    first, second = L1InfProjection(1.0), L1InfProjection(2.0)
+    assert first.state_key != second.state_key
+    assert first.state_key == L1InfProjection(1.0).state_key
+    fit(Net(), first, second)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.slow
+def test_compiled_models_are_sorted_out_in_one_eager_step():
+    net = Net()
+    net.net.compile()
+    fit(net, L1InfProjection())
+    assert zero_rows(net) == [8, 4, 0]
+
+
+def test_data_without_a_length_has_a_rise_all_the_same():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(TensorDataset(x, x[:, :3].argmax(1)))
+
+    net = Net()
+    trainer = Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[L1InfProjection()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(net, DataLoader(Stream(), 8), DataLoader(Stream(), 8))
+    assert zero_rows(net) == [8, 4, 0]
