@@ -27,13 +27,46 @@ def logging_period(trainer: "pl.Trainer") -> int:
     return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # see `callbacks_of`
 
 
+def every_callback(trainer: "pl.Trainer") -> list[Any]:
+    """Return the Trainer's callbacks, and those that they hold: wrappers, switches and schedules of callbacks delegate.
+
+    Callbacks that work together find each other here, whoever calls their hooks.
+    """
+    found: list[Any] = []
+    for callback in callbacks_of(trainer):
+        found += [held for held in held_callbacks(callback) if not any(held is known for known in found)]
+    return found
+
+
+def held_callbacks(callback: object) -> list[Any]:
+    """Return a callback, and those that it holds in attributes, in theirs, and so on."""
+    found: list[Any] = []
+    waiting = [callback]
+    while waiting:
+        held = waiting.pop(0)
+        if any(held is known for known in found):
+            continue
+        found.append(held)
+        for value in list(getattr(held, "__dict__", {}).values()):
+            several = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            )
+            waiting += [other for other in several if _is_callback(other)]
+    return found
+
+
+def _is_callback(value: object) -> bool:
+    """Say whether a value is a callback of either distribution of Lightning."""
+    return any(kind.__name__ == "Callback" and "lightning" in kind.__module__ for kind in type(value).__mro__)
+
+
 def averaged_modules(trainer: "pl.Trainer") -> list[nn.Module]:
     """Return the copies of the module that weight-averaging callbacks keep.
 
     `WeightAveraging` and `StochasticWeightAveraging` make them in ``setup`` and pair parameters by position, so they
     must follow when layers are exchanged; there is no public way to reach them.
     """
-    averages = (getattr(callback, "_average_model", None) for callback in callbacks_of(trainer))
+    averages = (getattr(callback, "_average_model", None) for callback in every_callback(trainer))
     return [a.module if isinstance(a, AveragedModel) else a for a in averages if isinstance(a, nn.Module)]
 
 
@@ -42,7 +75,7 @@ def pruned_layers(trainer: "pl.Trainer", module: nn.Module) -> set[str]:
 
     It keeps the layers themselves from ``setup`` on, in a private list: others in their places would never be pruned.
     """
-    chosen = (getattr(callback, "_parameters_to_prune", None) or () for callback in callbacks_of(trainer))
+    chosen = (getattr(callback, "_parameters_to_prune", None) or () for callback in every_callback(trainer))
     pruned = {id(layer) for pairs in chosen for layer, _ in pairs}
     return {name for name, layer in module.named_modules() if id(layer) in pruned}
 
@@ -57,7 +90,7 @@ def rename_in_finetuning(trainer: "pl.Trainer", renamed: Mapping[str, Sequence[s
         trainer: Whose callbacks are looked through.
         renamed: Full parameter name to the names of what replaced it.
     """
-    for callback in callbacks_of(trainer):
+    for callback in every_callback(trainer):
         for groups in getattr(callback, "_internal_optimizer_metadata", {}).values():
             for group in groups:
                 group["params"] = [new for name in group["params"] for new in renamed.get(name, (name,))]

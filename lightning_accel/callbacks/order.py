@@ -4,7 +4,7 @@ import logging
 
 import lightning.pytorch as pl
 
-from lightning_accel.lightning_private import callbacks_of
+from lightning_accel.lightning_private import callbacks_of, held_callbacks
 
 _log = logging.getLogger(__name__)
 
@@ -49,5 +49,7 @@ def correct_order(trainer: "pl.Trainer") -> None:
 
 
 def _name(callback: object) -> str:
+    """Return the name under which `ORDER` knows a callback, or what it wraps; else that of its class."""
     names = {name for pair in ORDER for name in pair}
-    return next((kind.__name__ for kind in type(callback).__mro__ if kind.__name__ in names), type(callback).__name__)
+    kinds = (kind.__name__ for held in held_callbacks(callback) for kind in type(held).__mro__)
+    return next((name for name in kinds if name in names), type(callback).__name__)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_accel.callbacks.layer_exchange.first_steps import Exchange, factors_of, weight_of
-from lightning_accel.lightning_private import averaged_modules, callbacks_of
+from lightning_accel.lightning_private import averaged_modules, every_callback
 from lightning_accel.low_rank import (
     LOW_RANK_TYPES,
     adapt_structure,
@@ -208,7 +208,7 @@ def exchange_own_layers(
 
 def tell_callbacks(trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: Sequence[str]) -> None:
     """Let callbacks look up anew what they took from the layers ``names``."""
-    for callback in callbacks_of(trainer):
+    for callback in every_callback(trainer):
         if isinstance(callback, FollowsStructure):
             callback.on_structure_change(trainer, pl_module, names)
 

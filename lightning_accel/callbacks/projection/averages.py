@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.callbacks.projection.selection import Selection
-from lightning_accel.lightning_private import averaged_modules, callbacks_of
+from lightning_accel.lightning_private import averaged_modules, every_callback
 from lightning_accel.projection.training.projector import Projector
 from lightning_accel.projection.training.targets import Target
 
@@ -105,6 +105,6 @@ def _project(projector: Projector, targets: list[Target]) -> None:
 
 
 def _all_of(trainer: "pl.Trainer") -> list[ProjectedAverages]:
-    runs = (getattr(callback, "_run", None) for callback in callbacks_of(trainer))
+    runs = (getattr(callback, "_run", None) for callback in every_callback(trainer))
     found = (getattr(run, "averages", None) for run in runs)
     return [averages for averages in found if isinstance(averages, ProjectedAverages)]

@@ -19,7 +19,7 @@ from lightning_accel.callbacks.projection.selection import Selection
 from lightning_accel.callbacks.projection.shortfalls import Shortfalls
 from lightning_accel.callbacks.projection.sparsity_log import log_sparsity
 from lightning_accel.callbacks.projection.timing import Timing, ends_now
-from lightning_accel.lightning_private import averaged_modules, callbacks_of, load_checkpoint_file, logging_period
+from lightning_accel.lightning_private import averaged_modules, every_callback, load_checkpoint_file, logging_period
 from lightning_accel.projection.kernels.compiled import Compile, check_compile
 from lightning_accel.projection.sharded import alike, gather
 from lightning_accel.projection.training.ball_specification import Ball
@@ -307,10 +307,10 @@ class ProjectedTraining:
     def _expect_layers(self, trainer: "pl.Trainer", module: nn.Module) -> None:
         """Refuse to project nothing, unless another callback is still to make layers or to thaw some."""
         self._waits = True
-        states = [getattr(callback, "structure_state", None) for callback in callbacks_of(trainer)]
+        states = [getattr(callback, "structure_state", None) for callback in every_callback(trainer)]
         if any(state() == "pending" for state in states if state is not None):
             return
-        if self.roles.waiting and any(isinstance(callback, BaseFinetuning) for callback in callbacks_of(trainer)):
+        if self.roles.waiting and any(isinstance(callback, BaseFinetuning) for callback in every_callback(trainer)):
             self._waits = False
             return
         chosen = self.selection

@@ -27,7 +27,7 @@ from lightning_accel.callbacks.rank_quantization.progress import Progress, batch
 from lightning_accel.callbacks.rank_quantization.reasons import Reason
 from lightning_accel.callbacks.rank_quantization.request import RankRequest
 from lightning_accel.callbacks.rank_quantization.verdict import Verdict, dense
-from lightning_accel.lightning_private import callbacks_of, pruned_layers
+from lightning_accel.lightning_private import every_callback, pruned_layers
 from lightning_accel.low_rank import RankPlan
 from lightning_accel.low_rank.plan import UNMEASURED
 
@@ -177,5 +177,5 @@ class Decision:
 
 def phase_weights(trainer: "pl.Trainer") -> tuple[float, float] | None:
     """Return the shares of the phases in which other callbacks let factors rest; None where none do."""
-    resting = [callback for callback in callbacks_of(trainer) if isinstance(callback, RestsFactors)]
+    resting = [callback for callback in every_callback(trainer) if isinstance(callback, RestsFactors)]
     return resting[0].phase_weights() if resting else None

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_accel.lightning_private import callbacks_of
+from lightning_accel.lightning_private import every_callback
 
 _TIMED_BATCHES = 5  # whose mean says how long a batch takes, where training ends by the clock
 
@@ -128,4 +128,4 @@ def _seconds_left(trainer: "pl.Trainer") -> float | None:
 
 def _callbacks_named(name: str, trainer: "pl.Trainer") -> list[Any]:
     """Return the callbacks of a class of Lightning, from either distribution."""
-    return [c for c in callbacks_of(trainer) if name in {kind.__name__ for kind in type(c).__mro__}]
+    return [c for c in every_callback(trainer) if name in {kind.__name__ for kind in type(c).__mro__}]

@@ -23,13 +23,13 @@ _log = logging.getLogger(__name__)
 
 
 def check_something_to_factor(module: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Refuse a module without layers that could be low rank.
+    """Refuse a module without layers that could be low rank, or are so already.
 
     Raises:
         MisconfigurationException: Says what was looked for and what was found.
     """
     eligible, skipped = eligible_layers(module, include=include, exclude=exclude)
-    if not eligible and not left_alone(skipped):
+    if not eligible and not left_alone(skipped) and not low_rank_layers(module):
         found = "; ".join(f"`{name}`: {reason}" for name, reason in skipped.items()) or "no such layer at all"
         raise MisconfigurationException(
             f"no layer of {type(module).__name__} can be factored. Looked for nn.Linear, nn.Conv1d and nn.Conv2d whose "

@@ -14,7 +14,7 @@ from lightning_accel.callbacks.order import correct_order
 from lightning_accel.callbacks.sequential_freezing.factor_turns import FactorTurns, steps_of
 from lightning_accel.callbacks.sequential_freezing.training_length import length_of_training
 from lightning_accel.decision_line import say_decision
-from lightning_accel.lightning_private import callbacks_of
+from lightning_accel.lightning_private import every_callback
 from lightning_accel.low_rank import AdaptiveFreezing, FreezingSchedule, low_rank_layers
 from lightning_accel.low_rank.freezing import check_weights
 
@@ -108,7 +108,7 @@ class SequentialFreezing(pl.Callback):
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Look for low-rank layers, or for a callback that will make them."""
-        makers = [callback for callback in callbacks_of(trainer) if isinstance(callback, ChangesStructure)]
+        makers = [callback for callback in every_callback(trainer) if isinstance(callback, ChangesStructure)]
         if not low_rank_layers(pl_module) and not makers:
             raise MisconfigurationException(
                 f"SequentialFreezing found no low-rank layer in {type(pl_module).__name__} (looked for LowRankLinear, "
@@ -200,7 +200,7 @@ class SequentialFreezing(pl.Callback):
         if self.turns.applied is not None or low_rank_layers(pl_module):
             return True
         states = [
-            callback.structure_state() for callback in callbacks_of(trainer) if isinstance(callback, ChangesStructure)
+            callback.structure_state() for callback in every_callback(trainer) if isinstance(callback, ChangesStructure)
         ]
         if "pending" not in states:
             self._aside = True

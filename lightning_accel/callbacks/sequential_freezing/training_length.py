@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_accel.lightning_private import callbacks_of
+from lightning_accel.lightning_private import every_callback
 
 
 def length_of_training(trainer: "pl.Trainer", *, in_steps: bool) -> int:
@@ -20,7 +20,7 @@ def length_of_training(trainer: "pl.Trainer", *, in_steps: bool) -> int:
     Raises:
         MisconfigurationException: If nobody knows, with the reason and what to set.
     """
-    timers = [callback for callback in callbacks_of(trainer) if hasattr(callback, "time_remaining")]
+    timers = [callback for callback in every_callback(trainer) if hasattr(callback, "time_remaining")]
     if any(timer.time_remaining() is not None for timer in timers):
         rank_zero_warn(
             "`final_trainable` of SequentialFreezing counts from the last epoch or step, and a limit of time may end "
@@ -62,9 +62,9 @@ def _why_steps_are_unknown(trainer: "pl.Trainer") -> str | None:
 def _steps_of(trainer: "pl.Trainer", epoch: int) -> int:
     """Return the optimizer steps of an epoch, with what schedulers make of the accumulation."""
     factor: int = trainer.accumulate_grad_batches
-    for callback in callbacks_of(trainer):
+    for callback in every_callback(trainer):
         if "GradientAccumulationScheduler" in {kind.__name__ for kind in type(callback).__mro__}:
-            factor = callback.get_accumulate_grad_batches(epoch)  # type: ignore[attr-defined]  # of that class
+            factor = callback.get_accumulate_grad_batches(epoch)
     return math.ceil(trainer.num_training_batches / factor)
 
 

@@ -10,11 +10,12 @@ from lightning_accel.callbacks.layer_exchange.structure import (
     exchange_own_layers,
     load_factors,
 )
+from lightning_accel.lightning_private import every_callback
 
 
 def prepare_to_come_back(trainer: Any) -> None:
     """Let the caller's module take low-rank layers when the workers' result comes back, if a callback makes some."""
-    if any(isinstance(callback, ChangesStructure) for callback in trainer.callbacks):
+    if any(isinstance(callback, ChangesStructure) for callback in every_callback(trainer)):
         enable_low_rank_loading(trainer.lightning_module)
 
 
