@@ -36,7 +36,15 @@ from lightning_accel.callbacks import (
     RankQuantization,
     SequentialFreezing,
 )
-from lightning_accel.low_rank import LayerPlan, RankPlan, decompose, eligible_layers, low_rank_layers
+from lightning_accel.lightning_private import every_callback
+from lightning_accel.low_rank import (
+    LayerPlan,
+    RankPlan,
+    decompose,
+    eligible_layers,
+    factor_parameter_names,
+    low_rank_layers,
+)
 from lightning_accel.strategies import AsyncSGDStrategy
 from lightning_accel.strategies.for_pytorch_lightning import AsyncSGDStrategy as OtherAsyncSGDStrategy
 
@@ -69,6 +77,8 @@ class Accelerator:
         ddp_refusal: Pattern of the error in a DDP run, or None if two processes stay equal (row 4).
         epochs: Length of the contract's runs; long enough for several phases.
         optimizations: Ways to optimize it supports (row 6); another way is refused as ``optimization_refusal`` says.
+        left_alone: Features of row 6 under which it does nothing, by their names; the run is then the plain one, and
+            the value is the pattern of what it says.
         refused: Features of row 6 that are refused alike, by their names.
         optimization_refusal: Pattern of that refusal.
     """
@@ -94,13 +104,15 @@ class Accelerator:
     ddp_refusal: str | None = None
     epochs: int = 4
     optimizations: tuple[str, ...] = ("automatic", "manual", "two optimizers")
+    left_alone: dict[str, str] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     optimization_refusal: str = ""
 
 
 def trained_by_workers(module: LightningModule) -> bool:
     """Say whether worker processes made all the steps of the module's last Trainer."""
-    return sum(module.trainer.strategy.statistics.worker_pushes) > 0
+    statistics = getattr(module.trainer.strategy, "statistics", None)
+    return statistics is not None and sum(statistics.worker_pushes) > 0
 
 
 def all_dense_plan() -> RankPlan:
@@ -150,15 +162,49 @@ def has_zero_rows(patterns: tuple[str, ...]) -> Callable[[LightningModule], bool
     return look
 
 
-def has_recurrent_report(module: LightningModule) -> bool:
-    """Say whether the callback of the module's last Trainer says what its recurrent layers ran with."""
-    callbacks = module.trainer.callbacks
+def factors_rested(module: LightningModule) -> bool:
+    """Say whether factors, and nothing else, were frozen in training steps of the module's last Trainer."""
+    witnesses = [callback for callback in module.trainer.callbacks if hasattr(callback, "rested")]
+    rested = {name for witness in witnesses for name in witness.rested}
+    return bool(rested) and rested <= factor_parameter_names(module)
+
+
+def low_rank_and_rested(module: LightningModule) -> bool:
+    """Say whether layers were factored, and their factors took turns."""
+    return is_low_rank(module) and factors_rested(module)
+
+
+def _scheduling(module: LightningModule) -> list[IntraStreamScheduling]:
+    return [callback for callback in every_callback(module.trainer) if isinstance(callback, IntraStreamScheduling)]
+
+
+def decided_about_loops(module: LightningModule) -> bool:
+    """Say whether the callback of the module's last Trainer tells what its loops ran with, or why they are plain."""
     # the report stays in the process that trained; the state comes back
-    ours = [callback for callback in callbacks if isinstance(callback, IntraStreamScheduling)]
-    return any(callback.report or callback.state_dict() for callback in ours)
+    told = [line for callback in _scheduling(module) for line in callback.report if line.startswith("network.")]
+    return bool(told or schedules_chosen(module))
+
+
+def ran_with_a_schedule(module: LightningModule) -> bool:
+    """Say whether loops of the module's last Trainer ran with another schedule than the plain loop."""
+    return any(name != "loop" for name in schedules_chosen(module))
+
+
+def schedules_chosen(module: LightningModule) -> list[str]:
+    """Return the schedules that were chosen for loops of the module's last Trainer, maybe the plain one."""
+    chosen: list[str] = []
+    for callback in _scheduling(module):
+        state = callback.state_dict()
+        for choices in state.get("recurrent", {}).values():
+            chosen += [name for choice in choices for name in choice.values()]
+        for cell in (state.get("deferred") or {"cells": {}})["cells"].values():
+            chosen += cell["choices"].values()
+    return chosen
 
 
 QUICK_START: dict[str, Any] = {"start_method": "forkserver", "heartbeat_seconds": 300.0}  # a busy machine is no death
+
+NO_AUTOCAST = {"bf16-mixed": "IntraStreamScheduling: network.cell: plain, "}
 
 ACCELERATORS = (
     Accelerator(
@@ -193,7 +239,7 @@ ACCELERATORS = (
         network=low_rank_mlp,
         callbacks=lambda: [SequentialFreezing()],
         neutral=lambda: [SequentialFreezing(mode="none")],
-        acted=is_low_rank,
+        acted=factors_rested,
         nothing_to_act_on="no low-rank layer",
         conf=("sequential_freezing",),
     ),
@@ -202,7 +248,7 @@ ACCELERATORS = (
         network=mlp,
         callbacks=lambda: [rank_quantization(when=1), SequentialFreezing(period_steps=4)],
         neutral=lambda: [RankQuantization(plan=all_dense_plan()), SequentialFreezing()],
-        acted=is_low_rank,
+        acted=low_rank_and_rested,
         nothing_to_act_on="no layer .* can be factored",
     ),
     Accelerator(
@@ -223,7 +269,7 @@ ACCELERATORS = (
         network=mlp,
         callbacks=lambda: [
             MultilevelProjection(
-                radius_fraction=0.1,
+                radius_fraction=0.05,
                 norms=("l1", "l2"),
                 parameters=LAST_LAYERS,
                 module_types=None,
@@ -249,17 +295,20 @@ ACCELERATORS = (
         network=loop_over_cell,
         callbacks=lambda: [IntraStreamScheduling("native")],
         neutral=lambda: [IntraStreamScheduling("loop")],
-        acted=has_recurrent_report,
+        acted=ran_with_a_schedule,
+        left_alone=NO_AUTOCAST,
         nothing_to_act_on="found no recurrent layer",
         nothing_is_a_warning=True,
         conf=("intra_stream_scheduling",),
+        overrides=("callbacks.intra_stream_scheduling.schedule=native",),
     ),
     Accelerator(
         name="intra_stream_scheduling_by_measurement",
         network=loop_over_cell,
         callbacks=lambda: [IntraStreamScheduling()],
         neutral=lambda: [IntraStreamScheduling("loop")],
-        acted=has_recurrent_report,
+        acted=decided_about_loops,
+        left_alone=NO_AUTOCAST,
         nothing_to_act_on="found no recurrent layer",
         nothing_is_a_warning=True,
     ),
@@ -268,7 +317,8 @@ ACCELERATORS = (
         network=decoder,
         callbacks=lambda: [IntraStreamScheduling("intra_stream")],
         neutral=lambda: [IntraStreamScheduling("loop")],
-        acted=has_recurrent_report,
+        acted=decided_about_loops,
+        left_alone=NO_AUTOCAST,
         nothing_to_act_on="found no recurrent layer",
         nothing_is_a_warning=True,
         steps_aside=lambda: [IntraStreamScheduling()],

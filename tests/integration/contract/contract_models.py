@@ -180,7 +180,7 @@ def everything() -> nn.Module:
 class _Everything(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.recurrent = nn.LSTM(4, 16, batch_first=True)
+        self.recurrent = nn.LSTMCell(4, 16)
         self.convolution = nn.Conv1d(16, 16, 3, padding=1)
         self.factored = LowRankLinear(16, 32, 4)
         self.dense = nn.Linear(32, 32)
@@ -188,8 +188,11 @@ class _Everything(nn.Module):
         give_decaying_spectra(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, _ = self.recurrent(x.unflatten(1, (-1, 4)))
-        x = self.convolution(x.transpose(1, 2)).relu().mean(dim=2)
+        state, hidden = None, []
+        for step in x.unflatten(1, (-1, 4)).transpose(0, 1):
+            state = self.recurrent(step, state)
+            hidden.append(state[0])
+        x = self.convolution(torch.stack(hidden, dim=2)).relu().mean(dim=2)
         return self.head(self.dense(self.factored(x).relu()).relu())
 
 

@@ -24,11 +24,30 @@ QUIET: dict[str, Any] = {
 }
 
 
+class Witness(Callback):
+    """Sees of every run, in each batch, what an accelerator can not say of itself.
+
+    Attributes:
+        rested: Names of parameters that a training step gave no gradient because they were frozen, at any time.
+    """
+
+    def __init__(self) -> None:
+        self.rested: set[str] = set()
+        self._frozen_before: set[str] = set()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self._frozen_before = {name for name, p in pl_module.named_parameters() if not p.requires_grad}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        resting = {name for name, p in pl_module.named_parameters() if not p.requires_grad}
+        self.rested |= resting - self._frozen_before
+
+
 def trainer(root: Path, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
     """Make a quiet CPU Trainer; it checkpoints only where a `ModelCheckpoint` is among the callbacks."""
     checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     settings = {**QUIET, "default_root_dir": root, "enable_checkpointing": checkpoints} | settings
-    return Trainer(callbacks=list(callbacks), **settings)
+    return Trainer(callbacks=[*callbacks, Witness()], **settings)
 
 
 def fit(

@@ -1,5 +1,6 @@
 """Row 6: the Trainer's features work with each accelerator; its neutral setting changes none of them."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,11 +77,16 @@ def test_neutral_setting_changes_nothing(entry, feature, tmp_path):
 
 
 @EVERY_PAIR
-def test_accelerator_acts(entry, feature, tmp_path):
+def test_accelerator_acts(entry, feature, tmp_path, caplog):
     if not supported(entry, feature):
         assert entry.optimization_refusal
         return
     module, runner = run(entry, feature, tmp_path, entry.callbacks(), entry.strategy())
+    if feature.name in entry.left_alone:
+        assert re.search(entry.left_alone[feature.name], caplog.text)
+        plain, _ = run(entry, feature, tmp_path / "plain", [], "auto")
+        assert_equal_modules(plain, module)
+        return
     assert entry.acted(module)
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
     held = {id(p) for optimizer in runner.optimizers for group in optimizer.param_groups for p in group["params"]}

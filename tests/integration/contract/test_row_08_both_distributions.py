@@ -5,7 +5,7 @@ import pytorch_lightning
 import torch
 from accelerators import cases
 from contract_models import ContractModule, OtherContractModule, loader
-from contract_runs import QUIET, assert_equal_modules, fit
+from contract_runs import QUIET, Witness, assert_equal_modules, fit
 
 
 @pytest.mark.parametrize("entry", cases())
@@ -16,7 +16,7 @@ def test_pytorch_lightning_trains_to_the_same_weights(entry, tmp_path):
         **QUIET,
         default_root_dir=tmp_path / "other",
         enable_checkpointing=False,
-        callbacks=entry.callbacks(),
+        callbacks=[*entry.callbacks(), Witness()],
         strategy=entry.other_strategy(),
         max_epochs=entry.epochs,
     )

@@ -27,6 +27,8 @@ def test_both_orders_train_alike(one, other, tmp_path):
     right = fit_in_order([*one.callbacks(), *other.callbacks()], tmp_path)
     wrong = fit_in_order([*other.callbacks(), *one.callbacks()], tmp_path)
     assert_equal_modules(right, wrong)
+    for entry in (one, other):
+        assert entry.acted(right), entry.name
 
 
 def test_the_table_has_no_circle():
