@@ -43,6 +43,7 @@ CASES = {
     "SAE 90 %": (zoo.SupervisedAutoencoder, {"in_features": 30}, zoo.BreastCancer, {}, 30, 0.9, 2),
     "MLP": (zoo.MLP, {**IMAGES, "width": 128, "depth": 3}, zoo.Digits, {}, 20, None, 3),
     "CNN": (zoo.CNN, {**IMAGES, "width": 16, "lr": 2e-3}, zoo.Digits, {}, 10, None, None),
+    "ResNet-18": (zoo.ResNet18, {**IMAGES, "width": 32, "schedule": "cosine"}, zoo.Digits, {}, 6, None, None),
     "ViT": (zoo.ViT, {**IMAGES, "dim": 64, "depth": 2, "heads": 4, "lr": 1e-3}, zoo.Digits, {}, 20, None, None),
 }
 

@@ -110,6 +110,17 @@ def test_what_is_left_alone_is_said(caplog):
     assert "leaves alone net.0.weight (only 1 group), net.2.weight (writes the model's output)." in caplog.text
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_layers_that_are_never_called_are_left_alone_and_named(epochs, caplog):
+    net = Net()
+    net.unused = nn.Linear(5, 5)
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        fit(net, L1InfProjection(), epochs=epochs)
+    assert zero_rows(net) == [8, 4, 0]
+    assert "unused.weight (took no part in the steps of its first epoch)" in caplog.text
+    assert int((net.unused.weight == 0).sum()) == 0
+
+
 def test_a_model_of_one_layer_trains_plainly_with_a_warning(caplog):
     plain = Net(nn.Sequential(nn.Linear(12, 3)))
     net = copy.deepcopy(plain)

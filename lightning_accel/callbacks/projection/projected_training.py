@@ -224,6 +224,7 @@ class ProjectedTraining:
         """Leave feasible weights, whatever was written over the module last."""
         if self.projector is None:
             return
+        self.roles.close(trainer)
         late = not self._projected
         if self.masked:
             self.projector.hold()

@@ -18,6 +18,7 @@ from lightning_accel.projection.training.targets import Target
 
 _log = logging.getLogger("lightning_accel.callbacks.projection")
 _OUTPUT = "writes the model's output"
+_UNUSED = "took no part in the steps of its first epoch"
 _SHOWN = 12  # names in a message
 
 
@@ -66,7 +67,7 @@ class LayerRoles:
         self._owned: dict[int, list[Target]] = {}
         self._watch: OutputLayers | None = None
         self._eagerly: contextlib.AbstractContextManager[Any] | None = None
-        self._last_epoch, self._compiled_batches = 0, 1
+        self._last_epoch, self._compiled_batches, self._closed = 0, 1, False
         self._said: tuple[list[str], list[str]] | None = None
 
     def state_dict(self) -> dict[str, bool]:
@@ -110,13 +111,16 @@ class LayerRoles:
         self.candidates = [t for t in found if id(t) in trained]
         self.waiting = [t for t in found if id(t) not in trained]
         self._waiting_state = self._state_of_waiting(trainer)
-        self._last_epoch = trainer.current_epoch
+        self._last_epoch, self._closed = trainer.current_epoch, False
         return self._sort(trainer)
 
     def look(self, trainer: "pl.Trainer", module: nn.Module) -> None:
         """Watch the step that begins, where something has not been sorted out; of compiled models one step a change."""
         self.look_away()
-        if not self._unsorted() or trainer.current_epoch > self._last_epoch:
+        if not self._unsorted() or self._closed:
+            return
+        if trainer.current_epoch > self._last_epoch:
+            self.close(trainer)
             return
         if has_compiled_parts(module):  # one node would stand for all layers: this step runs as it is written
             if self._compiled_batches == 0:
@@ -125,6 +129,12 @@ class LayerRoles:
             self._eagerly = torch.compiler.set_stance("force_eager")
             self._eagerly.__enter__()
         self._watch = OutputLayers(module)
+
+    def close(self, trainer: "pl.Trainer") -> None:
+        """Look no more, and leave alone what took no part in the steps that were looked at."""
+        if self._unsorted() and not self._closed:
+            self._closed = True
+            self._sort(trainer)
 
     def look_away(self) -> None:
         """End watching."""
@@ -161,8 +171,11 @@ class LayerRoles:
                 reason = _OUTPUT
             if reason is not None:
                 alone[target.name] = reason
-        self.alone = alone
         unsorted = {t.name for t in self._unsorted()}
+        if self._closed:
+            alone |= dict.fromkeys(sorted(unsorted), _UNUSED)
+            unsorted = set()
+        self.alone = alone
         chosen = [t for t in self.candidates if t.name not in alone and t.name not in unsorted]
         names = {t.name for t in chosen}
         self._owned = {i: [t for t in mine if t.name in names] for i, (_, mine) in self._trained.items()}
