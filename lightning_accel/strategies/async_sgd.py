@@ -5,8 +5,6 @@
 """
 
 import contextlib
-import pickle
-import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_accel.arguments import check_choice, check_integer, check_switch
@@ -25,10 +22,11 @@ from lightning_accel.async_sgd.policy.rules import StalenessRule
 from lightning_accel.async_sgd.settings import Buffers, Outer, Validate
 from lightning_accel.async_sgd.shared_memory.spawn import StartMethod
 from lightning_accel.lightning_private import attach_launcher, keep_written_metrics
+from lightning_accel.strategies.collectives import NobodyWaits
 from lightning_accel.strategies.refusals import refuse_lock_step
 from lightning_accel.strategies.rescue import Rescue
 from lightning_accel.strategies.worker_process.leased_data import lease_training_data
-from lightning_accel.strategies.worker_process.random_states import draw_apart, set_up_alike
+from lightning_accel.strategies.worker_process.random_states import draw_apart
 from lightning_accel.strategies.worker_process.session import Session, stop_first
 
 if TYPE_CHECKING:  # the real base comes from the distribution at hand
@@ -39,7 +37,7 @@ else:
 _CHECKPOINT_KEY = "async_sgd"
 
 
-class AsyncSGDBody(_Base):
+class AsyncSGDBody(NobodyWaits, _Base):
     """Train with workers that do not wait for each other, around a parameter server in the parent process.
 
     ``Trainer(strategy="async_sgd", devices=N)`` starts N worker processes. Each takes batches on lease, computes
@@ -74,10 +72,7 @@ class AsyncSGDBody(_Base):
         snapshot_every_n_steps: Write ``async_sgd.ckpt`` into the Trainer's ``default_root_dir`` each time that the
             server took so many steps, so that a killed parent loses no more; None for never.
         live: Show a table with one row a worker while training.
-        start_method: Of worker processes. ``spawn`` starts each from nothing; ``forkserver`` forks them from a process
-            that has imported Lightning and the script once; ``fork`` from this one, at once. ``auto``: ``fork`` on
-            Linux for workers on CPU with one thread each where no other thread runs here, else ``forkserver``.
-            Linux and macOS.
+        start_method: ``fork`` from this process, ``forkserver``, ``spawn``, or ``auto``, see `resolve_start_method`.
         accelerator: As of any strategy of Lightning, here and below.
         parallel_devices: The workers' devices.
         cluster_environment: As of any strategy.
@@ -231,59 +226,6 @@ class AsyncSGDBody(_Base):
 
     def _configure_launcher(self) -> None:
         attach_launcher(self, self.launcher_class(self))
-
-    # --- nobody waits for anybody
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of machines: one."""
-        return 1
-
-    @num_nodes.setter
-    def num_nodes(self, nodes: int) -> None:
-        if nodes != 1:
-            error = import_module(f"{self.distribution}.utilities.exceptions").MisconfigurationException
-            raise error(
-                f"`num_nodes` must be 1 with `async_sgd`, got {nodes}: its engine works on one machine, and each "
-                "machine would train a model of its own; use `devices` for more workers, or DDP for several machines."
-            )
-
-    def barrier(self, name: str | None = None) -> None:
-        """Wait for the coordinator's ``prepare_data`` before ``setup``; else do nothing, workers do not wait."""
-        if name == "pre_setup" and self._store is not None and self._trainer.state.fn == "fit":
-            set_up_alike(self._trainer, self._store)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:  # noqa: ARG002
-        """Return what the first caller from this line of code, for the n-th time, gave; nobody waits."""
-        if self._store is None:
-            return obj
-        # workers do not make the same calls, so the call is named by where it comes from
-        frame = traceback.extract_stack(limit=2)[0]
-        place = f"{frame.filename}:{frame.lineno}"
-        self._broadcasts[place] = self._broadcasts.get(place, 0) + 1
-        first = self._store.kv(f"{place}:{self._broadcasts[place]}", pickle.dumps(obj))
-        return obj if first is None else pickle.loads(first)
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:  # noqa: ARG002
-        """Return this worker's own value."""
-        return tensor
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: ARG002
-        """Return this worker's own decision; those that count are the coordinator's."""
-        return decision
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:  # noqa: ARG002
-        """Return ``tensor`` in an evaluation, which one process makes alone.
-
-        Raises:
-            RuntimeError: In training, where the others are somewhere else.
-        """
-        if self._trainer is not None and self._trainer.training:
-            raise RuntimeError(
-                "`all_gather` in training waits for all workers, and asynchronous workers do not wait; "
-                "gather in validation, or use another strategy."
-            )
-        return tensor
 
     # --- set-up
 
