@@ -21,7 +21,7 @@ from lightning_accel.low_rank.adaptive import AdaptiveFreezing, frozen_prefix
 from lightning_accel.low_rank.calls import LayerCall, input_second_moments, record_calls
 from lightning_accel.low_rank.decompose import decompose, merge, swap
 from lightning_accel.low_rank.eligibility import eligible_layers, left_alone, low_rank_layers
-from lightning_accel.low_rank.factorize import (
+from lightning_accel.low_rank.factors.factorize import (
     EnergyProfile,
     empty_like,
     factorize,
@@ -29,6 +29,7 @@ from lightning_accel.low_rank.factorize import (
     identity_factors,
     to_dense,
 )
+from lightning_accel.low_rank.factors.layers import LOW_RANK_TYPES, LowRankConv, LowRankLayer, LowRankLinear, TuckerConv
 from lightning_accel.low_rank.freezing import (
     NUM_GROUPS,
     FreezingSchedule,
@@ -39,8 +40,7 @@ from lightning_accel.low_rank.freezing import (
     mean_of_phases,
 )
 from lightning_accel.low_rank.in_place import as_it_is, become
-from lightning_accel.low_rank.layers import LOW_RANK_TYPES, LowRankConv, LowRankLayer, LowRankLinear, TuckerConv
-from lightning_accel.low_rank.optimizer import (
+from lightning_accel.low_rank.optimizers.exchange import (
     Replacement,
     orphans,
     put_weight,
@@ -48,7 +48,7 @@ from lightning_accel.low_rank.optimizer import (
     replace_parameters,
     undo_replacement,
 )
-from lightning_accel.low_rank.optimizer_kinds import MakeOptimizer, makers_by_layer, why_not_followed
+from lightning_accel.low_rank.optimizers.kinds import MakeOptimizer, makers_by_layer, why_not_followed
 from lightning_accel.low_rank.plan import Candidate, LayerPlan, RankPlan
 from lightning_accel.low_rank.rank_search.candidates import plateau_candidates, theoretical_ranks
 from lightning_accel.low_rank.rank_search.gate import (

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from lightning_accel.low_rank.eligibility import LEFT_ALONE, eligible_layers, low_rank_layers
-from lightning_accel.low_rank.factored import FactoredLayer
-from lightning_accel.low_rank.factorize import factorize, to_dense
+from lightning_accel.low_rank.factors.factored import FactoredLayer
+from lightning_accel.low_rank.factors.factorize import factorize, to_dense
 from lightning_accel.low_rank.in_place import become
 from lightning_accel.low_rank.plan import RankPlan
 

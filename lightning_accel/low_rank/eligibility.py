@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_accel import torch_private
 from lightning_accel.low_rank.copies import find_copies
-from lightning_accel.low_rank.factored import DenseLayer
-from lightning_accel.low_rank.layers import LOW_RANK_TYPES, LowRankLayer
+from lightning_accel.low_rank.factors.factored import DenseLayer
+from lightning_accel.low_rank.factors.layers import LOW_RANK_TYPES, LowRankLayer
 
 _DENSE_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d)
 

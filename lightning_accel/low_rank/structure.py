@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from lightning_accel.low_rank.decompose import swap
 from lightning_accel.low_rank.eligibility import low_rank_layers
-from lightning_accel.low_rank.factored import DenseLayer
-from lightning_accel.low_rank.factorize import empty_like, factorize, to_dense
-from lightning_accel.low_rank.layers import LowRankLayer
+from lightning_accel.low_rank.factors.factored import DenseLayer
+from lightning_accel.low_rank.factors.factorize import empty_like, factorize, to_dense
+from lightning_accel.low_rank.factors.layers import LowRankLayer
 
 _DENSE_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d)
 

@@ -190,4 +190,4 @@ def test_a_core_that_imports_lightning_breaks_the_contract(tmp_path):
     planted.write_text("import lightning\n" + planted.read_text())
     broken = run()
     assert broken.returncode == 1
-    assert "lightning_accel.low_rank.layers -> lightning" in broken.stdout
+    assert "lightning_accel.low_rank.factors.layers -> lightning" in broken.stdout

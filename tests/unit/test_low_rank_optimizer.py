@@ -13,7 +13,7 @@ from lightning_accel.low_rank import (
     to_dense,
     undo_replacement,
 )
-from lightning_accel.low_rank.optimizer_kinds import description, like, why_not_followed
+from lightning_accel.low_rank.optimizers.kinds import description, like, why_not_followed
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),

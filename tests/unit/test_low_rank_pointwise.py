@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_accel.low_rank import LowRankConv, TuckerConv, factorize
-from lightning_accel.low_rank.pointwise import multiplies, pointwise
+from lightning_accel.low_rank.factors.pointwise import multiplies, pointwise
 
 INPUTS = {
     "many positions": (3, 5, 8, 9),

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_accel.lightning_private import averaged_modules, callbacks_of
-from lightning_accel.low_rank.optimizer_kinds import why_not_followed
+from lightning_accel.low_rank.optimizers.kinds import why_not_followed
 from lightning_accel.torch_private import own_attributes
 
 _DEPTH = 5

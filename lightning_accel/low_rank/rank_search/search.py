@@ -15,10 +15,10 @@ from lightning_accel import measure
 from lightning_accel.low_rank.calls import RunBatch, input_second_moments, record_calls
 from lightning_accel.low_rank.choose import choose_by_paper, choose_fixed, choose_in_knapsack
 from lightning_accel.low_rank.eligibility import eligible_layers, left_alone
-from lightning_accel.low_rank.factored import DenseLayer
-from lightning_accel.low_rank.factorize import EnergyProfile
+from lightning_accel.low_rank.factors.factored import DenseLayer
+from lightning_accel.low_rank.factors.factorize import EnergyProfile
 from lightning_accel.low_rank.freezing import NUM_GROUPS
-from lightning_accel.low_rank.optimizer_kinds import MakeOptimizer
+from lightning_accel.low_rank.optimizers.kinds import MakeOptimizer
 from lightning_accel.low_rank.plan import (
     UNMEASURED,
     Candidate,

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lightning_accel import measure
 from lightning_accel.low_rank.calls import LayerCall
-from lightning_accel.low_rank.factored import DenseLayer
-from lightning_accel.low_rank.factorize import empty_like
+from lightning_accel.low_rank.factors.factored import DenseLayer
+from lightning_accel.low_rank.factors.factorize import empty_like
+from lightning_accel.low_rank.factors.layers import LowRankLayer
 from lightning_accel.low_rank.freezing import NUM_GROUPS, freeze, frozen_parameters, mean_of_phases
-from lightning_accel.low_rank.layers import LowRankLayer
-from lightning_accel.low_rank.optimizer_kinds import MakeOptimizer, description
+from lightning_accel.low_rank.optimizers.kinds import MakeOptimizer, description
 
 Phase = Literal["train", "inference"]
 Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, Sequence[float]]]

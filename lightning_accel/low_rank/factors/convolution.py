@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # torch's own custom
 
-from lightning_accel.low_rank.factored import DenseLayer, FactoredLayer, add_bias, check_sizes, reset_factors
-from lightning_accel.low_rank.pointwise import multiplies, pointwise
+from lightning_accel.low_rank.factors.factored import DenseLayer, FactoredLayer, add_bias, check_sizes, reset_factors
+from lightning_accel.low_rank.factors.pointwise import multiplies, pointwise
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 

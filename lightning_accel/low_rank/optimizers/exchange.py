@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.low_rank.layers import LowRankLayer
+from lightning_accel.low_rank.factors.layers import LowRankLayer
 
 # How a state entry depends on the gradient: linearly, by squares, or not at all.
 _FIRST = ("momentum_buffer", "exp_avg", "grad_avg")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # torch's own custom
 
-from lightning_accel.low_rank.convolution import LowRankConv, TuckerConv
-from lightning_accel.low_rank.factored import DenseLayer, FactoredLayer, add_bias, check_sizes, reset_factors
+from lightning_accel.low_rank.factors.convolution import LowRankConv, TuckerConv
+from lightning_accel.low_rank.factors.factored import DenseLayer, FactoredLayer, add_bias, check_sizes, reset_factors
 
 __all__ = ["LOW_RANK_TYPES", "LowRankConv", "LowRankLayer", "LowRankLinear", "TuckerConv"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.low_rank.factored import DenseLayer
-from lightning_accel.low_rank.layers import LowRankConv, LowRankLayer, LowRankLinear, TuckerConv
+from lightning_accel.low_rank.factors.factored import DenseLayer
+from lightning_accel.low_rank.factors.layers import LowRankConv, LowRankLayer, LowRankLinear, TuckerConv
 
 _RIDGE = 1e-6  # of the mean eigenvalue: keeps the whitening invertible where an input never varies
 
