@@ -35,6 +35,7 @@ class DeferredCells:
     Attributes:
         cells: What is computed so, by name.
         reasons: Why a cell that is called in a loop is not.
+        torch_cells: Names of all of torch's cells.
         called: How often the others that are cells, or look like ones, were called in a batch, by name.
         calls_left: How many batches are to come, see `ScheduleChoice`.
     """
@@ -45,6 +46,11 @@ class DeferredCells:
         self.reasons: dict[str, str] = {}
         self.called: dict[str, int] = {}
         self.calls_left = math.inf
+        self.torch_cells = [
+            name
+            for name, module in root.named_modules()
+            if isinstance(module, _CELL_TYPES) and not any(name.startswith(f"{other}.") for other in apart_from)
+        ]
         self._batches = 0
 
     @property
@@ -83,15 +89,6 @@ class DeferredCells:
             self._decide(watches)
             for watch in watches:
                 watch.forget()
-
-    @property
-    def torch_cells(self) -> list[str]:
-        """Return the names of torch's cells, whatever is known of them."""
-        return [
-            name
-            for name, module in self.root.named_modules()
-            if isinstance(module, _CELL_TYPES) and not any(name.startswith(f"{o}.") for o in self._apart_from)
-        ]
 
     @contextmanager
     def active(self, names: Sequence[str] | None = None) -> Iterator[None]:
