@@ -108,6 +108,8 @@ class VerifiedSchedules:
             twin = self._traced(double, name, ("double", kind), (step, wide_xs, wide_states))
             twin.for_any_batch, twin.block_steps = False, 2  # so that the borders of blocks are compared too
             verify_in_float64(_bind(twin), double, step, wide_xs, wide_states)
+        if twin.failure is not None:
+            raise CannotScheduleError(twin.failure)
         return schedule
 
     def _traced(

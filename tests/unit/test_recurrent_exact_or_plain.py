@@ -2,10 +2,12 @@
 
 import collections
 import copy
+import functools
 import gc
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -34,6 +36,9 @@ class Cell(nn.Module):
         self.a, self.b, self.act, self.scale = nn.Linear(F, H), nn.Linear(H, H), nn.Tanh(), 1.0
         self.up, self.down = nn.Linear(H, width), nn.Linear(width, H)
         self.unused, self.options = nn.Linear(2, 2), {"shift": 0.1}
+        self.hidden_from_torch = [nn.Linear(H, H).double().requires_grad_(False)]
+        self.twice = functools.partial(torch.mul, 2.0)
+        self.factors = np.ones(1)
         self.mask = torch.ones(H)
 
     def initial_state(self, x):
@@ -44,7 +49,9 @@ class Cell(nn.Module):
 
     def forward(self, x, state):
         h = self.act(self.a(x) + SCALE * self.scale * self.b(state[0] * self.mask) + self.mix(state[0]))
-        h = h + self.options["shift"]
+        h = h + self.options["shift"] * float(self.factors[0])
+        if h.dtype is torch.double:
+            h = h + self.hidden_from_torch[0](self.twice(state[0]))
         return h, (h,)
 
 
@@ -80,7 +87,15 @@ def change_global(_):
     SCALE = 0.3
 
 
+def change_hidden_weights(cell):
+    with torch.no_grad():
+        cell.hidden_from_torch[0].weight.mul_(3.0)
+
+
 CHANGES = {
+    "weights of a module in a list": change_hidden_weights,
+    "a partial function": lambda cell: setattr(cell, "twice", functools.partial(torch.mul, -1.0)),
+    "an array in place": lambda cell: cell.factors.fill(-2.0),
     "a float": lambda cell: setattr(cell, "scale", 0.1),
     "a module": lambda cell: setattr(cell, "act", nn.ReLU()),
     "an entry of a dictionary": lambda cell: cell.options.update(shift=-1.0),

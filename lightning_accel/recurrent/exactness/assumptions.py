@@ -48,14 +48,14 @@ class Assumptions:
 
 def assumptions_of(module: nn.Module) -> Assumptions:
     """Write down what a trace of ``module`` would take for granted now."""
-    walk = _Walk()
+    walk = _Walk(module)
     walk.module(module, "")
     return Assumptions(tuple(walk.values), walk.doubt, walk.reads_sizes, tuple(walk.held))
 
 
 def first_change(module: nn.Module, before: Assumptions) -> str:
     """Name what differs now from ``before``, as far as a name can be given."""
-    walk = _Walk(named=True)
+    walk = _Walk(module, named=True)
     walk.module(module, "")
     for name, old, new in zip(walk.names, before.key, walk.values, strict=False):
         if old != new:
@@ -66,7 +66,8 @@ def first_change(module: nn.Module, before: Assumptions) -> str:
 class _Walk:
     """A walk over everything that a module's code can reach."""
 
-    def __init__(self, *, named: bool = False) -> None:
+    def __init__(self, root: nn.Module, *, named: bool = False) -> None:
+        self._registered = {id(m) for m in root.modules()}
         self.values: list[Any] = []
         self.names: list[str] = []
         self.held: list[Any] = []
@@ -90,7 +91,10 @@ class _Walk:
         if torch_private.is_compiled(root):
             self._doubt(f"{_place(path)} is compiled")
         for name, parameter in (*torch_private.parameters_of(root).items(), *torch_private.buffers_of(root).items()):
-            self._weight(parameter, f"{path}.{name}")
+            if parameter is None or id(root) in self._registered:
+                self._weight(parameter, f"{path}.{name}")
+            else:  # nobody hands its weights to a schedule, so a trace bakes them in
+                self._closed_over(parameter, f"{path}.{name}")
         for name, value in torch_private.own_attributes(root).items():
             while isinstance(value, InstanceForward):  # stands before what the cell's own code is
                 value = value.own  # noqa: PLW2901
@@ -114,10 +118,13 @@ class _Walk:
             self._closed_over(value, path)
         elif isinstance(value, (enum.Enum, type, types.BuiltinFunctionType, weakref.ReferenceType)):
             self._identity(value, path)
+        elif isinstance(value, nn.Module):
+            if id(value) in self._registered:  # written down in its own place
+                self._identity(value, path)
+            else:
+                self.module(value, path)
         elif self._again(value, path):
             return
-        elif isinstance(value, nn.Module):
-            self.module(value, path)
         elif isinstance(value, (list, tuple, set, frozenset, dict)):
             self._container(value, path)
         elif isinstance(value, types.FunctionType):
@@ -126,7 +133,8 @@ class _Walk:
             self.value(value.__func__, path)
             self.value(value.__self__, f"{path}.__self__")
         elif isinstance(value, functools.partial):
-            self.value((value.func, value.args, value.keywords), path)
+            for part in (value.func, value.args, value.keywords):
+                self.value(part, path)
         elif hasattr(value, "__next__"):
             self._doubt(f"{_place(path)} is an iterator, which another step may find elsewhere")
         elif isinstance(value, types.ModuleType):
