@@ -159,8 +159,8 @@ def _scan_in_stretches(h: Tensor, a: Tensor, b: Tensor, *, reverse: bool, start:
     steps = len(a)
     stretch = max(16, min(steps, _STRETCH_ELEMENTS // max(1, a[0].numel())))
     products = torch.empty((stretch, *a.shape[1:]), dtype=a.dtype, device=a.device)
-    cuts = [(begin, min(begin + stretch, steps)) for begin in range(0, steps, stretch)]
-    for begin, end in reversed(cuts) if reverse else cuts:
+    ranges = [(begin, min(begin + stretch, steps)) for begin in range(0, steps, stretch)]
+    for begin, end in reversed(ranges) if reverse else ranges:
         start = _scan_stretch(
             h[begin:end], a[begin:end], b[begin:end], products[: end - begin], reverse=reverse, start=start
         )

@@ -38,7 +38,7 @@ class RunSequence(torch.autograd.Function):
             slabs = code["make_slabs"](steps, streams, kept)
             bounds = states
             for begin, end, ws in _blocks(schedule, "forward", wanted, steps, streams):
-                block = _cut(slabs, begin, end)
+                block = _block_of(slabs, begin, end)
                 bounds = code["forward"](end - begin, streams, [x[begin:end] for x in xs], bounds, inv, block, ws)
             results = (*_outputs(code["places"], slabs, keep=wanted.any), *(b.clone() for b in bounds))
         ny = len(results) - ns
@@ -93,10 +93,10 @@ def _scheduled_backward(ctx: Any, tensors: Sequence[Tensor], gradients: Sequence
                 streams,
                 [x[begin:end] for x in xs],
                 inv,
-                _cut(saved, begin, end),
+                _block_of(saved, begin, end),
                 [d[begin:end] for d in dys],
                 bounds,
-                _cut(made, begin, end),
+                _block_of(made, begin, end),
                 ws,
                 sums,
             )
@@ -179,7 +179,7 @@ def _reached(
     return xs, live, weights
 
 
-def _cut(slabs: dict[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
+def _block_of(slabs: dict[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
     """Cut a block out of what covers all time steps; states have one entry more."""
     return {k: v[begin : end + k.startswith("state_")] for k, v in slabs.items()}
 
@@ -190,10 +190,10 @@ def _blocks(
     """Yield (begin, end, buffers) of blocks of equal length, a shorter one last; the backward starts at the end."""
     fitting = -(-(_SCAN_ROWS if schedule.scan else _BLOCK_ROWS) // streams)
     length = max(1, min(steps, schedule.block_steps or fitting))
-    cuts = [(begin, min(begin + length, steps)) for begin in range(0, steps, length)]
+    ranges = [(begin, min(begin + length, steps)) for begin in range(0, steps, length)]
     kind = (wanted, phase, torch.is_inference_mode_enabled())
     workspace = schedule.spares.take(kind)
-    for begin, end in cuts if phase == "forward" else reversed(cuts):
+    for begin, end in ranges if phase == "forward" else reversed(ranges):
         yield begin, end, workspace
     schedule.spares.leave(kind, workspace)
 

@@ -78,7 +78,7 @@ class _Walk:
 
     def module(self, root: nn.Module, path: str) -> None:
         """Write down a module with all it holds."""
-        if self._again(root, path):
+        if self._seen_before(root, path):
             return
         self._note(path, type(root))
         self._note(f"{path}.training", root.training)
@@ -123,7 +123,7 @@ class _Walk:
                 self._identity(value, path)
             else:
                 self.module(value, path)
-        elif self._again(value, path):
+        elif self._seen_before(value, path):
             return
         elif isinstance(value, (list, tuple, set, frozenset, dict)):
             self._container(value, path)
@@ -195,7 +195,7 @@ class _Walk:
             if function is None:
                 if not name.startswith("__"):
                     self.value(member, f"{path}.{name}")
-            elif name in called and name != "__init__" and not self._again(function, path):
+            elif name in called and name != "__init__" and not self._seen_before(function, path):
                 self.function(function, f"{path}.{name}")
 
     def _weight(self, weight: Tensor | None, path: str) -> None:
@@ -245,7 +245,7 @@ class _Walk:
         if not is_library(type(value).__module__):
             self._class(type(value), path)
 
-    def _again(self, value: Any, path: str) -> bool:
+    def _seen_before(self, value: Any, path: str) -> bool:
         """Tell whether a value was written down already; if not, it is marked now."""
         first = self._seen.get(id(value))
         if first is not None:

@@ -5,7 +5,7 @@ import torch
 from lightning_accel.recurrent.compiler.emit_c.emit_c_row import NotInCError, Place, RowWriter, passes, width
 from lightning_accel.recurrent.compiler.emit_c.fusion import PRODUCTS, RowOrder, is_view, owner_of
 from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
-from lightning_accel.recurrent.compiler.emit_python.buffer_assignment import LoopPlaces
+from lightning_accel.recurrent.compiler.emit_python.buffer_assignment import BufferAssignment
 from lightning_accel.recurrent.compiler.emit_python.function_text import (
     FunctionText,
     buffer_text,
@@ -59,7 +59,7 @@ class CLoop:
 
     def __init__(self, text: FunctionText, segment: Segment, c: CText, *, reverse: bool, extra: list[Node]) -> None:
         self.text, self.c, self.reverse = text, c, reverse
-        self.places = LoopPlaces(text, segment, reverse=reverse)
+        self.places = BufferAssignment(text, segment, reverse=reverse)
         self.calls = sorted([*self.places.nodes, *extra], key=text.stages.order.__getitem__)
         self.inside = {*self.places.members, *extra}
         self.order = RowOrder(text.stages, self.calls, self.inside, extra)
@@ -80,11 +80,11 @@ class CLoop:
 
     def write(self) -> None:
         """Write what calls the C function."""
-        say = self.text.say
+        write_line = self.text.write_line
         for line in self.setup:
-            say(line)
+            write_line(line)
         blocks, constants = ", ".join(self.blocks.values()), ", ".join(self.constants.values())
-        say(f"machine.run('{self.name}', n, B, [{blocks}], [{constants}])")
+        write_line(f"machine.run('{self.name}', n, B, [{blocks}], [{constants}])")
         self._name_results()
 
     def _needed_outside(self) -> set[Node]:
@@ -262,24 +262,24 @@ class CLoop:
         ]
 
     def _name_results(self) -> None:
-        say, text = self.text.say, self.text
+        write_line, text = self.text.write_line, self.text
         for j, place, following in self.places.delays:
             first, second = (
                 (f"slab_{j}[1:]", f"slab_{j}[:-1]") if self.reverse else (f"state_{j}[:-1]", f"state_{j}[1:]")
             )
-            say(f"v_{place.name} = {first}")
-            say(f"v_{following.name} = {second}")
+            write_line(f"v_{place.name} = {first}")
+            write_line(f"v_{following.name} = {second}")
             if self.reverse:
-                say(f"start_{place.name} = slab_{j}[0]")
+                write_line(f"start_{place.name} = slab_{j}[0]")
         for node in sorted(self.outside, key=text.stages.order.__getitem__):
             if node in self.places.next_of or node.op == "placeholder":
                 continue
             if is_view(node):
-                say(f"v_{node.name} = {emit_aten_call.call_view(node, f'v_{node.args[0].name}', block=True)}")
+                write_line(f"v_{node.name} = {emit_aten_call.call_view(node, f'v_{node.args[0].name}', block=True)}")
             elif f"block_{node.name}" in self.blocks.values():
-                say(f"v_{node.name} = block_{node.name}")
+                write_line(f"v_{node.name} = block_{node.name}")
             elif node in self.over:
-                say(f"v_{node.name} = v_{self.over[node].name}")
+                write_line(f"v_{node.name} = v_{self.over[node].name}")
             else:
                 place = self.place[node]
-                say(f"v_{node.name} = block_{place.name}[:, :, {place.start}:{place.start + width(node)}]")
+                write_line(f"v_{node.name} = block_{place.name}[:, :, {place.start}:{place.start + width(node)}]")

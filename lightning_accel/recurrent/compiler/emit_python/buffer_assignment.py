@@ -17,7 +17,7 @@ from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, aten, shape
 from lightning_accel.recurrent.compiler.stage import Segment
 
 
-class LoopPlaces:
+class BufferAssignment:
     """The places of one loop's values.
 
     Args:
@@ -107,10 +107,10 @@ class LoopPlaces:
 
     def open_delays(self, outside: set[Node]) -> None:
         """Write where states (backwards: their gradients) lie and what the first step takes."""
-        say = self.text.say
+        write_line = self.text.write_line
         for j, place, following in self.delays:
             if not self.reverse:
-                say(f"steps_{j} = state_{j}.unbind(0)")
+                write_line(f"steps_{j} = state_{j}.unbind(0)")
                 self.slab[place], self.slab[following] = f"state_{j}[:-1]", f"state_{j}[1:]"
                 self.zip_steps(place, f"steps_{j}[:-1]")
                 if following is not place:
@@ -118,12 +118,12 @@ class LoopPlaces:
                 continue
             shape_, dtype = shape_text(place), dtype_text(place)
             if {place, following} & outside or self._has_views(place) or self._has_views(following):
-                say(f"slab_{j} = ws.buffer('delay_{j}', (n + 1, {shape_}), {dtype})")
-                say(f"delay_{j} = slab_{j}.unbind(0)")
+                write_line(f"slab_{j} = ws.buffer('delay_{j}', (n + 1, {shape_}), {dtype})")
+                write_line(f"delay_{j} = slab_{j}.unbind(0)")
                 self.slab[place], self.slab[following] = f"slab_{j}[1:]", f"slab_{j}[:-1]"
             else:
-                say(f"delay_{j} = ws.two_buffers('delay_{j}', n + 1, ({shape_}), {dtype})")
-            say(f"delay_{j}[n].copy_(dbounds[{j}])")
+                write_line(f"delay_{j} = ws.two_buffers('delay_{j}', n + 1, ({shape_}), {dtype})")
+            write_line(f"delay_{j}[n].copy_(dbounds[{j}])")
             self.zip_steps(place, f"delay_{j}[1:]")
             if following is not place:
                 self.zip_steps(following, f"delay_{j}[:-1]")
@@ -137,7 +137,7 @@ class LoopPlaces:
 
     def place(self, node: Node, outside: set[Node]) -> None:
         """Give a value its place, and write what makes it."""
-        text, say = self.text, self.text.say
+        text, write_line = self.text, self.text.write_line
         if node in self.next_of:
             return
         if node.target in VIEWS:
@@ -158,11 +158,11 @@ class LoopPlaces:
             end = start + shape(node)[axis]
             if whole in self.slab:
                 self.slab[node] = f"{self.slab[whole]}[:, {':, ' * axis}{start}:{end}]"
-                say(f"list_{node.name} = {self.slab[node]}.unbind(0)")
+                write_line(f"list_{node.name} = {self.slab[node]}.unbind(0)")
                 self.zip_steps(node, f"list_{node.name}")
             else:
                 self.shared[node] = f"{self.shared[whole]}[{':, ' * axis}{start}:{end}]"
-                say(f"s_{node.name} = {self.shared[node]}")
+                write_line(f"s_{node.name} = {self.shared[node]}")
             if node in text.outputs:
                 self._copy_out(node)
             return
@@ -194,54 +194,54 @@ class LoopPlaces:
         return u if users == [node] and shape(u) == shape(node) else None
 
     def _make_room(self, node: Node, outside: bool) -> None:
-        say = self.text.say
+        write_line = self.text.write_line
         summand = None if node in self.text.outputs else self.summand_to_add_to(node)
         if summand is not None:
             self.slab[node] = f"v_{summand.name}"
-            say(f"list_{node.name} = v_{summand.name}.unbind(0)")
+            write_line(f"list_{node.name} = v_{summand.name}.unbind(0)")
             self.zip_steps(node, f"list_{node.name}")
             return
         if outside:
             if node in self.text.outputs:
-                say(f"block_{node.name} = slabs['{node.name}']")
+                write_line(f"block_{node.name} = slabs['{node.name}']")
             else:
-                say(f"block_{node.name} = {buffer_text(node, 'n, ')}")
+                write_line(f"block_{node.name} = {buffer_text(node, 'n, ')}")
             self.slab[node] = f"block_{node.name}"
-            say(f"list_{node.name} = block_{node.name}.unbind(0)")
+            write_line(f"list_{node.name} = block_{node.name}.unbind(0)")
             self.zip_steps(node, f"list_{node.name}")
         else:
-            say(f"s_{node.name} = {buffer_text(node)}")
+            write_line(f"s_{node.name} = {buffer_text(node)}")
             self.shared[node] = f"s_{node.name}"
 
     def _copy_out(self, node: Node) -> None:
         """Keep a value that has its place elsewhere: each step copies it."""
-        say = self.text.say
+        write_line = self.text.write_line
         if node in self.text.outputs:
-            say(f"block_{node.name} = slabs['{node.name}']")
+            write_line(f"block_{node.name} = slabs['{node.name}']")
         else:
-            say(f"block_{node.name} = {buffer_text(node, 'n, ')}")
+            write_line(f"block_{node.name} = {buffer_text(node, 'n, ')}")
         self.slab[node] = f"block_{node.name}"
         if node in self.fresh or node.target is operator.getitem:
-            say(f"kept_{node.name} = []")
+            write_line(f"kept_{node.name} = []")
             self.kept[node] = None
         else:
-            say(f"copies_{node.name} = block_{node.name}.unbind(0)")
+            write_line(f"copies_{node.name} = block_{node.name}.unbind(0)")
             self.zipped[f"copy_{node.name}"] = f"copies_{node.name}"
 
     def _place_view(self, node: Node, outside: set[Node]) -> None:
-        source, say = node.args[0], self.text.say
+        source, write_line = node.args[0], self.text.write_line
         if source in self.fresh or (source not in self.slab and source not in self.shared and source in self.members):
             self.fresh.add(node)
             if node in outside:
                 self._copy_out(node)
         elif source in self.shared:
             self.shared[node] = f"s_{node.name}"
-            say(f"s_{node.name} = {emit_aten_call.call_view(node, self.shared[source], block=False)}")
+            write_line(f"s_{node.name} = {emit_aten_call.call_view(node, self.shared[source], block=False)}")
         else:
             base = self.slab[source] if source in self.slab else self.text.block(source)
             self.slab[node] = f"block_{node.name}"
-            say(f"block_{node.name} = {emit_aten_call.call_view(node, base, block=True)}")
-            say(f"list_{node.name} = block_{node.name}.unbind(0)")
+            write_line(f"block_{node.name} = {emit_aten_call.call_view(node, base, block=True)}")
+            write_line(f"list_{node.name} = block_{node.name}.unbind(0)")
             self.zip_steps(node, f"list_{node.name}")
             if node in self.text.outputs:
                 self._copy_out(node)

@@ -3,7 +3,7 @@
 import operator
 
 from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
-from lightning_accel.recurrent.compiler.emit_python.buffer_assignment import LoopPlaces
+from lightning_accel.recurrent.compiler.emit_python.buffer_assignment import BufferAssignment
 from lightning_accel.recurrent.compiler.emit_python.function_text import FunctionText, dtype_text, parts, shape_text
 from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, aten, shape
 from lightning_accel.recurrent.compiler.scan_lowering import affine_forms
@@ -28,11 +28,11 @@ class _Loop:
     """One loop: lists of one view a step, and the calls."""
 
     def __init__(self, text: FunctionText, segment: Segment, *, reverse: bool) -> None:
-        self.text, self.places = text, LoopPlaces(text, segment, reverse=reverse)
+        self.text, self.places = text, BufferAssignment(text, segment, reverse=reverse)
 
     def write(self) -> None:
         """Write the loop step by step."""
-        places, say = self.places, self.text.say
+        places, write_line = self.places, self.text.write_line
         outside = places.needed_outside()
         places.place_parts()
         for node in reversed(places.nodes):
@@ -50,29 +50,29 @@ class _Loop:
         if places.zipped:
             names, lists = list(places.zipped), list(places.zipped.values())
             rows = [f"{item}[::-1]" if places.reverse else item for item in lists]
-            say(
+            write_line(
                 f"for {', '.join(names)}{',' if len(names) == 1 else ''} in zip({', '.join(rows)}):"
                 if len(names) > 1
                 else f"for {names[0]} in {rows[0]}:"
             )
         else:
-            say("for _ in range(n):")
+            write_line("for _ in range(n):")
         for line in body or ["pass"]:
-            say(line, 2)
+            write_line(line, 2)
         for node in places.kept:
-            say(f"torch.stack(kept_{node.name}{'[::-1]' if places.reverse else ''}, out=block_{node.name})")
+            write_line(f"torch.stack(kept_{node.name}{'[::-1]' if places.reverse else ''}, out=block_{node.name})")
         for node in sorted(outside, key=self.text.stages.order.__getitem__):
             if node in places.slab:
-                say(f"v_{node.name} = {places.slab[node]}")
+                write_line(f"v_{node.name} = {places.slab[node]}")
         for j, place, _ in places.delays:
             if places.reverse:
-                say(f"start_{place.name} = delay_{j}[0]")
+                write_line(f"start_{place.name} = delay_{j}[0]")
             else:
-                say(f"v_{place.name} = state_{j}[:-1]")
+                write_line(f"v_{place.name} = state_{j}[:-1]")
 
     def write_scan(self) -> bool:
         """Write the loop as a scan, if it is elementwise and affine in its only state."""
-        places, text, say = self.places, self.text, self.text.say
+        places, text, write_line = self.places, self.text, self.text.write_line
         forms = affine_forms(places.nodes, [p for _, p, _ in places.delays], text.name, text.is_block)
         if forms is None:
             return False
@@ -80,25 +80,25 @@ class _Loop:
         factor, summand = forms[following]
         size = f"n, {shape_text(place)}"
         zero = f"torch.zeros((), dtype={dtype_text(place)}, device=device)"
-        say(f"factor_{j} = ({factor or '0.0'} + {zero}).expand({size})")
-        say(f"summand_{j} = ({summand or '0.0'} + {zero}).expand({size})")
+        write_line(f"factor_{j} = ({factor or '0.0'} + {zero}).expand({size})")
+        write_line(f"summand_{j} = ({summand or '0.0'} + {zero}).expand({size})")
         if places.reverse:
-            say(f"slab_{j} = ws.buffer('delay_{j}', (n + 1, {shape_text(place)}), {dtype_text(place)})")
-            say(f"slab_{j}[n].copy_(dbounds[{j}])")
-            say(f"scan_into(slab_{j}[:-1], factor_{j}, summand_{j}, reverse=True, start=slab_{j}[n])")
-            say(f"v_{place.name} = slab_{j}[1:]")
-            say(f"v_{following.name} = slab_{j}[:-1]")
-            say(f"start_{place.name} = slab_{j}[0]")
+            write_line(f"slab_{j} = ws.buffer('delay_{j}', (n + 1, {shape_text(place)}), {dtype_text(place)})")
+            write_line(f"slab_{j}[n].copy_(dbounds[{j}])")
+            write_line(f"scan_into(slab_{j}[:-1], factor_{j}, summand_{j}, reverse=True, start=slab_{j}[n])")
+            write_line(f"v_{place.name} = slab_{j}[1:]")
+            write_line(f"v_{following.name} = slab_{j}[:-1]")
+            write_line(f"start_{place.name} = slab_{j}[0]")
         else:
-            say(f"scan_into(state_{j}[1:], factor_{j}, summand_{j}, reverse=False, start=state_{j}[0])")
-            say(f"v_{place.name} = state_{j}[:-1]")
-            say(f"v_{following.name} = state_{j}[1:]")
+            write_line(f"scan_into(state_{j}[1:], factor_{j}, summand_{j}, reverse=False, start=state_{j}[0])")
+            write_line(f"v_{place.name} = state_{j}[:-1]")
+            write_line(f"v_{following.name} = state_{j}[1:]")
         outside = places.needed_outside()
         for node in sorted(outside - {place, following}, key=text.stages.order.__getitem__):
             factor, summand = forms[node]
             value = " + ".join(part for part in (factor and f"{factor} * v_{place.name}", summand) if part)
             value = f"({value}).expand({size})"
-            say(
+            write_line(
                 f"v_{node.name} = slabs['{node.name}'].copy_({value})"
                 if node in text.outputs
                 else f"v_{node.name} = {value}"
@@ -145,6 +145,6 @@ class _Loop:
                 self.text.contiguous.add(node)
             return self.text.name(node)
         if node not in places.members and f"s_{node.name}" not in places.zipped:
-            self.text.say(f"list_{node.name} = {self.text.name(node)}.unbind(0)")
+            self.text.write_line(f"list_{node.name} = {self.text.name(node)}.unbind(0)")
             places.zip_steps(node, f"list_{node.name}")
         return f"s_{node.name}"

@@ -32,7 +32,7 @@ class FunctionText:
         self._lines: list[str] = []
         self._invariants: dict[Node, None] = {}
 
-    def say(self, line: str, depth: int = 1) -> None:
+    def write_line(self, line: str, depth: int = 1) -> None:
         """Write a line."""
         self._lines.append(INDENT * depth + line)
 

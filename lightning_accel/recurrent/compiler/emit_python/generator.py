@@ -106,13 +106,13 @@ class Generator:
         text = FunctionText(self.stages, [*self._saved, *results], self._saved)
         looped = self.stages.looped_states
         for k, x in enumerate(self.step.xs):
-            text.say(f"{text.name(x)} = X[{k}]")
+            text.write_line(f"{text.name(x)} = X[{k}]")
         for j in sorted(looped):
-            text.say(
+            text.write_line(
                 f"state_{j} = slabs['state_{j}'] if 'state_{j}' in slabs else ws.buffer('state_{j}', "
                 f"(n + 1, {shape_text(self.step.states[j])}), {dtype_text(self.step.states[j])})"
             )
-            text.say(f"state_{j}[0].copy_(bounds[{j}])")
+            text.write_line(f"state_{j}[0].copy_(bounds[{j}])")
         self._write_segments(text, self.stages.forward, [*self._saved, *results], reverse=False)
         ends = []
         for j, (state, following) in enumerate(zip(self.step.states, self.step.next_states, strict=True)):
@@ -122,7 +122,7 @@ class Generator:
                 ends.append(f"state_{j}[n]")
             else:
                 ends.append(f"{text.block(following)}[n - 1].clone()")  # the next block computes into its memory
-        text.say(f"return [{', '.join(ends)}]")
+        text.write_line(f"return [{', '.join(ends)}]")
         body = text.close("forward(n, B, X, bounds, inv, slabs, ws)", "forward_constants")
         slabs = [
             f"'{n.name}': ws.buffer('{n.name}', (n, {shape_text(n)}), {dtype_text(n)})"
@@ -155,22 +155,22 @@ class Generator:
         outputs = [g for _, g in gradients if g not in self.stages.invariant]
         text = FunctionText(self.stages, outputs, self._saved)
         for k, x in enumerate(self.step.xs):
-            text.say(f"{text.name(x)} = X[{k}]")
+            text.write_line(f"{text.name(x)} = X[{k}]")
         for node in self._saved:
             state = self.stages.state_of(node)
             if state is None:
-                text.say(f"{text.name(node)} = saved['{node.name}']")
+                text.write_line(f"{text.name(node)} = saved['{node.name}']")
             else:
                 part = "[:-1]" if node is self.step.states[state] else "[1:]"
-                text.say(f"{text.name(node)} = saved['state_{state}']{part}")
+                text.write_line(f"{text.name(node)} = saved['state_{state}']{part}")
         for k, dy in enumerate(self.step.d_ys):
             if dy is not None:
-                text.say(f"{text.name(dy)} = dys[{k}]")
+                text.write_line(f"{text.name(dy)} = dys[{k}]")
         self._write_segments(text, self.stages.backward, [*outputs, *self.stages.read], reverse=True)
         for k, statements in self._sums.statements(text.name, text.is_block).items():
             for statement in statements[:-1]:
-                text.say(statement)
-            text.say(f"sums[{k}] = {statements[-1]}")
+                text.write_line(statement)
+            text.write_line(f"sums[{k}] = {statements[-1]}")
         ends = []
         for tangent, gradient in zip(self.step.d_next_states, self.step.d_states, strict=True):
             if gradient is None or tangent is None:
@@ -179,7 +179,7 @@ class Generator:
                 ends.append(f"start_{tangent.name}")
             else:
                 ends.append(f"{text.block(gradient)}[0].clone()")
-        text.say(f"return [{', '.join(ends)}]")
+        text.write_line(f"return [{', '.join(ends)}]")
         body = text.close("backward(n, B, X, inv, saved, dys, dbounds, slabs, ws, sums)", "backward_constants")
         slabs = [
             f"'{n.name}': torch.empty((n, {shape_text(n)}), dtype={dtype_text(n)}, device=device)"
@@ -221,19 +221,19 @@ def _write_block(text: FunctionText, segment: Segment, taken: set[Node]) -> None
                 place = f"slabs['{node.name}']" if node in text.outputs else buffer_text(node, "n, ")
                 product = emit_aten_call.call_block_product(node, text.name, text.is_block, place)
                 if product is not None:
-                    text.say(f"{name} = {product}")
+                    text.write_line(f"{name} = {product}")
                     continue
             value = emit_aten_call.call_block(node, text.name, text.is_block)
             if is_fast_pointwise(node) and node not in text.outputs:
-                text.say(f"{name} = {value[:-1]}, out={buffer_text(node, 'n, ')})")
+                text.write_line(f"{name} = {value[:-1]}, out={buffer_text(node, 'n, ')})")
                 continue
         if node in text.outputs and node not in step.xs:
             fast = is_fast_pointwise(node)
             value = f"{value[:-1]}, out=slabs['{node.name}'])" if fast else f"slabs['{node.name}'].copy_({value})"
-        text.say(f"{name} = {value}")
+        text.write_line(f"{name} = {value}")
         for part in parts(node):
             got = emit_aten_call.call(part, text.name)
-            text.say(
+            text.write_line(
                 f"{text.name(part)} = slabs['{part.name}'].copy_({got})"
                 if part in text.outputs
                 else f"{text.name(part)} = {got}"
