@@ -53,12 +53,23 @@ def backward_keeps_graph() -> bool:
     return True if ask is None else bool(ask())
 
 
-def hooks_of(module: nn.Module) -> str | None:
-    """Name the kind of hooks that a call of the module would run; ``None`` if it would run none."""
-    for kind in (*_FORWARD_HOOKS, *_BACKWARD_HOOKS):
+def hooks_of(module: nn.Module, *, but_forward: bool = False) -> str | None:
+    """Name the kind of hooks that a call of the module would run; ``None`` if it would run none.
+
+    Args:
+        module: The module.
+        but_forward: Whether its forward hooks do not count.
+    """
+    for kind in _BACKWARD_HOOKS if but_forward else (*_FORWARD_HOOKS, *_BACKWARD_HOOKS):
         if module.__dict__.get(kind):
             return kind.strip("_").replace("_", " ")
     return None
+
+
+def drop_forward_hooks(module: nn.Module) -> None:
+    """Take the forward hooks off a module, for a copy that computes what its forward alone does."""
+    for kind in _FORWARD_HOOKS:
+        module.__dict__[kind].clear()
 
 
 def global_hooks() -> str | None:

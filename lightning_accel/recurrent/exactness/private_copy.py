@@ -5,7 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from lightning_accel import torch_private
 from lightning_accel.recurrent.compiler.trace import CannotScheduleError
+from lightning_accel.recurrent.instance_forward import InstanceForward
 
 
 def private_copy(module: nn.Module) -> nn.Module:
@@ -25,6 +27,9 @@ def private_copy(module: nn.Module) -> nn.Module:
         else:
             memo[id(weight)] = leaf.requires_grad_(weight.requires_grad)
     try:
-        return copy.deepcopy(module, memo)
+        twin = copy.deepcopy(module, memo)
     except Exception as error:
         raise CannotScheduleError(f"it can not be copied: {type(error).__name__}: {error}") from error
+    if isinstance(module.__dict__.get("forward"), InstanceForward):  # then hooks are not part of a step
+        torch_private.drop_forward_hooks(twin)
+    return twin
