@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_accel.recurrent.deferred.feeds import Feed, Rows, Same, is_listened_to, same_values
+from lightning_accel.recurrent.deferred.inner_graph import gradients_of, twin, without_autocast
 from lightning_accel.recurrent.deferred.kernel import SHORTEST, Kernel
 from lightning_accel.torch_private import backward_keeps_graph, backward_reaches, node_class, running_backward
 
@@ -168,11 +169,11 @@ class Chain:
         """
         twice = torch.is_grad_enabled()
         count = len(self.feeds)
-        with torch.enable_grad(), _without_autocast(self._xs[0]):
-            leaves = [_twin(t, twice) for t in (*tensors, *self.parameters)]
+        with torch.enable_grad(), without_autocast(self._xs[0]):
+            leaves = [twin(t, twice) for t in (*tensors, *self.parameters)]
             xs, states, weights = leaves[:count], leaves[count : len(tensors)], leaves[len(tensors) :]
             outputs = [o[0] for o in self.kernel.run_one_by_one([x[None] for x in xs], states, weights)]
-        found = _gradients(outputs, gradients, leaves, create_graph=twice)
+        found = gradients_of(outputs, gradients, leaves, create_graph=twice)
         known = self._weight_gradients.setdefault(running_backward(), [None] * len(weights))
         for k, new in enumerate(found[len(tensors) :]):
             known[k] = new if known[k] is None or new is None else known[k] + new  # type: ignore[operator]
@@ -243,9 +244,9 @@ class _Made:
         xs, states = chain.made_from(steps)
         weights: list[Any] = chain.kernel.parameters
         self._last: dict[int, Tensor] = {}
-        with torch.enable_grad(), _without_autocast(xs[0]):
+        with torch.enable_grad(), without_autocast(xs[0]):
             if one_by_one:
-                weights = [_twin(w, twice=False) for w in weights]
+                weights = [twin(w, twice=False) for w in weights]
                 self.outputs = chain.kernel.run_one_by_one(xs, states, weights)
             else:
                 self.outputs, self._last = chain.kernel.run(xs, states)
@@ -262,7 +263,7 @@ class _Made:
         for slot, last in self._last.items():
             gradient = given[slot]
             outputs[slot], given[slot] = last, None if gradient is None else gradient[-1]
-        return _gradients(outputs, given, self._leaves, keep=keep)
+        return gradients_of(outputs, given, self._leaves, keep=keep)
 
 
 class _Step(torch.autograd.Function):
@@ -315,39 +316,3 @@ def _hear_after(node: Any, hook: Any) -> Any:
 STEP_NODE = node_class(_Step)
 STEP_NODE.register_prehook, STEP_NODE.register_hook = _hear, _hear_after
 _REMEMBERED = 16  # backwards of one loop
-
-
-def _twin(tensor: Tensor, twice: bool) -> Tensor:
-    """Return a stand-in whose gradient is not seen by hooks on the tensor; part of its graph for second derivatives."""
-    if twice and tensor.requires_grad:
-        return tensor.view_as(tensor)
-    return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-def _gradients(
-    outputs: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    leaves: Sequence[Tensor],
-    *,
-    keep: bool = False,
-    create_graph: bool = False,
-) -> list[Tensor | None]:
-    pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    if not pairs or not wanted:
-        return [None] * len(leaves)
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            retain_graph=keep or create_graph,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    )
-    return [next(found) if leaf.requires_grad else None for leaf in leaves]
-
-
-def _without_autocast(like: Tensor) -> torch.autocast:
-    return torch.autocast(like.device.type, enabled=False)
