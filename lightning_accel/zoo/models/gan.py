@@ -132,4 +132,7 @@ class GAN(LightningModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Return the generator's optimizer, then the discriminator's."""
         lr, betas = self.hparams["lr"], (self.hparams["beta1"], 0.999)
-        return [torch.optim.Adam(net.parameters(), lr=lr, betas=betas) for net in (self.generator, self.discriminator)]
+        return [
+            torch.optim.Adam(net.parameters(), lr=lr, betas=betas, fused=True)
+            for net in (self.generator, self.discriminator)
+        ]

@@ -15,6 +15,7 @@ OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "linear", "cosine"]
 
 SGD_MOMENTUM = 0.9
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # where torch has fused kernels of all three
 
 
 def check_optimization(
@@ -35,14 +36,17 @@ def check_optimization(
 def make_optimizer(module: torch.nn.Module, name: str, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """Return the named optimizer over all parameters of ``module``, frozen ones included, in one group.
 
-    ``"sgd"`` runs with Nesterov momentum 0.9.
+    ``"sgd"`` runs with Nesterov momentum 0.9. All are fused, as a knowing user would have them: torch's default takes
+    half of the step of a large MLP.
     """
-    parameters = module.parameters()
+    parameters = list(module.parameters())
+    fused = all(p.device.type in _FUSED_DEVICES for p in parameters)
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=SGD_MOMENTUM, nesterov=True, weight_decay=weight_decay)
-    if name == "adam":
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay)
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=lr, momentum=SGD_MOMENTUM, nesterov=True, weight_decay=weight_decay, fused=fused
+        )
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
 
 
 def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: float) -> float:
