@@ -20,19 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_accel.async_sgd import (
-    PUSH_STAGES,
-    Ending,
-    LogEntry,
-    Settings,
-    SharedMemoryStore,
-    Statistics,
-    Supervisor,
-    Worker,
-    replay,
-)
+from lightning_accel.async_sgd import LogEntry, Settings, SharedMemoryStore, Statistics, Worker, replay
 from lightning_accel.async_sgd.shared_memory.peers import Peer
 from lightning_accel.async_sgd.shared_memory.spawn import starter
+from lightning_accel.async_sgd.shared_memory.supervisor import Ending, Supervisor
+from lightning_accel.async_sgd.store import PUSH_STAGES
 
 _BATCH = 4
 _SHARED_MEMORY = Path("/dev/shm")

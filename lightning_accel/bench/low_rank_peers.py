@@ -6,7 +6,8 @@ import math
 import torch
 from torch import nn
 
-from lightning_accel.low_rank import eligible_layers, swap
+from lightning_accel.low_rank import eligible_layers
+from lightning_accel.low_rank.decompose import swap
 
 _MIN_CHANNELS, _MIN_FEATURES = 256, 256
 _LATENT_CHANNELS, _LATENT_FEATURES = 0.25, 128

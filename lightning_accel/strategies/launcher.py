@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from lightning_accel.async_sgd import ParameterStore, Remains, run_workers
+from lightning_accel.async_sgd import ParameterStore, run_workers
 from lightning_accel.async_sgd.shared_memory.memory import anonymous_file
 from lightning_accel.async_sgd.shared_memory.spawn import resolve_start_method
+from lightning_accel.async_sgd.shared_memory.supervisor import Remains
 from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import launcher_module, make_averages_picklable, without_launcher
 from lightning_accel.strategies.live import live_table

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from lightning_accel.async_sgd import Opening, Remains
 from lightning_accel.async_sgd.policy.stepping import get_groups
+from lightning_accel.async_sgd.shared_memory.supervisor import Remains
+from lightning_accel.async_sgd.store import Opening
 from lightning_accel.lightning_private import bring_back_progress, count_steps_of_others, go_into_epoch
 from lightning_accel.strategies.results import bring_back_optimizers
 from lightning_accel.strategies.worker_process.checkpoints import rewind_loops

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_accel.async_sgd import Opening
 from lightning_accel.async_sgd.policy.optimizer_copy import copy_optimizers
 from lightning_accel.async_sgd.policy.stepping import get_groups, set_groups
+from lightning_accel.async_sgd.store import Opening
 from lightning_accel.lightning_private import bring_back_progress
 
 

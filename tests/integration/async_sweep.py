@@ -26,7 +26,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_accel import AsyncSGDStrategy
-from lightning_accel.async_sgd import PUSH_STAGES, replay
+from lightning_accel.async_sgd import replay
+from lightning_accel.async_sgd.store import PUSH_STAGES
 from lightning_accel.bench.async_faults import is_alive, shared_memory
 
 EPOCHS, BATCHES, BATCH = 4, 24, 8

@@ -8,8 +8,10 @@ import threading
 import torch
 from torch import nn
 
-from lightning_accel.async_sgd import PUSH_STAGES, Settings, SharedMemoryStore, Supervisor, Worker
+from lightning_accel.async_sgd import Settings, SharedMemoryStore, Worker
 from lightning_accel.async_sgd.policy.replay import replay
+from lightning_accel.async_sgd.shared_memory.supervisor import Supervisor
+from lightning_accel.async_sgd.store import PUSH_STAGES
 
 UNITS = torch.arange(48).view(12, 4).tolist()
 SETTINGS = {"record_log": True, "lease_batches": 2, "staleness": "none"}

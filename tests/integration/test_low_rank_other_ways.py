@@ -12,7 +12,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel.callbacks import RankQuantization, SequentialFreezing
-from lightning_accel.low_rank import LayerPlan, RankPlan, low_rank_layers
+from lightning_accel.low_rank import RankPlan, low_rank_layers
+from lightning_accel.low_rank.plan import LayerPlan
 
 WIDTH = 24
 

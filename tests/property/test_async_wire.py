@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_accel.async_sgd import Compression, Opening, ParameterServer, Push, Settings
+from lightning_accel.async_sgd import Compression, ParameterServer, Push, Settings
 from lightning_accel.async_sgd.policy.stepping import get_groups
 from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.policy.wire import (
@@ -21,6 +21,7 @@ from lightning_accel.async_sgd.policy.wire import (
     encode_push,
     encode_values,
 )
+from lightning_accel.async_sgd.store import Opening
 
 WEIGHT = TensorSpec("weight", torch.Size([2, 3]), torch.float32)
 BIAS = TensorSpec("bias", torch.Size([2]), torch.bfloat16)

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_accel.low_rank import EnergyProfile, factorize, frozen_factor_index, full_ranks, to_dense
+from lightning_accel.low_rank import factorize, to_dense
+from lightning_accel.low_rank.factors.factorize import EnergyProfile, full_ranks
+from lightning_accel.low_rank.freezing import frozen_factor_index
 from lightning_accel.low_rank.plan import factor_parameters
 from lightning_accel.low_rank.rank_search.candidates import plateau_candidates, snapped_ranks, theoretical_ranks
 from lightning_accel.low_rank.rank_search.knapsack import least_cost, most_value

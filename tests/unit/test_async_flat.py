@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_accel.async_sgd import Opening, ParameterServer, Push, Settings
+from lightning_accel.async_sgd import ParameterServer, Push, Settings
 from lightning_accel.async_sgd.policy.flat_optimizer import Arena, FlatOptimizer
+from lightning_accel.async_sgd.store import Opening
 
 SHAPES = [(30, 7), (11,), (), (3, 1, 5), (257,)]
 KINDS = [

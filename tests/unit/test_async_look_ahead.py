@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_accel.async_sgd import Opening, ParameterServer, Push, Settings
+from lightning_accel.async_sgd import ParameterServer, Push, Settings
 from lightning_accel.async_sgd.policy.look_ahead import REACH, is_normalised
 from lightning_accel.async_sgd.policy.replay import replay
 from lightning_accel.async_sgd.policy.server import ASSIGN
 from lightning_accel.async_sgd.simulation import simulate
+from lightning_accel.async_sgd.store import Opening
 
 OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),

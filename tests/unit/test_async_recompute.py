@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_accel.async_sgd import Recomputation
+from lightning_accel.async_sgd.recompute import Recomputation
 
 
 class Twice(nn.Module):

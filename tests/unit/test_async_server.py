@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_accel.async_sgd import LogEntry, Opening, ParameterServer, Push, Settings
+from lightning_accel.async_sgd import LogEntry, ParameterServer, Push, Settings
 from lightning_accel.async_sgd.policy.outer_step import OuterStep
 from lightning_accel.async_sgd.policy.replay import replay
 from lightning_accel.async_sgd.policy.server import ASSIGN, NO_UPDATE, OUTER
 from lightning_accel.async_sgd.policy.stepping import get_groups, set_groups, step_optimizer
+from lightning_accel.async_sgd.store import Opening
 
 
 def opened(settings=None, *, momentum=0.9, buffers=()):

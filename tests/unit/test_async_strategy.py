@@ -10,10 +10,11 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import lightning_accel
-from lightning_accel.async_sgd import Lease, Settings, Statistics, Supervisor, Worker
+from lightning_accel.async_sgd import Lease, Settings, Statistics, Worker
 from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.shared_memory.client import SharedMemoryStore
 from lightning_accel.async_sgd.shared_memory.memory import ParameterPage
+from lightning_accel.async_sgd.shared_memory.supervisor import Supervisor
 from lightning_accel.strategies.live import Rates, live_table, render
 from lightning_accel.strategies.registration import register_by_name
 from lightning_accel.strategies.worker_process.checkpoints import rewind_loops

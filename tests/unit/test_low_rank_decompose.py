@@ -13,12 +13,12 @@ from lightning_accel.low_rank import (
     decompose,
     eligible_layers,
     factorize,
-    input_second_moments,
     low_rank_layers,
     make_plan,
     merge,
-    swap,
 )
+from lightning_accel.low_rank.calls import input_second_moments
+from lightning_accel.low_rank.decompose import swap
 
 
 class Net(nn.Module):

@@ -14,12 +14,11 @@ from lightning_accel.low_rank import (
     LowRankLinear,
     TuckerConv,
     freeze,
-    frozen_factor_index,
     frozen_parameters,
-    frozen_prefix,
     low_rank_layers,
-    mean_of_phases,
 )
+from lightning_accel.low_rank.adaptive import frozen_prefix
+from lightning_accel.low_rank.freezing import frozen_factor_index, mean_of_phases
 
 
 def net():

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_accel.low_rank import (
+from lightning_accel.low_rank import make_plan
+from lightning_accel.low_rank.rank_search.gate import (
     apply_decision,
     layer_groups,
-    make_plan,
     marginal_reverts,
     payback_steps,
     verify_plan,

@@ -10,17 +10,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_accel.low_rank import (
-    EnergyProfile,
     FreezingSchedule,
     LowRankConv,
     LowRankLinear,
     TuckerConv,
     factorize,
     freeze,
-    full_ranks,
-    identity_factors,
     to_dense,
 )
+from lightning_accel.low_rank.factors.factorize import EnergyProfile, full_ranks, identity_factors
 
 DENSE = {
     "linear, 2-D input": (lambda: nn.Linear(7, 5), (4, 7)),

@@ -4,15 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_accel.low_rank import (
-    factorize,
-    full_ranks,
-    orphans,
-    replace_by_merged,
-    replace_parameters,
-    to_dense,
-    undo_replacement,
-)
+from lightning_accel.low_rank import factorize, replace_parameters, to_dense
+from lightning_accel.low_rank.factors.factorize import full_ranks
+from lightning_accel.low_rank.optimizers.exchange import orphans, replace_by_merged, undo_replacement
 from lightning_accel.low_rank.optimizers.kinds import description, like, why_not_followed
 
 OPTIMIZERS = {

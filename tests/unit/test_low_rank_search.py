@@ -11,19 +11,11 @@ import torch
 from torch import nn
 
 from lightning_accel import measure
-from lightning_accel.low_rank import (
-    DiskCache,
-    LayerPlan,
-    RankPlan,
-    decompose,
-    default_cache_dir,
-    make_plan,
-    plateau_candidates,
-    record_calls,
-    theoretical_ranks,
-    time_layer,
-)
-from lightning_accel.low_rank.rank_search.candidates import every_rank, plateau_below
+from lightning_accel.low_rank import RankPlan, decompose, make_plan, theoretical_ranks
+from lightning_accel.low_rank.calls import record_calls
+from lightning_accel.low_rank.plan import LayerPlan
+from lightning_accel.low_rank.rank_search.candidates import every_rank, plateau_below, plateau_candidates
+from lightning_accel.low_rank.rank_search.timing import DiskCache, default_cache_dir, time_layer
 
 
 def mlp(width=64, depth=3):

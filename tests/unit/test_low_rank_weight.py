@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_accel.low_rank import LOW_RANK_TYPES, become, decompose, factorize, low_rank_layers, make_plan, swap
+from lightning_accel.low_rank import decompose, factorize, low_rank_layers, make_plan
+from lightning_accel.low_rank.decompose import swap
+from lightning_accel.low_rank.factors.layers import LOW_RANK_TYPES
+from lightning_accel.low_rank.in_place import become
 from lightning_accel.torch_private import storage_users
 
 LAYERS = {

@@ -18,9 +18,10 @@ from torch.nn import functional
 
 from lightning_accel.bench.low_rank_peers import mac_guarded, weight_parameters
 from lightning_accel.evidence.rows import BenchRow
-from lightning_accel.low_rank import decompose, freeze, low_rank_layers, make_plan, mean_of_phases, verify_plan
+from lightning_accel.low_rank import decompose, freeze, low_rank_layers, make_plan
+from lightning_accel.low_rank.freezing import mean_of_phases
 from lightning_accel.low_rank.plan import RankPlan
-from lightning_accel.low_rank.rank_search.gate import apply_decision
+from lightning_accel.low_rank.rank_search.gate import apply_decision, verify_plan
 from lightning_accel.low_rank.rank_search.timing import Phase
 from lightning_accel.measure import compare_paired, environment, time_interleaved
 from lightning_accel.zoo.models.cnn import CNN

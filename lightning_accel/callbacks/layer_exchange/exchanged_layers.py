@@ -10,7 +10,10 @@ from torch import nn
 from lightning_accel.callbacks.layer_exchange.first_steps import Exchange, FirstSteps, factors_of, weight_of
 from lightning_accel.callbacks.layer_exchange.structure import SharesLayers, rewrap_ddp, tell_callbacks
 from lightning_accel.lightning_private import averaged_modules
-from lightning_accel.low_rank import LOW_RANK_TYPES, become, low_rank_layers, put_weight, undo_replacement
+from lightning_accel.low_rank import low_rank_layers
+from lightning_accel.low_rank.factors.layers import LOW_RANK_TYPES
+from lightning_accel.low_rank.in_place import become
+from lightning_accel.low_rank.optimizers.exchange import put_weight, undo_replacement
 
 WRITTEN = "its weight was written into, which factors can not follow"
 

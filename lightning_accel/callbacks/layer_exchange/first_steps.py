@@ -7,7 +7,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.low_rank import LowRankLayer, Replacement, low_rank_layers
+from lightning_accel.low_rank import low_rank_layers
+from lightning_accel.low_rank.factors.layers import LowRankLayer
+from lightning_accel.low_rank.optimizers.exchange import Replacement
 
 _STEPS = 10  # after which a layer that had no gradient counts as one that never has
 

@@ -8,7 +8,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_accel.callbacks.layer_exchange.step_trial import StepTrial
-from lightning_accel.low_rank import eligible_layers, empty_like, identity_factors, swap
+from lightning_accel.low_rank import eligible_layers
+from lightning_accel.low_rank.decompose import swap
+from lightning_accel.low_rank.factors.factorize import empty_like, identity_factors
 
 Ranks = Mapping[str, tuple[int, ...]]
 

@@ -21,15 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_accel.callbacks.layer_exchange.first_steps import Exchange, factors_of, weight_of
 from lightning_accel.lightning_private import averaged_modules, every_callback
-from lightning_accel.low_rank import (
-    LOW_RANK_TYPES,
-    adapt_structure,
-    as_it_is,
-    low_rank_layers,
-    merge,
-    replace_parameters,
-    swap,
-)
+from lightning_accel.low_rank import adapt_structure, low_rank_layers, merge, replace_parameters
+from lightning_accel.low_rank.decompose import swap
+from lightning_accel.low_rank.factors.layers import LOW_RANK_TYPES
+from lightning_accel.low_rank.in_place import as_it_is
 
 _log = logging.getLogger(__name__)
 

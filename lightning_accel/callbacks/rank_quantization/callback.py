@@ -40,8 +40,9 @@ from lightning_accel.callbacks.rank_quantization.switch import (
 from lightning_accel.callbacks.rank_quantization.verdict import Verdict, dense, ranks_of
 from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import averaged_modules, rename_in_finetuning
-from lightning_accel.low_rank import RankPlan, default_cache_dir, eligible_layers, low_rank_layers
+from lightning_accel.low_rank import RankPlan, eligible_layers, low_rank_layers
 from lightning_accel.low_rank.plan import Method, Weighting
+from lightning_accel.low_rank.rank_search.timing import default_cache_dir
 
 _NAMES_SAID = 4  # of layers, in a line
 

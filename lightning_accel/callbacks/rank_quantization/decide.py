@@ -30,7 +30,9 @@ from lightning_accel.callbacks.rank_quantization.reasons import Comparison, Meas
 from lightning_accel.callbacks.rank_quantization.request import RankRequest
 from lightning_accel.callbacks.rank_quantization.step_times import PAIRS, StepTimes, TrialError
 from lightning_accel.callbacks.rank_quantization.verdict import Verdict, dense, ranks_of
-from lightning_accel.low_rank import RankPlan, apply_decision, eligible_layers, makers_by_layer, verify_plan
+from lightning_accel.low_rank import RankPlan, eligible_layers
+from lightning_accel.low_rank.optimizers.kinds import makers_by_layer
+from lightning_accel.low_rank.rank_search.gate import apply_decision, verify_plan
 
 _STEPS_OF_TRIALS = 100.0  # dense ones; what both trials take
 _GAIN_TO_GO_ON = 80.0  # dense steps to be saved: twice what the rest of both trials takes

@@ -13,7 +13,8 @@ from torch import nn
 from lightning_accel.arguments import check_choice, check_number
 from lightning_accel.callbacks.layer_exchange.layer_trial import Ranks
 from lightning_accel.callbacks.rank_quantization.reasons import LostToTheFloor
-from lightning_accel.low_rank import MakeOptimizer, RankPlan, eligible_layers, make_plan, theoretical_ranks
+from lightning_accel.low_rank import RankPlan, eligible_layers, make_plan, theoretical_ranks
+from lightning_accel.low_rank.optimizers.kinds import MakeOptimizer
 from lightning_accel.low_rank.plan import UNMEASURED, Method, Weighting, factor_parameters
 
 _STEPS_TO_PLAN = 250.0  # what `make_plan` takes where layers are quick

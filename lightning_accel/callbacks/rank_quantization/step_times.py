@@ -13,7 +13,8 @@ from torch import nn
 from lightning_accel.callbacks.layer_exchange.layer_trial import Ranks, with_shapes_of
 from lightning_accel.callbacks.layer_exchange.step_trial import StepTrial
 from lightning_accel.callbacks.rank_quantization.reasons import Comparison
-from lightning_accel.low_rank import NUM_GROUPS, freeze, frozen_parameters, low_rank_layers, mean_of_phases
+from lightning_accel.low_rank import freeze, frozen_parameters, low_rank_layers
+from lightning_accel.low_rank.freezing import NUM_GROUPS, mean_of_phases
 from lightning_accel.measure import compare_paired, time_interleaved
 
 GoOn = Callable[[Mapping[str, Sequence[float]]], bool]

@@ -10,14 +10,9 @@ from torch import nn
 
 from lightning_accel.callbacks.layer_exchange.recorded_inputs import RecordedInputs
 from lightning_accel.lightning_private import pruned_layers
-from lightning_accel.low_rank import (
-    RankPlan,
-    decompose,
-    eligible_layers,
-    input_second_moments,
-    left_alone,
-    low_rank_layers,
-)
+from lightning_accel.low_rank import RankPlan, decompose, eligible_layers, low_rank_layers
+from lightning_accel.low_rank.calls import input_second_moments
+from lightning_accel.low_rank.eligibility import left_alone
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_accel.callbacks.layer_exchange.structure import rewrap_ddp
-from lightning_accel.low_rank import AdaptiveFreezing, FreezingSchedule, factor_parameter_names, freeze
+from lightning_accel.low_rank import AdaptiveFreezing, FreezingSchedule, freeze
+from lightning_accel.low_rank.freezing import factor_parameter_names
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,9 @@ from torch import nn
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.plan import Scene
 from lightning_accel.evidence.plots import MissingPackageError, plot_rank_plan
-from lightning_accel.low_rank import LayerPlan, RankPlan, default_cache_dir, make_plan
+from lightning_accel.low_rank import RankPlan, make_plan
+from lightning_accel.low_rank.plan import LayerPlan
+from lightning_accel.low_rank.rank_search.timing import default_cache_dir
 from lightning_accel.measure import undisturbed
 
 

@@ -37,14 +37,9 @@ from lightning_accel.callbacks import (
     SequentialFreezing,
 )
 from lightning_accel.lightning_private import every_callback
-from lightning_accel.low_rank import (
-    LayerPlan,
-    RankPlan,
-    decompose,
-    eligible_layers,
-    factor_parameter_names,
-    low_rank_layers,
-)
+from lightning_accel.low_rank import RankPlan, decompose, eligible_layers, low_rank_layers
+from lightning_accel.low_rank.freezing import factor_parameter_names
+from lightning_accel.low_rank.plan import LayerPlan
 from lightning_accel.strategies import AsyncSGDStrategy
 from lightning_accel.strategies.for_pytorch_lightning import AsyncSGDStrategy as OtherAsyncSGDStrategy
 
