@@ -26,6 +26,11 @@ class Compression:
 
     Raises:
         ValueError: If ``name`` is unknown or ``kept`` out of range.
+
+    Example:
+        >>> from lightning_accel.async_sgd import Compression
+        >>> Compression("topk", kept=0.01).kept
+        0.01
     """
 
     name: CompressionName = "none"

@@ -25,6 +25,11 @@ class TrafficEstimate:
         shards: Servers that would have to share the parameters so that none is busy for more than 80 % of its time.
         async_throughput: Batches a second of all workers.
         lock_step_throughput: The same in lock-step at the pace of the slowest; communication, if its speed is given.
+
+    Example:
+        >>> from lightning_accel.async_sgd import estimate_traffic
+        >>> estimate_traffic(step_seconds=1.0, parameter_bytes=4_000, workers=2).n_push
+        1
     """
 
     step_seconds: float
@@ -66,6 +71,12 @@ def estimate_traffic(
 
     Raises:
         ValueError: If a number is out of its range.
+
+    Example:
+        >>> from lightning_accel.async_sgd import estimate_traffic
+        >>> found = estimate_traffic(step_seconds=0.1, parameter_bytes=40_000_000, workers=4, slowdown=3.0)
+        >>> found.async_throughput > found.lock_step_throughput
+        True
     """
     if step_seconds <= 0.0:
         raise ValueError(f"`step_seconds` must be > 0, got {step_seconds}.")

@@ -56,6 +56,11 @@ class Settings:
     Raises:
         TypeError: If a value is of another kind, such as text for a number.
         ValueError: If a value is out of its range or two exclude each other.
+
+    Example:
+        >>> from lightning_accel.async_sgd import Settings
+        >>> Settings(n_push=4).staleness
+        'look_ahead'
     """
 
     n_push: int = 1

@@ -31,9 +31,8 @@ from lightning_accel.async_sgd.store import Membership, Opening, ParameterStore,
 class Worker:
     """Turn ``optimizer.step()`` of given optimizers into pushes and pulls.
 
-    The optimizers stay the objects that they are, so learning-rate schedulers, gradient clipping, scalers and step
-    hooks act as ever; their state lives with the server's copies. A step pushes the gradients, waits until they are
-    applied, and pulls: it returns with the new parameters in place, as a plain step does.
+    The optimizers stay the same objects, so schedulers, clipping, scalers and step hooks act as ever; their state lives
+    with the server's copies. A step pushes, waits until that is applied, and pulls the new parameters.
 
     Args:
         store: Where to.
@@ -43,11 +42,11 @@ class Worker:
         optimizers: Over these parameters.
         watch: Whether the server gets to know what anyone but an optimizer makes of the parameters between two steps
             (clamps them, say), if the coordinator does it.
-        module: Whose parameters and buffers these are: tells statistics of batch norm, which are averaged, from other
-            buffers, and what a forward pass has put in their place. Without, all buffers are the coordinator's.
+        module: Owner of the parameters and buffers: tells batch norm's statistics, which are averaged, from other
+            buffers, and what a forward pass put in their place. Without, all buffers are the coordinator's.
 
     Raises:
-        ValueError: If an optimizer holds a parameter that is not among ``parameters``, or cannot work on a server.
+        ValueError: If an optimizer holds a parameter that is not in ``parameters``, or cannot work on a server.
     """
 
     def __init__(
@@ -106,9 +105,8 @@ class Worker:
         """Return the buffers that the server, and not this worker, has the last word on, each with its value."""
         if self.settings.buffers != "mean" or (self.store.is_coordinator and self.store.live_workers == 1):
             return []
-        mine = not self.store.is_coordinator
         triples = zip(self.buffers.values(), cut.buffers, self._buffers.roles, strict=True)
-        return [(buffer, value) for buffer, value, role in triples if mine or role != "own"]
+        return [(b, value) for b, value, role in triples if not self.store.is_coordinator or role != "own"]
 
     def opening(self, *, version: int = 0, steps: Sequence[int] = (), epochs: Sequence[dict[str, Any]] = ()) -> Opening:
         """Return what opens a run: copies of parameters, buffers and optimizers on CPU."""

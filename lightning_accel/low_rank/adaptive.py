@@ -34,6 +34,12 @@ class AdaptiveFreezing:
     References:
         Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824, freeze by turns; *Deviations*: this rule freezes for good, by the
         observed updates.
+
+    Example:
+        >>> from lightning_accel.low_rank import AdaptiveFreezing
+        >>> freezing = AdaptiveFreezing(threshold=1e-3, window_steps=10)
+        >>> sorted(freezing.frozen)
+        []
     """
 
     def __init__(self, *, threshold: float, window_steps: int, max_events: int = 3, order: Sequence[str] = ()) -> None:

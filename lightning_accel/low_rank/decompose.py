@@ -30,6 +30,14 @@ def decompose(model: nn.Module, plan: RankPlan, *, second_moments: Mapping[str, 
     Raises:
         ValueError: If a planned layer is missing from the model, can not be factored or has another shape than
             planned, if its weights are NaN or infinite, or if the plan needs ``second_moments`` that are not given.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_accel.low_rank import decompose, make_plan
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> names = list(decompose(model, make_plan(model, None, ratio=2.0, method="fixed")))
+        >>> type(model[0]).__name__
+        'LowRankLinear'
     """
     eligible, skipped = eligible_layers(model)
     factored = low_rank_layers(model)
@@ -78,6 +86,15 @@ def merge(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
 
     Raises:
         ValueError: If a name is no factored layer of the model.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_accel.low_rank import decompose, make_plan, merge
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> _ = decompose(model, make_plan(model, None, ratio=2.0, method="fixed"))
+        >>> _ = merge(model)
+        >>> type(model[0]).__name__
+        'Linear'
     """
     factored = low_rank_layers(model)
     chosen = list(factored) if names is None else list(names)

@@ -20,7 +20,14 @@ LEFT_ALONE = "left alone: "
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
-    """Return the factored layers of ``model`` by name, whoever made them."""
+    """Return the factored layers of ``model`` by name, whoever made them.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_accel.low_rank import LowRankLinear, low_rank_layers
+        >>> list(low_rank_layers(nn.Sequential(LowRankLinear(8, 8, 2), nn.ReLU())))
+        ['0']
+    """
     return {name: module for name, module in model.named_modules() if isinstance(module, LOW_RANK_TYPES)}
 
 
@@ -36,6 +43,14 @@ def eligible_layers(
 
     Returns:
         Name to dense layer, and name to the reason why a layer is left alone.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_accel.low_rank import eligible_layers
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> layers, reasons = eligible_layers(model)
+        >>> sorted(layers)
+        ['0', '2']
     """
     names_of_module: Counter[int] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)

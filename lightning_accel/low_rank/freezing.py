@@ -101,6 +101,12 @@ class FreezingSchedule:
     References:
         Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824. *Deviations*: unequal phases, ``start``, ``end`` and the last
         all-trainable phase; which group comes first is decided by cost, layer by layer.
+
+    Example:
+        >>> from lightning_accel.low_rank import FreezingSchedule
+        >>> schedule = FreezingSchedule(period_epochs=2)
+        >>> [schedule.frozen_group(epoch=epoch) for epoch in range(4)]
+        [0, 0, 1, 1]
     """
 
     mode: Literal["none", "fixed", "sequential", "adaptive"] = "sequential"
@@ -181,6 +187,14 @@ def freeze(model: nn.Module, group: int | None, *, user_frozen: Collection[str] 
 
     Raises:
         ValueError: If the model has no low-rank layer, or there is no such group.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_accel.low_rank import LowRankLinear, freeze
+        >>> model = nn.Sequential(LowRankLinear(64, 32, 8))
+        >>> frozen = freeze(model, 0, user_frozen=frozenset())
+        >>> [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == sorted(frozen)
+        True
     """
     layers = low_rank_layers(model)
     if not layers:
@@ -218,7 +232,16 @@ def set_trainable(parameter: nn.Parameter, trainable: bool) -> None:
 
 
 def frozen_parameters(model: nn.Module) -> set[str]:
-    """Return the full names of all parameters with ``requires_grad=False``; call it before the first `freeze`."""
+    """Return the full names of all parameters with ``requires_grad=False``; call it before the first `freeze`.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_accel.low_rank import frozen_parameters
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = layer.bias.requires_grad_(False)
+        >>> sorted(frozen_parameters(layer))
+        ['bias']
+    """
     return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 

@@ -88,6 +88,13 @@ class RankPlan:
         reached: Value of the target that the plan reaches, by its own measurements.
         device: Where it was measured, see `lightning_accel.measure.environment`.
         reason: Why a run decided for it, or against low rank, in words; empty where nobody decided.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_accel.low_rank import RankPlan, make_plan
+        >>> plan = make_plan(nn.Sequential(nn.Linear(64, 64)), None, ratio=2.0, method="fixed")
+        >>> RankPlan.from_json(plan.to_json()) == plan
+        True
     """
 
     layers: tuple[LayerPlan, ...]

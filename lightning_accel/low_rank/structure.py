@@ -35,6 +35,16 @@ def adapt_structure(
 
     Raises:
         ValueError: If a layer's incoming factors do not fit its sizes (before anything is changed).
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_accel.low_rank import adapt_structure, decompose, make_plan
+        >>> trained = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> _ = decompose(trained, make_plan(trained, None, ratio=2.0, method="fixed"))
+        >>> fresh = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> changed = adapt_structure(fresh, trained.state_dict())
+        >>> fresh.load_state_dict(trained.state_dict())
+        <All keys matched successfully>
     """
     made: dict[str, nn.Module] = {}
     rewritten: list[str] = []

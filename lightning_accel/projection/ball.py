@@ -27,6 +27,13 @@ class MultilevelBall(nn.Module):
 
     Raises:
         ValueError: If ``radius`` is negative or NaN, or, at the first call, the levels do not fit the input.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.projection import MultilevelBall
+        >>> ball = MultilevelBall(1.0, norms=("l1", "linf"), dims=((0,), (1,)))
+        >>> ball(torch.randn(4, 3)).shape
+        torch.Size([4, 3])
     """
 
     def __init__(
@@ -64,6 +71,13 @@ class L1InfBall(nn.Module):
     Raises:
         ValueError: If ``radius`` is negative or NaN, ``method`` is unknown, or, at the first call, ``group_dims`` do
             not fit the input.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.projection import L1InfBall
+        >>> ball = L1InfBall(1.0)
+        >>> float(ball(torch.randn(4, 3)).abs().amax(1).sum()) <= 1.0
+        True
     """
 
     def __init__(self, radius: float, group_dims: Sequence[int] = (0,), method: Method = "bilevel") -> None:

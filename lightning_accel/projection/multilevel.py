@@ -63,6 +63,14 @@ def project_multilevel(
 
     Complexity: O(numel); two passes over ``x`` for ``("l1", "linf")``. On GPU no host synchronization with
         ``nonfinite="skip"``, one otherwise.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.projection import project_multilevel
+        >>> weight = torch.randn(8, 4, 3, 3)  # output channels, input channels, kernel
+        >>> projected = project_multilevel(weight, 1.0, norms=("l1", "linf"), dims=((0,), (1, 2, 3)))
+        >>> projected.shape
+        torch.Size([8, 4, 3, 3])
     """
     check_input(x)
     return _project(x, radius, check_levels(norms, dims, x.ndim), out, nonfinite)
@@ -116,6 +124,13 @@ def project_l1inf(
 
     Complexity: Bi-level as `project_multilevel`. Exact: three passes, and two to eight more over the groups that
         survive; one host synchronization an iteration.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.projection import project_l1inf
+        >>> project_l1inf(torch.tensor([[3.0, 1.0], [0.5, -0.5]]), 2.0, group_dims=(0,))
+        tensor([[2.0000, 1.0000],
+                [0.0000, 0.0000]])
     """
     check_compile(compile)
     check_input(x)
@@ -134,6 +149,12 @@ def project_l1(x: Tensor, radius: float, *, out: Tensor | None = None, nonfinite
     r"""Project onto the l1 ball, :math:`\min_X \|X - Y\|_F` subject to :math:`\sum_i |x_i| \le \eta`.
 
     Arguments, result and errors are those of `project_multilevel` with the single level ``"l1"``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.projection import project_l1
+        >>> project_l1(torch.tensor([3.0, 1.0]), 2.0)
+        tensor([2.0000, 0.0000])
     """
     return project_multilevel(x, radius, ("l1",), (_all_dims(x),), out=out, nonfinite=nonfinite)
 
@@ -149,6 +170,13 @@ def project_l12(
     r"""Project onto the l1,2 ball, :math:`\min_X \|X - Y\|_F` subject to :math:`\sum_j \|x_j\|_2 \le \eta`.
 
     Two levels solve it exactly. Arguments, result and errors are those of `project_l1inf`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.projection import project_l12
+        >>> project_l12(torch.tensor([[3.0, 0.0], [0.5, 0.0]]), 2.0, group_dims=(0,))
+        tensor([[2.0000, 0.0000],
+                [0.0000, 0.0000]])
     """
     return _two_levels(x, radius, "l2", group_dims, out=out, nonfinite=nonfinite)
 
@@ -165,6 +193,13 @@ def project_l11(
 
     Clears whole groups, which the nearest point of the same ball (`project_l1`) does not. Arguments, result and errors
     are those of `project_l1inf`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.projection import project_l11
+        >>> project_l11(torch.tensor([[3.0, 0.0], [0.5, 0.0]]), 2.0, group_dims=(0,))
+        tensor([[2.0000, 0.0000],
+                [0.0000, 0.0000]])
     """
     return _two_levels(x, radius, "l1", group_dims, out=out, nonfinite=nonfinite)
 

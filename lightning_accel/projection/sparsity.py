@@ -47,6 +47,14 @@ def radius_for_sparsity(
         ValueError: If ``sparsity`` is not in [0, 1], the groups are not valid, or ``x`` holds NaN or infinity.
 
     Complexity: One pass over ``x`` and a sort of the group norms; exact: a few passes over the groups that stay.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.projection import project_l1inf, radius_for_sparsity
+        >>> weight = torch.randn(10, 5, generator=torch.Generator().manual_seed(0))
+        >>> projected = project_l1inf(weight, radius_for_sparsity(weight, 0.5, group_dims=(0,)), group_dims=(0,))
+        >>> int((projected == 0).all(1).sum())
+        5
     """
     check_input(x)
     check_sparsity(sparsity)

@@ -40,6 +40,13 @@ class PeepholeLSTMCell(_Cell):
 
     References:
         Gers, Schraudolph, Schmidhuber, "Learning precise timing with LSTM recurrent networks", 2002.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.recurrent import PeepholeLSTMCell, Recurrent
+        >>> y, _ = Recurrent(PeepholeLSTMCell(4, 8))(torch.randn(10, 2, 4))
+        >>> y.shape[:2]
+        torch.Size([10, 2])
     """
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
@@ -68,6 +75,13 @@ class LayerNormLSTMCell(_Cell):
 
     References:
         Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.recurrent import LayerNormLSTMCell, Recurrent
+        >>> y, _ = Recurrent(LayerNormLSTMCell(4, 8))(torch.randn(10, 2, 4))
+        >>> y.shape[:2]
+        torch.Size([10, 2])
     """
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
@@ -93,6 +107,13 @@ class CoupledGateLSTMCell(_Cell):
 
     References:
         Greff et al., "LSTM: A Search Space Odyssey", arXiv:1503.04069 (variant CIFG).
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.recurrent import CoupledGateLSTMCell, Recurrent
+        >>> y, _ = Recurrent(CoupledGateLSTMCell(4, 8))(torch.randn(10, 2, 4))
+        >>> y.shape[:2]
+        torch.Size([10, 2])
     """
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
@@ -117,6 +138,14 @@ class ZoneoutLSTMCell(_Cell):
 
     References:
         Krueger et al., "Zoneout", arXiv:1606.01305. *Deviations*: the masks are drawn outside the cell.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.recurrent import Recurrent, ZoneoutLSTMCell
+        >>> keep = torch.bernoulli(torch.full((10, 2, 16), 0.1))
+        >>> y, _ = Recurrent(ZoneoutLSTMCell(4, 8))((torch.randn(10, 2, 4), keep))
+        >>> y.shape
+        torch.Size([10, 2, 8])
     """
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
@@ -139,7 +168,15 @@ class ZoneoutLSTMCell(_Cell):
 
 
 class FeedbackLSTMCell(_Cell):
-    """Two LSTM layers; the lower one also sees the upper one's previous output."""
+    """Two LSTM layers; the lower one also sees the upper one's previous output.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.recurrent import FeedbackLSTMCell, Recurrent
+        >>> y, _ = Recurrent(FeedbackLSTMCell(4, 8))(torch.randn(10, 2, 4))
+        >>> y.shape[:2]
+        torch.Size([10, 2])
+    """
 
     num_states = 4
 
@@ -157,7 +194,15 @@ class FeedbackLSTMCell(_Cell):
 
 
 class OutputGRUCell(_Cell):
-    """GRU followed by an output layer, which lies outside the loop although it is written inside the step."""
+    """GRU followed by an output layer, which lies outside the loop although it is written inside the step.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.recurrent import OutputGRUCell, Recurrent
+        >>> y, _ = Recurrent(OutputGRUCell(4, 8))(torch.randn(10, 2, 4))
+        >>> y.shape[:2]
+        torch.Size([10, 2])
+    """
 
     num_states = 1
 
@@ -177,6 +222,13 @@ class MinGRUCell(_Cell):
 
     References:
         Feng et al., "Were RNNs All We Needed?", arXiv:2410.01201.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.recurrent import MinGRUCell, Recurrent
+        >>> y, _ = Recurrent(MinGRUCell(4, 8))(torch.randn(10, 2, 4))
+        >>> y.shape[:2]
+        torch.Size([10, 2])
     """
 
     num_states = 1

@@ -90,7 +90,15 @@ class Picture:
 
 
 def schedule_text(graph: RecurrentGraph) -> str:
-    """Describe the schedule: a stage with its equations after another, in the order in which they run."""
+    """Describe the schedule: a stage with its equations after another, in the order in which they run.
+
+    Example:
+        >>> from lightning_accel.recurrent import Edge, Node, RecurrentGraph, schedule_text
+        >>> graph = RecurrentGraph([Node("x", 2), Node("y", 4)], [Edge("x", "y")], inputs=["x"], outputs=["y"])
+        >>> print(schedule_text(graph))  # doctest: +ELLIPSIS
+         1. all time steps at once
+        ...
+    """
     lines: list[str] = []
     longest = max(map(len, graph.nodes))
     for index, stage in enumerate(graph.schedule):
@@ -138,7 +146,14 @@ def lay_out(graph: RecurrentGraph) -> Picture:
 
 
 def schedule_svg(graph: RecurrentGraph) -> str:
-    """Draw the schedule as SVG: a blue frame runs for all time steps at once, a red one step by step."""
+    """Draw the schedule as SVG: a blue frame runs for all time steps at once, a red one step by step.
+
+    Example:
+        >>> from lightning_accel.recurrent import Edge, Node, RecurrentGraph, schedule_svg
+        >>> graph = RecurrentGraph([Node("x", 2), Node("y", 4)], [Edge("x", "y")], inputs=["x"], outputs=["y"])
+        >>> schedule_svg(graph).startswith("<svg")
+        True
+    """
     picture = lay_out(graph)
     size = f'width="{picture.width:.0f}" height="{picture.height:.0f}"'
     parts = [

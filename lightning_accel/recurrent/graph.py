@@ -85,6 +85,11 @@ class Node:
         bias: Whether a learned bias is added before the activation; only with ``aggregation="sum"``.
         period: A clock instead of a layer: no incoming edge, its value is 1 at every ``period``-th time step (the first
             included) and 0 between. 0 means no clock.
+
+    Example:
+        >>> from lightning_accel.recurrent import Node
+        >>> Node("hidden", size=64, activation="tanh").bias
+        False
     """
 
     name: str
@@ -125,6 +130,11 @@ class Edge:
         delay: In time steps; 0 uses the value of the same step, d the value d steps earlier.
         connection: ``full`` (a weight matrix), ``diagonal`` (one weight a unit), ``identity`` (no weight) or
             ``broadcast`` (a source of one unit, repeated).
+
+    Example:
+        >>> from lightning_accel.recurrent import Edge
+        >>> Edge("hidden", "hidden", delay=1).connection
+        'full'
     """
 
     source: str
@@ -152,6 +162,12 @@ class Stage:
         nodes: Names in the order in which one time step computes them.
         loop: Whether it has to run step by step; otherwise it runs for all time steps at once.
         after: Indices of the earlier stages it takes values from.
+
+    Example:
+        >>> from lightning_accel.recurrent import Edge, Node, RecurrentGraph
+        >>> graph = RecurrentGraph([Node("x", 2), Node("y", 4)], [Edge("x", "y")], inputs=["x"], outputs=["y"])
+        >>> graph.schedule[-1].nodes
+        ('y',)
     """
 
     nodes: tuple[str, ...]
@@ -175,6 +191,13 @@ class RecurrentGraph:
     References:
         Hwang, Sung, "Single Stream Parallelization of Generalized LSTM-like RNNs", arXiv:1503.02852. *Deviations*:
         ``diagonal`` edges (peepholes) and clocks exist; delays may be longer than one step.
+
+    Example:
+        >>> from lightning_accel.recurrent import Edge, Node, RecurrentGraph
+        >>> nodes = [Node("x", 2), Node("h", 4, activation="tanh")]
+        >>> graph = RecurrentGraph(nodes, [Edge("x", "h"), Edge("h", "h", delay=1)], inputs=["x"], outputs=["h"])
+        >>> [stage.loop for stage in graph.schedule]
+        [False, True]
     """
 
     def __init__(

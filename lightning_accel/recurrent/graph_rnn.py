@@ -131,6 +131,15 @@ class GraphRNN(nn.Module):
     References:
         Hwang, Sung, arXiv:1503.02852, section 2. *Deviations*: see `RecurrentGraph`; clocks count from the start of
         every call.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.recurrent import GraphRNN
+        >>> nodes = {"x": {"size": 2}, "h": {"size": 4, "activation": "tanh"}}
+        >>> rnn = GraphRNN(nodes, ["x -> h", "h -> h delay=1"], ["x"], ["h"])
+        >>> y, state = rnn(torch.randn(10, 3, 2))
+        >>> y.shape
+        torch.Size([10, 3, 4])
     """
 
     def __init__(

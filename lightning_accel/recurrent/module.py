@@ -35,6 +35,15 @@ class Recurrent(nn.Module):
     References:
         Hwang, Sung, "Single Stream Parallelization of Generalized LSTM-like RNNs", arXiv:1503.02852. *Deviations*: see
         `lightning_accel.recurrent.compiler.executor.StepSchedule`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_accel.recurrent import Recurrent
+        >>> rnn = Recurrent(nn.LSTMCell(4, 8))
+        >>> y, (h, c) = rnn(torch.randn(10, 2, 4))  # steps, streams, features
+        >>> y.shape
+        torch.Size([10, 2, 8])
     """
 
     def __init__(

@@ -70,6 +70,12 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
 
     Complexity:
         O(T) products in about 4 sqrt(T) calls; one host synchronization without machine code, to look for infinities.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.recurrent import linear_scan
+        >>> linear_scan(torch.full((4, 1), 0.5), torch.ones(4, 1)).flatten()
+        tensor([1.0000, 1.5000, 1.7500, 1.8750])
     """
     if a.shape != b.shape or not len(a):
         raise ValueError(f"`a` and `b` must be of one shape (T >= 1, ...), got {tuple(a.shape)} and {tuple(b.shape)}.")

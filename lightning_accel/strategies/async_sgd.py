@@ -5,7 +5,7 @@
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
@@ -87,6 +87,14 @@ class AsyncSGDBody(NobodyWaits, _Base):
         Paine, Jin, Yang, Lin, Huang, arXiv:1312.6186. *Deviations*: optimizers run on the server (the paper's clients
         push gradients only, too, but momentum is not discussed); pushes of ``n_push`` steps carry the mean of the
         gradients; data are leased by blocks; one machine.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_accel import AsyncSGDStrategy
+        >>> strategy = AsyncSGDStrategy(staleness="inverse", max_restarts=3)
+        >>> trainer = Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy=strategy, logger=False)
+        >>> trainer.num_devices  # workers; `trainer.fit(your_module, your_data)` starts them
+        2
     """
 
     distribution: ClassVar[str]
@@ -227,8 +235,6 @@ class AsyncSGDBody(NobodyWaits, _Base):
     def _configure_launcher(self) -> None:
         attach_launcher(self, self.launcher_class(self))
 
-    # --- set-up
-
     def setup_environment(self) -> None:
         """Set the device up; workers that do not coordinate put validating and checkpointing callbacks aside."""
         super().setup_environment()
@@ -267,8 +273,6 @@ class AsyncSGDBody(NobodyWaits, _Base):
         if session is None or not self._trainer.training:
             return dataloader
         return lease_training_data(dataloader, session.data, alone=self.num_processes == 1)
-
-    # --- training, in a worker process
 
     def on_train_start(self) -> None:
         """Join the run: the coordinator opens it with what it has, the others read."""
@@ -315,8 +319,6 @@ class AsyncSGDBody(NobodyWaits, _Base):
             return contextlib.nullcontext()
         return self._session.exchanging_layers()
 
-    # --- checkpoints
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the module's state with the server's parameters and buffers, of one cut with the optimizers."""
         state: dict[str, Any] = super().lightning_module_state_dict()
@@ -333,11 +335,10 @@ class AsyncSGDBody(NobodyWaits, _Base):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write an ordinary checkpoint; unfinished epochs go under a key that a plain Trainer does not read."""
-        unfinished = None
         if self._session is not None and self._session.joined:
             unfinished = self._session.unfinished_epochs(checkpoint)
-        elif self.rescue is not None:
-            unfinished = self.rescue.complete(checkpoint)
+        else:
+            unfinished = None if self.rescue is None else self.rescue.complete(checkpoint)
         if unfinished is not None:
             checkpoint[_CHECKPOINT_KEY] = unfinished
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -345,6 +346,5 @@ class AsyncSGDBody(NobodyWaits, _Base):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, of this or any other strategy."""
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
-        resumed: Mapping[str, Any] = checkpoint.pop(_CHECKPOINT_KEY, {})
-        self._resumed = dict(resumed)
+        self._resumed = dict(checkpoint.pop(_CHECKPOINT_KEY, {}))
         return checkpoint

@@ -10,7 +10,13 @@ LeaseId = tuple[int, int]  # (epoch, position in the epoch's order)
 
 @dataclass(frozen=True)
 class Lease:
-    """One unit of the epoch's order: usually the list of sample indices of one batch."""
+    """One unit of the epoch's order: usually the list of sample indices of one batch.
+
+    Example:
+        >>> from lightning_accel.async_sgd import Lease
+        >>> Lease(epoch=0, position=3, unit=[6, 7]).id
+        (0, 3)
+    """
 
     epoch: int
     position: int
@@ -36,6 +42,13 @@ class LeaseBook:
 
     Raises:
         ValueError: If ``block < 1``.
+
+    Example:
+        >>> from lightning_accel.async_sgd import LeaseBook
+        >>> book = LeaseBook(block=2)
+        >>> book.begin(0, [[0, 1], [2, 3], [4, 5]])
+        >>> [lease.unit for lease in book.grant(worker=1, epoch=0)]  # grants shrink towards the end of an epoch
+        [[0, 1]]
     """
 
     def __init__(self, *, block: int = 4) -> None:

@@ -41,6 +41,11 @@ def learning_rate_weight(staleness: int, *, rule: StalenessRule, threshold: int)
     References:
         ``inverse``: Zhang, Gupta, Lian, Liu, arXiv:1511.05950. ``drop``: Maranjyan, Tyurin, Richtarik,
         arXiv:2501.16168, without their stopping of computations already under way (*Deviation*).
+
+    Example:
+        >>> from lightning_accel.async_sgd import learning_rate_weight
+        >>> learning_rate_weight(4, rule="inverse", threshold=16)
+        0.25
     """
     if rule in ("none", "delay_compensation"):
         return 1.0
@@ -59,6 +64,13 @@ def compensate_delay(gradient: Tensor, current: Tensor, base: Tensor, *, strengt
 
     References:
         Zheng et al., arXiv:1609.08326, equation 10.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.async_sgd import compensate_delay
+        >>> gradient, current, base = torch.tensor([2.0]), torch.tensor([1.5]), torch.tensor([1.0])
+        >>> compensate_delay(gradient, current, base, strength=0.5)
+        tensor([3.])
     """
     return gradient + strength * gradient * gradient * (current - base)
 

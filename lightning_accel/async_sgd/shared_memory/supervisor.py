@@ -36,7 +36,13 @@ StartWorker = Callable[[int, int, socket.socket], WorkerProcess]  # worker, inca
 
 
 class WorkerFailedError(RuntimeError):
-    """A worker raised an exception; its traceback is in the message and the exception is the cause."""
+    """A worker raised an exception; its traceback is in the message and the exception is the cause.
+
+    Example:
+        >>> from lightning_accel.async_sgd import WorkerFailedError
+        >>> issubclass(WorkerFailedError, RuntimeError)
+        True
+    """
 
 
 @dataclass

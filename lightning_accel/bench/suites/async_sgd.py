@@ -10,28 +10,25 @@ import logging
 import multiprocessing
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from torch import distributed, nn
 
 from lightning_accel.async_sgd import ParameterStore, Settings, Worker, run_workers
 from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPage
 from lightning_accel.bench.async_chaos import chaos
 from lightning_accel.bench.async_faults import HANG_SECONDS, kill_sweep
+from lightning_accel.bench.async_peers import lock_step, one_process
 from lightning_accel.bench.async_task import ACCURACY, BATCH, Outcome, Task
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import PairedRatio, compare_paired, time_interleaved
 
 _WORKERS = 2
 _SLOWDOWN = 3.0
-_STOP_EVERY = 5  # steps between two agreements of the lock-step ranks on whether the window is over
 _TRANSFER_BYTES = 40_000_000
 _EACH = Settings(lease_batches=64)  # a push and a pull each step, waited for
 _OVERLAP = Settings(lease_batches=64, overlap=True)  # the next batch is not waited for
@@ -70,12 +67,12 @@ def _training(rounds: int, window: float, *, device: str) -> Iterator[BenchRow]:
     uneven, ranks = "async, overlap, one 3x slower", "DDP, one 3x slower"
     one, healthy_ranks = "one process", "DDP, 2 ranks"
     variants: dict[str, Callable[[], Outcome]] = {
-        one: functools.partial(_one_process, window, device),
+        one: functools.partial(one_process, window, device),
         each: functools.partial(_asynchronous, window, 0.0, device, _EACH),
         local: functools.partial(_asynchronous, window, 0.0, device, _LOCAL),
-        healthy_ranks: functools.partial(_lock_step, window, 0.0, device),
+        healthy_ranks: functools.partial(lock_step, _WORKERS, window, 0.0, device),
         uneven: functools.partial(_asynchronous, window, slow, device, _OVERLAP),
-        ranks: functools.partial(_lock_step, window, slow, device),
+        ranks: functools.partial(lock_step, _WORKERS, window, slow, device),
     }
     found: dict[str, list[Outcome]] = {name: [] for name in variants}
     order, generator = list(variants), random.Random(0)
@@ -274,83 +271,3 @@ def _async_worker(
     pace += float(store.kv("pace") or b"0")
     worker.pull()
     return task.outcome(pace)
-
-
-def _one_process(window: float, device: str) -> Outcome:
-    return _started(_lone, 1, (window, device))
-
-
-def _lock_step(window: float, delay: float, device: str) -> Outcome:
-    with tempfile.TemporaryDirectory() as folder:
-        return _started(_rank, _WORKERS, (window, delay, device, str(Path(folder) / "rendezvous")))
-
-
-def _started(function: Callable[..., None], ranks: int, args: tuple[object, ...]) -> Outcome:
-    context = multiprocessing.get_context("forkserver")
-    ours, theirs = context.Pipe(duplex=False)
-    processes = [context.Process(target=function, args=(rank, theirs, *args)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    theirs.close()
-    try:
-        outcome: Outcome = ours.recv()  # raises EOFError if rank 0 fails
-        return outcome
-    finally:
-        ours.close()
-        for process in processes:
-            process.join(30)
-            if process.exitcode is None:
-                process.kill()
-
-
-def _lone(rank: int, sender: "multiprocessing.connection.Connection", window: float, device: str) -> None:
-    task, samples, epoch = Task(device), 0, rank
-    began = time.perf_counter()
-    while time.perf_counter() - began < window:
-        for unit in task.units(epoch):
-            passed = time.perf_counter() - began
-            if passed >= window:
-                break
-            task.note(passed)
-            task.optimizer.zero_grad()
-            task.loss(torch.tensor(unit)).backward()
-            task.optimizer.step()
-            samples += len(unit)
-        epoch += 1
-    sender.send(task.outcome(samples / (time.perf_counter() - began)))
-
-
-def _rank(  # noqa: PLR0917  # a process is started with a flat list of arguments
-    rank: int,
-    sender: "multiprocessing.connection.Connection",
-    window: float,
-    delay: float,
-    device: str,
-    rendezvous: str,
-) -> None:
-    task = Task(device)
-    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=_WORKERS)
-    net = nn.parallel.DistributedDataParallel(task.net)
-    samples, steps, over = 0, 0, torch.zeros(1)
-    distributed.barrier()
-    began = time.perf_counter()
-    for epoch in range(1_000_000):
-        for unit in task.units(epoch)[rank::_WORKERS]:
-            if rank == 0:
-                task.note(time.perf_counter() - began)
-            task.optimizer.zero_grad()
-            task.loss(torch.tensor(unit), net).backward()
-            task.optimizer.step()
-            time.sleep(delay if rank else 0.0)
-            samples += len(unit)
-            steps += 1
-            if steps % _STOP_EVERY == 0:
-                over.fill_(float(time.perf_counter() - began >= window))
-                distributed.all_reduce(over)
-                if over.item() > 0:
-                    break
-        if over.item() > 0:
-            break
-    if rank == 0:
-        sender.send(task.outcome(samples * _WORKERS / (time.perf_counter() - began)))
-    distributed.destroy_process_group()

@@ -41,6 +41,17 @@ def load_from_checkpoint(
 
     Raises:
         RuntimeError: If the checkpoint does not fit the module, as ``load_state_dict`` says.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_accel import RankQuantization, load_from_checkpoint
+        >>> from lightning_accel.zoo import MLP, Digits
+        >>> off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+        >>> low_rank = RankQuantization(ratio=2.0)
+        >>> trainer = Trainer(max_steps=1, accelerator="cpu", callbacks=[low_rank], **dict.fromkeys(off, False))
+        >>> trainer.fit(MLP(width=16, depth=2), Digits())
+        >>> trainer.save_checkpoint("low_rank.ckpt")  # dense or low rank, as was decided
+        >>> model = load_from_checkpoint(MLP, "low_rank.ckpt")
     """
     named = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, "weights_only": weights_only}
     arguments: dict[str, Any] = {name: value for name, value in named.items() if value is not None}

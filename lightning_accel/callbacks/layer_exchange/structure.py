@@ -140,6 +140,19 @@ def enable_low_rank_loading(module: Module) -> Module:
 
     Returns:
         The same module.
+
+    Example:
+        >>> from lightning_accel import enable_low_rank_loading
+        >>> from lightning_accel.low_rank import decompose, low_rank_layers, make_plan
+        >>> from lightning_accel.zoo import MLP
+        >>> trained = MLP(width=16, depth=2)
+        >>> _ = decompose(trained, make_plan(trained, None, ratio=2.0, method="fixed"))
+        >>> fresh = MLP(width=16, depth=2)
+        >>> handle = enable_low_rank_loading(fresh)
+        >>> fresh.load_state_dict(trained.state_dict())
+        <All keys matched successfully>
+        >>> low_rank_layers(fresh).keys() == low_rank_layers(trained).keys()
+        True
     """
     structure_hook(module)
     return module

@@ -17,6 +17,14 @@ class GroupSparsity(Metric):
 
     Args:
         group_dims: Dimensions that number the groups, for `update` calls that give none.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.callbacks import GroupSparsity
+        >>> metric = GroupSparsity(group_dims=(0,))
+        >>> metric.update(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+        >>> float(metric.compute()["zero_groups"])
+        0.5
     """
 
     is_differentiable = False

@@ -53,6 +53,15 @@ class L1InfProjection(ProjectionCallback):
     References:
         Perez, Barlaud, arXiv:2407.16293 (bi-level), arXiv:2307.09836 (exact). *Deviations*: see
         `lightning_accel.projection`.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_accel import L1InfProjection
+        >>> from lightning_accel.zoo import MLP, Digits
+        >>> off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+        >>> trainer = Trainer(max_epochs=1, limit_train_batches=4, accelerator="cpu", **dict.fromkeys(off, False),
+        ...                   callbacks=[L1InfProjection(target_sparsity=0.5)])
+        >>> trainer.fit(MLP(width=16, depth=2), Digits())
     """
 
     _prefix = "l1inf_projection"

@@ -82,6 +82,15 @@ class MultilevelProjection(ProjectionCallback):
     References:
         Perez, Barlaud, arXiv:2405.02086; Zhu, Gupta, arXiv:1710.01878 (the cubic rise). *Deviations*: see
         `lightning_accel.projection`.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_accel import MultilevelProjection
+        >>> from lightning_accel.zoo import MLP, Digits
+        >>> off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+        >>> trainer = Trainer(max_epochs=1, limit_train_batches=4, accelerator="cpu", **dict.fromkeys(off, False),
+        ...                   callbacks=[MultilevelProjection(target_sparsity=0.5)])
+        >>> trainer.fit(MLP(width=16, depth=2), Digits())
     """
 
     _prefix = "multilevel_projection"

@@ -92,6 +92,15 @@ class RankQuantization(pl.Callback):
     References:
         Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824. *Deviations*: ranks of all layers are chosen together for the
         most retained energy, and dense stays a candidate throughout.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_accel import RankQuantization
+        >>> from lightning_accel.zoo import MLP, Digits
+        >>> off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+        >>> trainer = Trainer(max_epochs=1, limit_train_batches=4, accelerator="cpu", **dict.fromkeys(off, False),
+        ...                   callbacks=[RankQuantization(ratio=2.0)])
+        >>> trainer.fit(MLP(width=16, depth=2), Digits())
     """
 
     def __init__(

@@ -55,6 +55,15 @@ class IntraStreamScheduling(Callback):
     References:
         Hwang, Sung, "Single Stream Parallelization of Generalized LSTM-like RNNs", arXiv:1503.02852. *Deviations*: see
         `lightning_accel.recurrent`.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_accel import IntraStreamScheduling
+        >>> from lightning_accel.zoo import CharLM, CopyTask
+        >>> off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+        >>> trainer = Trainer(max_epochs=1, limit_train_batches=4, accelerator="cpu", **dict.fromkeys(off, False),
+        ...                   callbacks=[IntraStreamScheduling()])
+        >>> trainer.fit(CharLM(embedding_dim=8, hidden_size=8), CopyTask(delay=5, batch_size=4))
     """
 
     def __init__(

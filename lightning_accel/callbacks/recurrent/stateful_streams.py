@@ -42,6 +42,15 @@ class StatefulStreams(Callback):
     References:
         Williams, Peng, "An efficient gradient-based algorithm for on-line training of recurrent network trajectories",
         1990.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_accel import StatefulStreams
+        >>> from lightning_accel.zoo import CharLM, CopyTask
+        >>> off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+        >>> trainer = Trainer(max_epochs=1, limit_train_batches=4, accelerator="cpu", **dict.fromkeys(off, False),
+        ...                   callbacks=[StatefulStreams()])
+        >>> trainer.fit(CharLM(embedding_dim=8, hidden_size=8), CopyTask(delay=5, batch_size=4))
     """
 
     def __init__(self, *, resets: str | int | None = None, prefix_batches: int = 0) -> None:

@@ -54,6 +54,16 @@ class SequentialFreezing(pl.Callback):
 
     References:
         Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824. *Deviations*: unequal phases, start and end, adaptive mode.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_accel import RankQuantization, SequentialFreezing
+        >>> from lightning_accel.zoo import MLP, Digits
+        >>> off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+        >>> callbacks = [RankQuantization(ratio=2.0), SequentialFreezing()]
+        >>> trainer = Trainer(max_epochs=1, limit_train_batches=4, accelerator="cpu", **dict.fromkeys(off, False),
+        ...                   callbacks=callbacks)
+        >>> trainer.fit(MLP(width=16, depth=2), Digits())
     """
 
     def __init__(

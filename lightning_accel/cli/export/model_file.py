@@ -120,6 +120,13 @@ def export(
         ValueError: If an argument is out of range, there are no example inputs, or the checkpoint does not fit.
         CannotWriteError: If the model can not be written in that format (a ValueError).
         ExportError: If the file does not compute what the model does; it is removed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_accel import export
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+        >>> written = export(model, "plain.pt", torch.randn(2, 8))
     """
     out = Path(out)
     chosen = SUFFIXES.get(out.suffix, "checkpoint") if format is None else format

@@ -121,6 +121,14 @@ class LowRankConv(_FactoredConv):
 
     Raises:
         ValueError: If a size or the rank is below 1, or the kernel has other than 1 or 2 dimensions.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_accel.low_rank import LowRankConv, factorize
+        >>> layer = factorize(nn.Conv2d(16, 32, 3, padding=1), (8,))
+        >>> isinstance(layer, LowRankConv), layer(torch.randn(1, 16, 8, 8)).shape
+        (True, torch.Size([1, 32, 8, 8]))
     """
 
     factor_names = ("factor_in", "factor_out")
@@ -195,6 +203,14 @@ class TuckerConv(_FactoredConv):
 
     Raises:
         ValueError: If a size or a rank is below 1, or the kernel has other than 1 or 2 dimensions.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_accel.low_rank import TuckerConv, factorize
+        >>> layer = factorize(nn.Conv2d(16, 32, 3, padding=1), (4, 8))
+        >>> isinstance(layer, TuckerConv), tuple(layer.core.shape)
+        (True, (8, 4, 3, 3))
     """
 
     factor_names = ("factor_in", "core", "factor_out")

@@ -76,6 +76,13 @@ def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor 
         Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824. *Deviations*: the optional weighting by ``C``.
 
     Complexity: one SVD of the unfolded weight per channel mode, in float32 or float64, on the weight's device.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_accel.low_rank import factorize
+        >>> layer = factorize(nn.Linear(64, 32), (8,))
+        >>> layer.factor_in.shape, layer.factor_out.shape
+        (torch.Size([8, 64]), torch.Size([32, 8]))
     """
     full = full_ranks(dense, len(ranks))
     if len(ranks) == len(full):
@@ -119,6 +126,11 @@ def to_dense(layer: LowRankLayer) -> DenseLayer:
     """Return the dense layer whose weight is the product of the factors; the bias Parameter is shared.
 
     The product is formed in float32 or better and cast back.
+
+    Example:
+        >>> from lightning_accel.low_rank import LowRankLinear, to_dense
+        >>> to_dense(LowRankLinear(64, 32, 8))
+        Linear(in_features=64, out_features=32, bias=True)
     """
     with torch.no_grad():
         factors = {name: _precise(getattr(layer, name)) for name in layer.factor_names}

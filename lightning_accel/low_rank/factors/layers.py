@@ -32,6 +32,13 @@ class LowRankLinear(FactoredLayer):
 
     Raises:
         ValueError: If a size or the rank is below 1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.low_rank import LowRankLinear
+        >>> layer = LowRankLinear(64, 32, 8)
+        >>> layer(torch.randn(5, 64)).shape
+        torch.Size([5, 32])
     """
 
     factor_names = ("factor_in", "factor_out")

@@ -57,6 +57,17 @@ def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Pa
 
     Returns:
         What was done; `undo_replacement` takes it back.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_accel.low_rank import factorize, replace_parameters
+        >>> dense = nn.Linear(64, 32)
+        >>> optimizer = torch.optim.AdamW(dense.parameters())
+        >>> layer = factorize(dense, (8,))
+        >>> _ = replace_parameters(optimizer, {dense.weight: layer})
+        >>> any(parameter is layer.factor_in for parameter in optimizer.param_groups[0]["params"])
+        True
     """
     lists = [list(group["params"]) for group in optimizer.param_groups]
     held = {parameter for group in lists for parameter in group}

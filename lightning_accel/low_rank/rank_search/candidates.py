@@ -28,6 +28,11 @@ def theoretical_ranks(shape: tuple[int, ...], ratio: float) -> tuple[int, ...]:
 
     References:
         Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824.
+
+    Example:
+        >>> from lightning_accel.low_rank import theoretical_ranks
+        >>> theoretical_ranks((64, 64), 2.0)
+        (16,)
     """
     if ratio <= 0.0:
         raise ValueError(f"`ratio` must be > 0, got {ratio}.")

@@ -97,6 +97,14 @@ def make_plan(
 
     References:
         Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824 (``method="paper"``). *Deviations*: see README.md.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_accel.low_rank import make_plan
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> plan = make_plan(model, None, ratio=2.0, method="fixed")  # theoretical ranks; None: nothing is measured
+        >>> plan.layers[0].ranks
+        (16,)
     """
     target = _target(ratio=ratio, energy=energy, speedup=speedup)
     if method not in get_args(Method):

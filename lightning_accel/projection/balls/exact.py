@@ -22,6 +22,14 @@ class ExactState:
     Attributes:
         mu: float64 ``(groups,)``, bounds of all groups.
         iterations: Of the last call, for those who watch.
+
+    Example:
+        >>> import torch
+        >>> from lightning_accel.projection import ExactState, project_l1inf
+        >>> state = ExactState()  # remembers the bounds, from which the next projection starts
+        >>> weight = torch.randn(4, 3)
+        >>> for _ in range(3):
+        ...     weight = project_l1inf(weight, 1.0, group_dims=(0,), method="exact", state=state)
     """
 
     mu: Tensor | None = None

@@ -38,6 +38,14 @@ class Shrunk:
         parameters_after: As ``parameters_before``.
         largest_difference: Between outputs on all inputs they were compared on, relative to the largest output.
         inputs_compared: How many inputs these were.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_accel.projection import shrink
+        >>> found = shrink(nn.Sequential(nn.Linear(8, 2)), (torch.randn(3, 8),))
+        >>> type(found).__name__
+        'Shrunk'
     """
 
     model: nn.Module
@@ -89,6 +97,16 @@ def shrink(
             that have no weights yet.
 
     Complexity: A dozen forward passes and one copy of the model a group of dependent layers that gets smaller.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_accel.projection import shrink
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight[:4].zero_(), model[0].bias[:4].zero_()
+        >>> shrink(model, (torch.randn(3, 8),)).model[0]
+        Linear(in_features=8, out_features=12, bias=True)
     """
     if tolerance is None:
         tolerance = max([_TOLERANCES.get(p.dtype, _TOLERANCE) for p in model.parameters()], default=_TOLERANCE)

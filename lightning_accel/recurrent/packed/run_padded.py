@@ -78,6 +78,17 @@ class RunPackedPadded(TorchFunctionMode):
 
     Attributes:
         replaced: Number of calls that ran padded.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> from lightning_accel.recurrent import RunPackedPadded
+        >>> lstm = nn.LSTM(4, 8)
+        >>> with RunPackedPadded():
+        ...     packed, _ = lstm(pack_sequence([torch.randn(5, 4), torch.randn(3, 4)]))
+        >>> packed.data.shape
+        torch.Size([8, 8])
     """
 
     def __init__(self) -> None:
