@@ -58,7 +58,8 @@ def hydra_overrides(name: str, words: Sequence[str]) -> list[str]:
     """Turn the words behind a command into overrides and flags of Hydra.
 
     ``compare --aa`` is ``compare.aa=true``, ``bench low_rank`` is ``suite=low_rank``, ``evidence DIR`` is
-    ``folders=[DIR]``, and the user's own command of ``run`` goes into the environment, untouched by Hydra's grammar.
+    ``folders=[DIR]``, ``export model=module.Class`` is a class of the user's, and the user's own command of ``run``
+    goes into the environment, untouched by Hydra's grammar.
 
     Raises:
         NotAnOverrideError: If a flag is none of Hydra's.
@@ -76,8 +77,26 @@ def hydra_overrides(name: str, words: Sequence[str]) -> list[str]:
         words, command = _own_command(words)
         if command:
             os.environ[OWN_COMMAND_VARIABLE] = json.dumps(command)
+    if name == "export":
+        words = _own_classes(words)
     _refuse_unknown_flags(name, words)
     return ["--help" if word == "-h" else word for word in words]
+
+
+def _own_classes(words: Sequence[str]) -> list[str]:
+    """Let ``model=module.Class`` and ``model._target_=module.Class`` stand alone, without an option of the package."""
+    words = list(words)
+    for group in ("model", "data"):
+        named = [word.partition("=")[2] for word in words if word.startswith(f"{group}=") and "." in word]
+        chosen = any(word.startswith(f"{group}=") for word in words)
+        if not named and (chosen or not any(word.startswith(f"{group}._target_=") for word in words)):
+            continue
+        rest = [word for word in words if not word.startswith(f"{group}=")]
+        words = [f"~{group}", *(f"+{group}._target_={name}" for name in named[-1:])]
+        words += [f"+{word}" if word.startswith(f"{group}.") else word for word in rest]
+        if group == "model" and not any(word.lstrip("+~").startswith("data") for word in words):
+            words.append("~data")
+    return words
 
 
 def _own_command(words: list[str]) -> tuple[list[str], list[str]]:

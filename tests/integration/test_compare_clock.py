@@ -239,7 +239,7 @@ class _FreezesThenValidatesSlowly(Callback):
 def test_stages_of_training_and_validations_are_told_apart(tmp_path, monkeypatch):
     hands = Hands()
     for module in ("step_clock", "runs"):
-        monkeypatch.setattr(f"lightning_accel.evidence.{module}.time", hands)
+        monkeypatch.setattr(f"lightning_accel.evidence.measured_runs.{module}.time", hands)
     callbacks = [_FreezesThenValidatesSlowly(hands)]
 
     def make(seed, folder):

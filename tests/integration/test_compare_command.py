@@ -14,8 +14,9 @@ import compare_fits as fits
 import pytest
 from rich.console import Console
 
-from lightning_accel.cli.compare.arms import ConfiguredFit, FreezeBottomHalf, arms, fingerprint
+from lightning_accel.cli.compare.arms import ConfiguredFit, arms, fingerprint
 from lightning_accel.cli.compare.command import check, compare, shown_messages, usage_errors
+from lightning_accel.cli.compare.peers import FreezeBottomHalf
 from lightning_accel.cli.compare.progress import RunProgress
 from lightning_accel.cli.compose import compose
 from lightning_accel.cli.errors import UsageError, parameters
@@ -24,7 +25,7 @@ from lightning_accel.evidence.measured_runs.pairs import Step
 from lightning_accel.evidence.measured_runs.runs import Run
 from lightning_accel.evidence.measured_runs.workers import WorkerError
 
-PLANTED = ["callbacks=[]", "+callbacks.freeze._target_=lightning_accel.cli.compare.arms.FreezeBottomHalf"]
+PLANTED = ["callbacks=[]", "+callbacks.freeze._target_=lightning_accel.cli.compare.peers.FreezeBottomHalf"]
 SMALL = ["model.width=64", "model.depth=3", "trainer.max_epochs=2", "trainer.accelerator=cpu"]
 
 
@@ -217,7 +218,7 @@ def test_nothing_to_compare_is_said(tmp_path):
 
 
 def test_unknown_baseline_lists_the_known(tmp_path):
-    with pytest.raises(UsageError, match="among freeze_bottom_half, torch_compile, got freeze"):
+    with pytest.raises(UsageError, match=r"among fused_optimizer, torch_compile, .*, got freeze"):
         arms(_config(tmp_path, "compare.baselines=[freeze]"))
 
 

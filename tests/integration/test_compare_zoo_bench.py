@@ -13,7 +13,7 @@ def test_every_fit_of_the_zoo_composes_with_default_accelerators_and_without():
         assert [fit.accelerators for fit in fits.values()] == [False, True]
         callbacks = fits[True].config["callbacks"]
         assert list(callbacks) == ["rank_quantization", "sequential_freezing"]
-        assert callbacks["rank_quantization"]["ratio"] == 2.0
+        assert callbacks["rank_quantization"]["ratio"] is None  # the default of the class
         assert callbacks["rank_quantization"]["max_overhead"] == 0.03
     assert plain_and_accelerated("char_lm", zoo.overrides("char_lm", "cuda:1"))[False].config["trainer"]["devices"] == [
         1

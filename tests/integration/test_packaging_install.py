@@ -186,7 +186,7 @@ def test_a_core_that_imports_lightning_breaks_the_contract(tmp_path):
 
     clean = run()
     assert clean.returncode == 0, clean.stdout
-    planted = tmp_path / "lightning_accel" / "low_rank" / "layers.py"
+    planted = tmp_path / "lightning_accel" / "low_rank" / "factors" / "layers.py"
     planted.write_text("import lightning\n" + planted.read_text())
     broken = run()
     assert broken.returncode == 1

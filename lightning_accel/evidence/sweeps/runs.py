@@ -103,7 +103,7 @@ def settings_of(runs: Sequence[SweepRun], metric: str, speed: str | None) -> lis
     kinds: dict[tuple[str, ...], list[SweepRun]] = {}
     for run in whole:
         kinds.setdefault(tuple(o for o in run.overrides if not o.startswith("seed=")), []).append(run)
-    shared = set.intersection(*map(set, kinds)) if kinds else set()
+    shared = set.intersection(*(set(run.overrides) for run in runs)) if kinds else set()  # failed ones tell, too
     return [
         Setting(
             name=" ".join(o for o in overrides if o not in shared) or "all as given",

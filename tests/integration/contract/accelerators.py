@@ -200,6 +200,10 @@ def schedules_chosen(module: LightningModule) -> list[str]:
 QUICK_START: dict[str, Any] = {"start_method": "forkserver", "heartbeat_seconds": 300.0}  # a busy machine is no death
 
 NO_AUTOCAST = {"bf16-mixed": "IntraStreamScheduling: network.cell: plain, "}
+# A step that calls the optimizer itself can not be compared on a copy, so its loops over cells stay plain.
+NO_TRIAL = dict.fromkeys(
+    ("manual optimization", "two optimizers"), "a training step of manual optimization can not be tried on a copy"
+)
 
 ACCELERATORS = (
     Accelerator(
@@ -291,7 +295,7 @@ ACCELERATORS = (
         callbacks=lambda: [IntraStreamScheduling("native")],
         neutral=lambda: [IntraStreamScheduling("loop")],
         acted=ran_with_a_schedule,
-        left_alone=NO_AUTOCAST,
+        left_alone=NO_AUTOCAST | NO_TRIAL,
         nothing_to_act_on="found no recurrent layer",
         nothing_is_a_warning=True,
         conf=("intra_stream_scheduling",),
