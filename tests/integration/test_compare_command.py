@@ -113,7 +113,7 @@ def test_interrupted_comparison_reports_and_keeps_what_was_measured(tmp_path):
         lines += process.stdout.readlines()
         assert process.wait(60) == 130
     shown = "".join(lines)
-    found = re.search(r"Interrupted after (\d+) of 1000 pairs\. Rows are kept in (\S+): go on with (.*)", shown)
+    found = re.search(r"Interrupted after (\d+) of 1000 pairs\. Rows are kept in (\S+); go on with:\n(.*)", shown)
     assert found, shown
     assert "Traceback" not in shown
     assert int(found[1]) >= 2

@@ -17,6 +17,7 @@ from lightning_accel.recurrent.deferred.deferred_cell import DeferredCell
 from lightning_accel.recurrent.drawing import schedule_svg, schedule_text
 from lightning_accel.recurrent.graph import RecurrentGraph
 from lightning_accel.recurrent.graph_rnn import GraphCell
+from lightning_accel.recurrent.module import Recurrent
 from lightning_accel.recurrent.schedule_choice import ScheduleChoice
 
 
@@ -93,12 +94,17 @@ def sketch(scene: Scene) -> None:
 
 
 class _Calls:
-    """How often each module was called, and with what the last time."""
+    """How often each module was called, and with what the last time.
+
+    What lies inside a layer that schedules itself is not watched: with hooks on its parts it runs plainly.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self.count: dict[str, int] = {}
         self.last: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self._hooks = [m.register_forward_hook(self._noting(n), with_kwargs=True) for n, m in root.named_modules() if n]
+        scheduled = {part for m in root.modules() if isinstance(m, Recurrent) for part in m.modules()}
+        watched = [(n, m) for n, m in root.named_modules() if n and m not in scheduled]
+        self._hooks = [m.register_forward_hook(self._noting(n), with_kwargs=True) for n, m in watched]
 
     def _noting(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:

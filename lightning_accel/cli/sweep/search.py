@@ -224,7 +224,8 @@ def _lose(study: optuna.Study, number: int) -> None:
     trial = study.get_trials(deepcopy=False)[number]
     if trial.state.is_finished():
         return
-    study.enqueue_trial(trial.params, user_attrs={"again": number})
+    if trial.params:  # else it died before it had any
+        study.enqueue_trial(trial.params, user_attrs={"again": number})
     handle = trials_here.get((study.study_name, number)) or handle_of(study, trial)
     handle.set_user_attr(LOST, True)
     study.tell(number, state=TrialState.FAIL)
