@@ -127,7 +127,7 @@ def check_bench(folder, _):
 
 
 def check_plan(_, line, out):
-    assert re.search(r"[0-9]+(\\.[0-9]+)? ?(ms|µs|us|s\\b|%)", out), (
+    assert re.search(r"[0-9]+(\.[0-9]+)? ?(ms|µs|us|s\b|%|times)", out), (
         f"{line} shows no number with a unit:\n{out[-2000:]}"
     )
 
