@@ -95,7 +95,7 @@ def test_best_checkpoint_from_before_the_switch_makes_the_model_dense_again(seri
 
 
 def test_projection_clears_neurons(series):
-    projection = L1InfProjection(target_sparsity=0.5, parameters="model.nn.*weight")
+    projection = L1InfProjection(target_sparsity=0.5, schedule="constant", parameters="model.nn.*weight")
     watch, output = train(feed_forward, series, projection, lr=0.01)
     watch.check_losses(EPOCHS * BATCHES, per_epoch=BATCHES)
     assert projection.projections == EPOCHS * BATCHES

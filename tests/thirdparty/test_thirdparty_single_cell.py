@@ -81,7 +81,9 @@ def test_variational_autoencoder_becomes_low_rank_where_its_code_allows(cells, c
 def test_projection_selects_genes(cells):
     model, watch = vae(cells), Watch()
     first = "z_encoder.encoder.fc_layers.Layer 0.0.weight"
-    projection = L1InfProjection(target_sparsity=0.5, groups="columns", parameters=f"module.{first}")
+    projection = L1InfProjection(
+        target_sparsity=0.5, schedule="constant", groups="columns", parameters=f"module.{first}"
+    )
     steps = train(model, projection, watch)
     assert projection.projections == EPOCHS * steps
     watch.check_losses(EPOCHS * steps, per_epoch=steps)
