@@ -27,8 +27,10 @@ QUIET: dict[str, Any] = {
 class Witness(Callback):
     """Sees of every run, in each batch, what an accelerator can not say of itself.
 
+    What it has seen is its state, since a strategy may train in other processes and bring callbacks' states back.
+
     Attributes:
-        rested: Names of parameters that a training step gave no gradient because they were frozen, at any time.
+        rested: Names of parameters that a step of the last fit gave no gradient because they were frozen, at any time.
     """
 
     def __init__(self) -> None:
@@ -36,11 +38,18 @@ class Witness(Callback):
         self._frozen_before: set[str] = set()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.rested = set()  # what a checkpoint tells of another fit is no evidence of this one
         self._frozen_before = {name for name, p in pl_module.named_parameters() if not p.requires_grad}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         resting = {name for name, p in pl_module.named_parameters() if not p.requires_grad}
         self.rested |= resting - self._frozen_before
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rested": sorted(self.rested)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rested = set(state_dict["rested"])
 
 
 def trainer(root: Path, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
