@@ -374,6 +374,13 @@ def test_a_fit_that_goes_on_further_equals_a_longer_one(settings, at, tmp_path):
         assert torch.equal(expected, actual), name
 
 
+def test_a_callback_that_joins_a_fit_that_goes_on_projects_its_hidden_layers(tmp_path):
+    fit(Net(), SaveEachEpoch(tmp_path / "last.ckpt"), epochs=2)
+    net = Net()
+    fit(net, L1InfProjection(), epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    assert zero_rows(net.first.weight.detach()) == net.first.out_features // 2
+
+
 @pytest.mark.parametrize("settings", [{}, {"scope": "global", "every_n_steps": 4}, {"every_n_epochs": 2}])
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_resumed_run_with_default_choices_equals_uninterrupted_run(settings, at, tmp_path):

@@ -126,8 +126,8 @@ class ProjectionCallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Say what this fit is too short for."""
-        self._run.check_schedule(trainer)
+        """Take up a state that was restored late, and say what this fit is too short for."""
+        self._run.begin_training(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

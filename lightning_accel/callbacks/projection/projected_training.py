@@ -129,8 +129,14 @@ class ProjectedTraining:
         self._handles, self._begun, self._waits = [], set(), False
         self.roles.look_away()
 
-    def check_schedule(self, trainer: "pl.Trainer") -> None:
-        """Say what this fit is too short for."""
+    def begin_training(self, trainer: "pl.Trainer", module: nn.Module) -> None:
+        """Take up what a strategy that shards restored after `start`; say what this fit is too short for."""
+        if self.projector is not None and self._restored is not None:
+            self.roles.forget(self._restored["roles"])
+            self.resolve(trainer, module)
+            self._restore(self.projector, self._restored)
+            self._restored = None
+            self.projector.remember_first_norms()
         self.shortfalls.look_ahead(trainer)
 
     def at_batch_start(self, trainer: "pl.Trainer", module: nn.Module) -> None:
@@ -287,12 +293,9 @@ class ProjectedTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep the state until the model's parameters are known; strategies that shard restore after that."""
+        """Keep the state until the fit starts; strategies that shard restore after that, but before training begins."""
         if state:
-            if self.projector is not None and self._handles:
-                self._restore(self.projector, state)
-            else:
-                self._restored = state
+            self._restored = state
             self.projections, self.steps = state["projections"], dict(state["steps"])
             self.position, self.masked = state["position"], state["masked"]
             self.first_weights = state["first_weights"]

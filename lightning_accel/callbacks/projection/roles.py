@@ -67,7 +67,8 @@ class LayerRoles:
         self._owned: dict[int, list[Target]] = {}
         self._watch: OutputLayers | None = None
         self._eagerly: contextlib.AbstractContextManager[Any] | None = None
-        self._last_epoch, self._compiled_batches, self._closed = 0, 1, False
+        self._last_epoch: int | None = None
+        self._compiled_batches, self._closed = 1, False
         self._said: tuple[list[str], list[str]] | None = None
 
     def state_dict(self) -> dict[str, bool]:
@@ -111,7 +112,8 @@ class LayerRoles:
         self.candidates = [t for t in found if id(t) in trained]
         self.waiting = [t for t in found if id(t) not in trained]
         self._waiting_state = self._state_of_waiting(trainer)
-        self._last_epoch, self._closed = trainer.current_epoch, False
+        # known at the next step only: a resumed fit gets its epoch after it has started
+        self._last_epoch, self._closed = None, False
         return self._sort(trainer)
 
     def look(self, trainer: "pl.Trainer", module: nn.Module) -> None:
@@ -119,6 +121,8 @@ class LayerRoles:
         self.look_away()
         if not self._unsorted() or self._closed:
             return
+        if self._last_epoch is None:
+            self._last_epoch = trainer.current_epoch
         if trainer.current_epoch > self._last_epoch:
             self.close(trainer)
             return
