@@ -45,7 +45,9 @@ def test_plan_says_which_strategy_is_expected_to_win(capsys):
     for _, ours, theirs, ratio, _, advice in rows:
         assert float(ratio) == pytest.approx(float(ours) / float(theirs), rel=0.05)
         assert (advice == "async_sgd") == (float(ratio) > 1.1)
-    assert float(rows[-1][3]) > float(rows[0][3]), "the slower the slowest, the more asynchrony gains"
+    for column in (1, 2):  # which of the two loses more depends on the link and the server, as they are measured
+        speeds = [float(row[column]) for row in rows]
+        assert speeds == sorted(speeds, reverse=True), "a slower worker makes nothing faster"
     assert re.search(r"n_push=\d+", out)
     assert re.search(r"\d+ shards?", out)
 
