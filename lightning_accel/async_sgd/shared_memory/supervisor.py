@@ -6,7 +6,6 @@ blocks the server and a mailbox whose pushes are there as a whole or not at all.
 
 import contextlib
 import logging
-import os
 import pickle
 import selectors
 import socket
@@ -24,6 +23,7 @@ from lightning_accel.async_sgd.shared_memory.peers import Peer, WorkerProcess
 from lightning_accel.async_sgd.shared_memory.service import Service
 from lightning_accel.async_sgd.shared_memory.vital_signs import VitalSigns
 from lightning_accel.async_sgd.store import Opening, Snapshot, Statistics
+from lightning_accel.measure import available_cores
 
 log = logging.getLogger(__name__)
 
@@ -338,7 +338,7 @@ class Supervisor:
 @contextlib.contextmanager
 def _threads_beside(workers: int) -> Iterator[None]:
     """Let torch use the cores that the workers leave, at least one, so that the server's steps do not slow theirs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, max(1, cores - workers)))
     try:

@@ -12,12 +12,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_accel import __version__
-from lightning_accel.cli.compare.peers import PEERS, cores, free_alternatives, join, target_sparsity
+from lightning_accel.cli.compare.peers import PEERS, free_alternatives, join, target_sparsity
 from lightning_accel.cli.compose import compose
 from lightning_accel.cli.errors import UsageError, parameters
 from lightning_accel.evidence.measured_runs.runs import Fit, MakeFit
 from lightning_accel.evidence.measured_runs.workers import Arm
-from lightning_accel.measure import environment
+from lightning_accel.measure import available_cores, environment
 
 PLAIN, ACCELERATED, PLAIN_AGAIN = "plain", "accelerated", "plain again"
 _WARMUP_EPOCHS = 2
@@ -139,7 +139,7 @@ def _arm(name: str, fit: ConfiguredFit) -> Arm:
         fit,
         # With caches the first run fills them, so it must be whole.
         make_warmup=dataclasses.replace(fit, is_warmup=True) if settings["cold"] else None,
-        threads=cores() if fit.peer == "all_threads" else settings["threads"],
+        threads=available_cores() if fit.peer == "all_threads" else settings["threads"],
         # Counting operations makes a compiled module leave its compiled code.
         count_flops=fit.peer != "torch_compile",
     )

@@ -1,12 +1,13 @@
 """What anyone can do without this package, as arms of a comparison: the strongest cheap alternatives."""
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
+
+from lightning_accel.measure import available_cores
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -106,11 +107,6 @@ def free_alternatives(cfg: "DictConfig") -> list[str]:
     """Return the peers that make sense beside this configuration."""
     left_out = {"magnitude_pruning"} if target_sparsity(cfg) is None else set()
     threads = cfg.compare.threads
-    if threads is None or threads >= cores():
+    if threads is None or threads >= available_cores():
         left_out.add("all_threads")
     return [name for name in PEERS if name not in left_out]
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
