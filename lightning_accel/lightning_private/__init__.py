@@ -29,9 +29,16 @@ from lightning_accel.lightning_private.loops import (
     validate_once_more,
     without_launcher,
 )
-from lightning_accel.lightning_private.modules import has_compiled_parts, hparams_name, load_checkpoint_file, uncompiled
+from lightning_accel.lightning_private.modules import (
+    RECORDS,
+    has_compiled_parts,
+    hparams_name,
+    load_checkpoint_file,
+    uncompiled,
+)
 
 __all__ = [
+    "RECORDS",
     "MovingAverage",
     "attach_launcher",
     "averaged_modules",

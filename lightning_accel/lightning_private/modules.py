@@ -11,6 +11,12 @@ from lightning.fabric.utilities.cloud_io import _load
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+RECORDS = ("_hparams_initial",)
+"""Attributes of a LightningModule that hold copies of what it was made of, networks included, for loggers alone.
+
+`save_hyperparameters` makes them, and no public name tells them from what a module's author keeps.
+"""
+
 
 @contextlib.contextmanager
 def uncompiled(module: "pl.LightningModule") -> Iterator[Callable[[Any], Any] | None]:

@@ -211,6 +211,24 @@ def test_model_whose_layers_or_weights_others_hold_trains_as_plain_and_says_who(
     assert_equal(plain, module)
 
 
+class MadeOfAPart(Net):
+    """Gets layers ready-made, as many do, and saves its arguments: Lightning keeps a copy of them for loggers."""
+
+    def __init__(self, fc2):
+        super().__init__()
+        self.fc2 = fc2
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Lightning's advice not to save modules
+            self.save_hyperparameters("fc2")
+
+
+def test_copy_that_saved_arguments_keep_for_loggers_is_no_reason_to_stay_dense():
+    module = MadeOfAPart(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)))
+    assert module.hparams_initial["fc2"] is not module.fc2
+    fit(module, low_rank({"fc1": (8,), "fc2.0": (10,)}))
+    assert list(low_rank_layers(module)) == ["fc1", "fc2.0"]
+
+
 class Constrains(Callback):
     """Holds a weight and writes into it, out of the module's sight."""
 

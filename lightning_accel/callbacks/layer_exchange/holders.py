@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_accel.lightning_private import averaged_modules, callbacks_of
+from lightning_accel.lightning_private import RECORDS, averaged_modules, callbacks_of
 from lightning_accel.low_rank.optimizers.kinds import why_not_followed
 from lightning_accel.torch_private import own_attributes
 
@@ -43,7 +43,7 @@ def _places(trainer: "pl.Trainer", module: nn.Module) -> Iterator[tuple[str, Any
     for name, part in module.named_modules():
         label = f"{type(part).__name__} `{name}`" if name else type(part).__name__
         for attribute, value in own_attributes(part).items():
-            if attribute not in _LINKS:
+            if attribute not in _LINKS and attribute not in RECORDS:
                 yield f"`{attribute}` of {label}", value
         for hooks in _HOOKS:
             for hook in part.__dict__.get(hooks, {}).values():
@@ -55,7 +55,7 @@ def _places(trainer: "pl.Trainer", module: nn.Module) -> Iterator[tuple[str, Any
         if isinstance(other, nn.Module) or type(other).__module__.startswith(_LIBRARIES):
             continue
         for attribute, value in vars(other).items():
-            if attribute not in _LINKS:
+            if attribute not in _LINKS and attribute not in RECORDS:
                 yield f"`{attribute}` of {type(other).__name__}", value
 
 
