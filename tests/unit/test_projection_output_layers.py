@@ -49,6 +49,45 @@ def test_norms_and_activations_behind_the_last_layer_change_nothing(last):
     assert found(model, lambda m: m.last(m.b(m.a(x).relu())).square().sum())[0] == {"b.weight"}
 
 
+def equation(m):
+    """Squared derivatives of the output, first and second ones, as solvers of equations have them."""
+    points = x.clone().requires_grad_()
+    y = m.c(m.b(m.a(points).tanh()).tanh())
+    (first,) = torch.autograd.grad(y.sum(), points, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), points, create_graph=True)
+    return (second - y).square().mean() + first.square().mean()
+
+
+def forces(m):
+    points = x.clone().requires_grad_()
+    energy = m.c(torch.nn.functional.silu(m.b(m.a(points).tanh()))).sum()
+    return torch.autograd.grad(energy, points, create_graph=True)[0].square().mean()
+
+
+def gradient_penalty(m):
+    points = x.clone().requires_grad_()
+    scores = m.c(m.b(m.a(points).tanh()).tanh())
+    slope = torch.autograd.grad(scores.sum(), points, create_graph=True)[0].norm(dim=1)
+    return scores.mean() + 10.0 * (slope - 1.0).square().mean()
+
+
+@pytest.mark.parametrize("step", [equation, forces, gradient_penalty])
+def test_loss_of_derivatives_makes_no_hidden_layer_an_output(step):
+    model = Net(a=nn.Linear(8, 6), b=nn.Linear(6, 5), c=nn.Linear(5, 1))
+    assert found(model, step) == ({"c.weight"}, {"a.weight", "b.weight"})
+
+
+def test_plain_backward_pass_before_the_loss_is_no_differentiation():
+    model = Net(generator=nn.Linear(8, 6), critic=nn.Linear(6, 1))
+
+    def step(m):
+        m.critic(m.generator(x).tanh()).sum().backward()  # another optimizer's loss, earlier in the step
+        return m.generator(x).square().sum()
+
+    writes, _ = found(model, step)
+    assert "generator.weight" in writes
+
+
 def test_several_outputs_are_all_left_alone():
     model = Net(trunk=nn.Linear(8, 6), mean=nn.Linear(6, 2), spread=nn.Linear(6, 2), decoder=nn.Linear(2, 8))
 

@@ -28,6 +28,10 @@ class OutputLayers:
 
     Hooks see the calls of one training step; recurrent layers get none, for they are no stops but look at their hooks.
 
+    Losses of derivatives (equations of physics, forces, gradient penalties) reach every activation past the layers
+    behind it. Where a step has differentiated through a layer to go on with the result, what no other layer has used
+    counts as where a loss begins.
+
     Args:
         model: To watch, from here until `stop`.
     """
@@ -36,6 +40,7 @@ class OutputLayers:
         self._calls: dict[nn.Module, list[Node]] = {}
         self._losses: list[Node] = []
         self._results: list[Node] = []
+        self._is_differentiated = False  # by a backward pass that is part of the graph itself
         self._modules = dict(model.named_modules(remove_duplicate=False))
         watched = [m for m in model.modules() if m is not model and has_matrices(m) and not isinstance(m, _LEFT_ALONE)]
         self._handles: list[Any] = [module.register_forward_hook(self._note_call) for module in watched]
@@ -60,6 +65,7 @@ class OutputLayers:
         """Watch no more, and let the graph go."""
         self.close()
         self._calls, self._losses, self._results = {}, [], []
+        self._is_differentiated = False
 
     def note_loss(self, loss: object) -> None:
         """Take a loss that a backward pass is about to begin from."""
@@ -74,7 +80,8 @@ class OutputLayers:
             trained: For each optimizer the modules whose own weight matrices it trains, and its targets.
         """
         found: dict[str, bool] = {}
-        roots = [*(self._losses or self._loose_ends()), *self._results]
+        losses = [] if self._is_differentiated else self._losses
+        roots = [*(losses or self._loose_ends()), *self._results]
         everything = _reach(roots, set())
         leaves = {id(leaf): node for node in everything if (leaf := getattr(node, "variable", None)) is not None}
         for modules, targets in trained:
@@ -89,6 +96,11 @@ class OutputLayers:
         nodes = list(_nodes(output))
         if nodes and self._handles:
             self._calls.setdefault(module, []).extend(nodes)
+            for node in nodes:
+                node.register_prehook(self._note_backward)
+
+    def _note_backward(self, *_: object) -> None:
+        self._is_differentiated |= torch.is_grad_enabled()  # within a backward pass only by ``create_graph=True``
 
     def _note_result(self, *call: object) -> None:
         if self._handles:
