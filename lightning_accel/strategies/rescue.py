@@ -26,6 +26,7 @@ class Rescue:
     """
 
     def __init__(self, trainer: Any, remains: Remains) -> None:
+        self.remains = remains
         self._trainer = trainer
         self._state = remains.state
         published = remains.kv.get(PROGRESS_KEY)

@@ -1,10 +1,12 @@
-"""Faults in whole fits: ``python tests/integration/async_sweep.py 1000 [SEED]`` lets so many happen, and judges.
+"""Faults in whole fits: ``python tests/integration/async_sweep.py 1000 [SEED]`` lets so many workers die, and judges.
 
-Workers of real Trainers are killed, stopped for ever or for a while, hang, or hold the interpreter, at every stage of a
-fit and in every epoch, coordinators among them; the dead are started again. After each fit every batch must have been
-counted once, the parameters must be, bit for bit, those that a replay of the server's log gives (so a batch that was
-trained on in the place of another shows), and no process or shared memory may be left. It prints a line a fit and the
-sum; the exit code is 1 if anything was harmed.
+Workers of real Trainers are killed, stopped for ever, or hang until they are ended, at every stage of a fit from the
+first hook to the last and in every epoch, coordinators among them; the dead are started again. Between these deaths,
+and beyond their number, workers are stopped for a while or hold the interpreter. After each fit every batch must have
+been counted once, the parameters must be, bit for bit, those that a replay of the server's log gives (so a batch that
+was trained on in the place of another shows), and no process, shared memory or file may be left. A coordinator that
+dies when training is over takes its last hooks with it: such a fit must say so, and leave what was trained in the
+module. It prints a line a fit and the sum; the exit code is 1 if anything was harmed.
 """
 
 import ctypes
@@ -12,16 +14,20 @@ import itertools
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,10 +38,17 @@ from lightning_accel.bench.async_faults import is_alive, shared_memory
 
 EPOCHS, BATCHES, BATCH = 4, 24, 8
 HANG_SECONDS = 5.0
-DEATHS = 4  # of each worker, at most
+FAULTS = 6  # of each worker, at most
 IN_A_BATCH = ("load", "step")
-STAGES = ("start-up", *IN_A_BATCH, *PUSH_STAGES, "batch start", "batch end", "epoch start", "epoch end", "validation")
-KINDS = ("kill", "kill", "kill", "stop", "pause", "hang", "hold the interpreter")
+CALLS = ("lease", "pull", "snapshot", "kv", "statistics")  # of the store: before and after the answer
+ONCE_AN_EPOCH = ("epoch start", "epoch end", "validation", "checkpoint", "before snapshot", "after snapshot")
+AT_THE_END = ("before finish", "after finish", "train end", "before deliver", "after deliver", "teardown")
+STAGES = (
+    *("start-up", *IN_A_BATCH, *PUSH_STAGES, "batch start", "batch end", *ONCE_AN_EPOCH, *AT_THE_END),
+    *(f"{when} {call}" for call in CALLS for when in ("before", "after") if call != "snapshot"),
+)
+KINDS = (*["kill"] * 6, "stop", "pause", "hang", "hold the interpreter")
+DEADLY = {"kill", "stop", "hang"}
 
 
 class Points(Dataset):
@@ -89,7 +102,7 @@ class Faults(pl.Callback):
 
     def __init__(self, folder, seed):
         self.folder, self.seed = folder, seed
-        self.stage, self.kind, self.left = "never", "none", 0
+        self.stage, self.kind, self.left, self.trainer = "never", "none", 0, None
 
     def setup(self, trainer, pl_module, stage):
         store = trainer.strategy._store
@@ -97,28 +110,41 @@ class Faults(pl.Callback):
             return
         note(self.folder, "pids", str(os.getpid()))
         random_of_process = random.Random(f"{self.seed} {store.worker} {store.incarnation}")
-        if store.incarnation >= DEATHS:
+        if store.incarnation >= FAULTS:
             self.stage = "none"
             return
+        self.trainer = trainer
         self.kind = random_of_process.choice(KINDS)
         self.stage = random_of_process.choice(IN_A_BATCH if self.kind in {"hang", "hold the interpreter"} else STAGES)
-        once_an_epoch = self.stage in {"epoch start", "epoch end", "validation"}
-        self.left = random_of_process.randint(1, 2 if once_an_epoch else 12)
-        if self.stage == "start-up":
+        self.left = random_of_process.randint(1, 2 if self.stage in ONCE_AN_EPOCH else 8)
+        self.first_epoch = random_of_process.choice((0, 0, 1, 2, 3)) if store.incarnation == 0 else 0
+        if self.stage == "start-up" or self.stage in AT_THE_END:
             self.left = 1
-        self.where = store
         store.probe = self.pass_by
+        for call in (*CALLS, "finish", "deliver"):
+            setattr(store, call, self.watched(call, getattr(store, call)))
         pl_module.faults = trainer.fit_loop._data_source.instance.dataset.faults = self
         self.pass_by("start-up")
 
     def pass_by(self, stage):
         """Take note of a stage; let the fault happen when it is time."""
-        if stage != self.stage:
+        if stage != self.stage or (self.trainer.current_epoch < self.first_epoch and stage != "start-up"):
             return
         self.left -= 1
         if self.left == 0:
-            note(self.folder, "faults", f"{self.kind} | {self.stage}")
+            note(self.folder, "faults", f"{self.kind} | {self.stage} | {self.trainer.current_epoch}")
             befall(self.kind)
+
+    def watched(self, name, call):
+        """Return a call of the store, of which both ends are stages."""
+
+        def watched(*args, **kwargs):
+            self.pass_by(f"before {name}")
+            found = call(*args, **kwargs)
+            self.pass_by(f"after {name}")
+            return found
+
+        return watched
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.pass_by("epoch start")
@@ -134,6 +160,15 @@ class Faults(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.pass_by("batch end")
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.pass_by("checkpoint")
+
+    def on_train_end(self, trainer, pl_module):
+        self.pass_by("train end")
+
+    def teardown(self, trainer, pl_module, stage):
+        self.pass_by("teardown")
 
 
 def befall(kind):
@@ -166,17 +201,24 @@ def run(folder, seed):
         straggler_grace=0.5,
         stall_seconds=2.5,
     )
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy=strategy, max_epochs=EPOCHS, num_sanity_val_steps=0,
-        default_root_dir=folder, callbacks=[Faults(folder, seed)], **quiet,
+        default_root_dir=folder, callbacks=[Faults(folder, seed), ModelCheckpoint(folder)], **quiet,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(data, BATCH), DataLoader(Points(32), 32))
     harm = Counter()
-    leases = Counter(lease for entry in strategy.ending.log for lease in entry.leases)
+    try:
+        trainer.fit(module, DataLoader(data, BATCH), DataLoader(Points(32), 32))
+    except RuntimeError as error:
+        ended = strategy.ending if strategy.rescue is None else strategy.rescue.remains
+        harm["fails"] = not re.search("^(the coordinator died when training was over|every worker died)", str(error))
+        log, held = ended.log, [p.detach().clone() for p in ended.state.parameters]
+    else:
+        log, held = strategy.ending.log, strategy.ending.snapshot.parameters
+        harm["not validated"] = "val" not in trainer.callback_metrics
+    leases = Counter(lease for entry in log for lease in entry.leases)
     harm["lost"] = sum((epoch, i) not in leases for epoch in range(EPOCHS) for i in range(BATCHES))
     harm["twice"] = sum(count - 1 for count in leases.values())
-    harm["not validated"] = "val" not in trainer.callback_metrics
     again = [p.clone().requires_grad_() for p in before]
 
     def gradient_of(entry, at):
@@ -185,43 +227,51 @@ def run(folder, seed):
         weight, bias = (p.clone().requires_grad_() for p in at)
         return torch.autograd.grad(nn.functional.mse_loss(nn.functional.linear(x, weight, bias), y), [weight, bias])
 
-    replay(strategy.ending.log, again, [torch.optim.SGD(again, 0.02, momentum=0.9)], gradient_of)
-    harm["torn"] = not same(again, strategy.ending.snapshot.parameters)
-    harm["another result"] = not same(strategy.ending.snapshot.parameters, module.parameters())
+    replay(log, again, [torch.optim.SGD(again, 0.02, momentum=0.9)], gradient_of)
+    harm["torn"] = not same(again, held)
+    harm["another result"] = not same(held, module.parameters())
     pids = {int(line) for line in Path(folder, "pids").read_text(encoding="utf-8").split()}
     harm["left"] = sum(is_alive(pid) for pid in pids)
     times = sorted(float(line) for line in Path(folder, "steps").read_text(encoding="utf-8").split())
     longest = max(b - a for a, b in itertools.pairwise(times))
     harm["hangs"] = int(longest > HANG_SECONDS)
     faults = Path(folder, "faults")
-    return +harm, faults.read_text(encoding="utf-8").splitlines() if faults.exists() else [], longest
+    lines = faults.read_text(encoding="utf-8").splitlines() if faults.exists() else []
+    return +harm, [tuple(line.split(" | ")) for line in lines], longest
 
 
 def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def sweep(faults, seed=0, *, tell=print):
-    """Fit until so many faults have come; returns the harm that they did, and the faults, by kind and by stage."""
-    harm, kinds, stages, longest = Counter(), Counter(), Counter(), 0.0
+def sweep(deaths, seed=0, *, tell=print):
+    """Fit until so many workers have died; returns the harm that was done, and the faults by kind and by stage."""
+    harm, kinds, stages, epochs, longest, dead = Counter(), Counter(), Counter(), Counter(), 0.0, 0
     before = shared_memory()
-    while kinds.total() < faults:
-        with tempfile.TemporaryDirectory() as folder:
-            done, befell, standstill = run(folder, seed)
-        harm += done
-        longest = max(longest, standstill)
-        for line in befell:
-            kind, stage = line.split(" | ")
-            kinds[kind] += 1
-            stages[stage] += 1
-        tell(f"seed {seed}: {len(befell)} faults, longest standstill {standstill:.1f} s, harm {dict(done)}")
-        seed += 1
-    harm["left"] += len(shared_memory() - before)
-    tell(f"{kinds.total()} faults {dict(kinds)} at {dict(stages)}: longest {longest:.1f} s, harm {dict(+harm)}")
+    with tempfile.TemporaryDirectory() as room, mock.patch.dict(os.environ, TMPDIR=room):
+        tempfile.tempdir = None  # where ours and all our processes' files for a while are made
+        while dead < deaths:
+            with tempfile.TemporaryDirectory() as folder:
+                done, befell, standstill = run(folder, seed)
+            harm += done
+            longest = max(longest, standstill)
+            for kind, stage, epoch in befell:
+                kinds[kind] += 1
+                stages[stage] += 1
+                epochs[epoch] += 1
+                dead += kind in DEADLY
+            tell(f"seed {seed}: {len(befell)} faults, longest standstill {standstill:.1f} s, harm {dict(done)}")
+            seed += 1
+        # the fork server of this process keeps a folder until we end
+        harm["left"] += sum(not name.startswith("pymp-") for name in os.listdir(room)) + len(shared_memory() - before)
+    tempfile.tempdir = None
+    tell(f"{dead} deaths among {kinds.total()} faults {dict(kinds)}\nat {dict(stages)}\nin epochs {dict(epochs)}")
+    tell(f"longest standstill {longest:.1f} s, harm {dict(+harm)}")
     return +harm, kinds, stages
 
 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
+    warnings.filterwarnings("ignore")
     found, *_ = sweep(int(sys.argv[1]), *map(int, sys.argv[2:]))
     sys.exit(1 if found else 0)

@@ -77,8 +77,42 @@ def test_what_has_momentum_is_forecast_and_rates_fall_less_where_steps_are_norma
         server = opened(make)
         take_turns(server, 10)
         assert (server.log[-1].reach > 0) == (name in ("momentum", "nesterov", "adamw")), name
-        assert 0.5 < server.log[-1].weight < 1.0
-        assert (server.log[-1].weight > 0.8) == is_normalised(server.optimizers[0]), name
+        rate = server.log[-1].weight * server.log[-1].groups[0]["lr"] / server.optimizers[0].param_groups[0]["lr"]
+        assert 0.5 < rate < 1.0
+        assert (rate > 0.8) == is_normalised(server.optimizers[0]), name
+
+
+def test_momentum_lasts_longer_and_each_gradient_moves_as_far_in_the_end():
+    server = opened(workers=4)
+    take_turns(server, 40, workers=4)
+    (used,), (own,) = server.log[-1].groups, server.optimizers[0].param_groups
+    times = 1.0 + server.log[-1].reach / REACH
+    assert 3.5 < times <= 4.0
+    assert (own["lr"], own["momentum"]) == (0.05, 0.9)  # checkpoints and schedules see the user's
+    assert used["momentum"] == pytest.approx(0.9 ** (1.0 / times))
+    assert used["lr"] / (1.0 - used["momentum"]) == pytest.approx(0.05 / (1.0 - 0.9))
+    assert server.log[-1].weight == 1.0
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_a_steep_valley_is_reached_where_old_gradients_without_a_forecast_swing_on(workers):
+    def distance(rule):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(3))]
+        optimizer = torch.optim.SGD(parameters, lr=0.2 / workers, momentum=0.9)
+        server = ParameterServer(Opening(["w"], parameters, [], [], [optimizer]), Settings(staleness=rule))
+        for worker in range(workers):
+            server.admit(worker, 0)
+        read = [(0, parameters[0].detach().clone())] * workers
+        for number in range(300):
+            worker = number % workers
+            version, value = read[worker]
+            server.apply(Push(worker, 0, number // workers + 1, version, 0, [value]))  # curvature 1
+            read[worker] = server.version, server.published()[0].detach().clone()
+        return float(parameters[0].detach().norm())
+
+    assert distance("look_ahead") < 0.01
+    assert distance("none") > 1.0
 
 
 def test_a_gradient_that_grows_is_bounded():

@@ -2,21 +2,25 @@
 
 Several workers that push one after another make every gradient some steps old. Under momentum that is what harms most:
 a delay turns the damping of the heavy ball into driving force. So the server publishes a forecast of its parameters,
-lowers the rate by what the forecast cannot make up for, and bounds gradients that grow, which is how an oscillation
-begins. The method card derives the three numbers below. Without staleness nothing of this acts, not in one bit.
+makes momentum last as many times longer as gradients come late, which is what makes a forecast good, and bounds
+gradients that grow, which is how an oscillation begins. Where momentum is not its to change, it lowers the rate
+instead. The method card derives the numbers below. Without staleness nothing of this acts, not in one bit.
 """
 
+import contextlib
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-REACH = 1.3  # steps that the forecast looks ahead, in units of the mean staleness
-RATE_EXPONENT = 0.75  # the rate falls with this power of 1 + mean staleness
+REACH = 2.0  # steps that the forecast looks ahead, in units of the mean staleness, with momentum that lasts longer
+SHORT_REACH = 1.3  # the same with momentum as it is
+RATE_EXPONENT = 0.75  # where momentum is as it is, the rate falls with this power of 1 + mean staleness
 NORMALISED_RATE_EXPONENT = 0.25  # the same for Adam and its like, whose steps are as long as the rate says
 NORM_BOUND = 1.5  # longest gradient, in units of the running mean of their norms
 _SHARE = 0.05  # of the newest staleness in the running mean
@@ -26,10 +30,12 @@ _NORM_SHARE = 0.03  # the same for norms
 class LookAhead:
     """Forecast the parameters of a server, and say how much each stale push counts.
 
-    Each optimizer has a staleness of its own, in steps of its own. With ``s`` its running mean, a step has the rate
-    times ``(1 + s) ** -RATE_EXPONENT`` (or ``NORMALISED_RATE_EXPONENT``), a gradient at most ``NORM_BOUND`` times the
-    running mean norm, and what is published is ``x + REACH * s * (x - x_before)`` where ``x_before`` is ``x`` before
-    the optimizer's last step (without momentum: ``x``).
+    Each optimizer has a staleness of its own, in steps of its own, with ``s`` its running mean. A gradient is at most
+    ``NORM_BOUND`` times as long as the running mean of their norms. What is published is ``x + reach * s * (x -
+    x_before)`` where ``x_before`` is ``x`` before the optimizer's last step (without momentum: ``x``). ``SGD`` steps
+    with the momentum ``m ** (1 / (1 + s))`` in the place of ``m``, and with the rate at which each gradient still moves
+    the parameters as far in the end. Others step with the rate times ``(1 + s) ** -RATE_EXPONENT`` (or
+    ``NORMALISED_RATE_EXPONENT``).
 
     Args:
         parameters: Of the server, all of them.
@@ -38,9 +44,9 @@ class LookAhead:
 
     References:
         Forecast by momentum: Hakimi, Barkai, Gabel, Schuster, arXiv:1907.11612. *Deviations*: one momentum for all
-        workers, kept by the user's own optimizer; the forecast goes on with the last step as it was and reaches 1.3
-        times the staleness, which is the most stable choice for a quadratic. Asynchrony as momentum: Mitliagkas,
-        Zhang, Hadjis, Re, arXiv:1605.09774.
+        workers, kept by the user's own optimizer, which lasts as long as theirs do (``m`` a step of each worker); the
+        forecast goes on with the last step as it was and reaches twice the staleness, which damps most on a quadratic.
+        Asynchrony as momentum: Mitliagkas, Zhang, Hadjis, Re, arXiv:1605.09774.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class LookAhead:
         self._offsets: list[list[Tensor]] = [[] for _ in range(count)]  # forecast minus parameters
         self._views: dict[tuple[int, ...], list[Tensor]] = {}
         self._forecasts = True
+        self.reach = 0.0  # of the last step: how many steps its forecast looks ahead
 
     def observe(self, optimizer: int, staleness: int, gradients: Sequence[Tensor | None]) -> tuple[float, float]:
         """Take note of a push; returns the factor on its learning rate and the one on its gradients.
@@ -74,8 +81,10 @@ class LookAhead:
         self._staleness[optimizer] += share * (own - self._staleness[optimizer])
         if not self._staleness[optimizer]:
             return 1.0, 1.0
-        exponent = NORMALISED_RATE_EXPONENT if is_normalised(self._optimizers[optimizer]) else RATE_EXPONENT
-        weight = (1.0 + self._staleness[optimizer]) ** -exponent
+        weight = 1.0
+        if not self._lengthens(optimizer):
+            exponent = NORMALISED_RATE_EXPONENT if is_normalised(self._optimizers[optimizer]) else RATE_EXPONENT
+            weight = (1.0 + self._staleness[optimizer]) ** -exponent
         return weight, self._bound(optimizer, [g for g in gradients if g is not None])
 
     def _bound(self, optimizer: int, gradients: list[Tensor]) -> float:
@@ -91,16 +100,31 @@ class LookAhead:
         self._norms[optimizer] = (1.0 - _NORM_SHARE) * mean + _NORM_SHARE * norm * factor
         return factor
 
-    @property
-    def reach(self) -> list[float]:
-        """How many steps of each optimizer the forecast looks ahead."""
-        able = (self._forecasts and has_momentum(optimizer) for optimizer in self._optimizers)
-        return [REACH * s if forecasts else 0.0 for s, forecasts in zip(self._staleness, able, strict=True)]
+    def _lengthens(self, optimizer: int) -> bool:
+        """Whether momentum is made to last longer: where every step goes on with the last ones as ``SGD`` does it."""
+        ours = isinstance(self._optimizers[optimizer], torch.optim.SGD)
+        return ours and self._forecasts and has_momentum(self._optimizers[optimizer])
+
+    def _reach(self, optimizer: int) -> float:
+        """Return how many steps of an optimizer the forecast looks ahead."""
+        if not self._forecasts or not has_momentum(self._optimizers[optimizer]):
+            return 0.0
+        return (REACH if self._lengthens(optimizer) else SHORT_REACH) * self._staleness[optimizer]
+
+    @contextlib.contextmanager
+    def stepping(self, optimizer: int) -> Iterator[None]:
+        """Let an optimizer step within, with the hyper-parameters that this rule gives it; then forecast anew."""
+        self._begin_step(optimizer)
+        with _momentum_lasts(self._optimizers[optimizer], self._lasts(optimizer)):
+            yield
+        self._end_step(optimizer)
+
+    def _lasts(self, optimizer: int) -> float:
+        return 1.0 + self._staleness[optimizer] if self._lengthens(optimizer) else 1.0
 
     @torch.no_grad()
-    def begin_step(self, optimizer: int) -> None:
-        """Remember the parameters that an optimizer is about to move."""
-        if not self.reach[optimizer]:
+    def _begin_step(self, optimizer: int) -> None:
+        if not self._reach(optimizer):
             return
         pieces = self._pieces[optimizer]
         if not self._before[optimizer]:
@@ -109,15 +133,13 @@ class LookAhead:
         torch._foreach_copy_(self._before[optimizer], pieces)
 
     @torch.no_grad()
-    def end_step(self, optimizer: int) -> float:
-        """Make the forecast anew; returns how far it looks ahead, for the log."""
-        reach = self.reach[optimizer]
-        if reach and self._before[optimizer]:
+    def _end_step(self, optimizer: int) -> None:
+        self.reach = self._reach(optimizer)
+        if self.reach and self._before[optimizer]:
             # three roundings, so that a replay with other tensors makes the same bits
             torch._foreach_copy_(self._offsets[optimizer], self._pieces[optimizer])
             torch._foreach_sub_(self._offsets[optimizer], self._before[optimizer])
-            torch._foreach_mul_(self._offsets[optimizer], reach)
-        return reach
+            torch._foreach_mul_(self._offsets[optimizer], self.reach)
 
     @torch.no_grad()
     def published(self) -> list[Tensor]:
@@ -160,6 +182,29 @@ class LookAhead:
         self._before = [[] for _ in self._optimizers]
         self._views = {}
         return settled
+
+
+@contextlib.contextmanager
+def _momentum_lasts(optimizer: Optimizer, times: float) -> Iterator[None]:
+    """Let momentum last so many times longer, with the rate at which each gradient moves as far as before in the end.
+
+    What is under way when the number changes comes nearly as far, too: a velocity ``v`` goes ``rate * m / (1 - m)``
+    times itself.
+    """
+    before: list[tuple[dict[str, Any], Any, float]] = []
+    for group in optimizer.param_groups if times != 1.0 else []:
+        momentum = group["momentum"]
+        before.append((group, group["lr"], momentum))
+        longer, rate = momentum, times**-RATE_EXPONENT
+        if 0.0 < momentum < 1.0:
+            longer = momentum ** (1.0 / times)
+            rate = (1.0 - longer) / (1.0 - momentum)
+        group.update(momentum=longer, lr=group["lr"] * rate)
+    try:
+        yield
+    finally:
+        for group, rate, momentum in before:
+            group.update(momentum=momentum, lr=rate)
 
 
 def has_momentum(optimizer: Optimizer) -> bool:

@@ -206,11 +206,13 @@ class ParameterServer:
         began = time.perf_counter()
         if self._look_ahead is not None and push.optimizer >= 0:
             weight, scale = self._look_ahead.observe(push.optimizer, staleness, push.gradients)
-            self._look_ahead.begin_step(push.optimizer)
-            self._step(push, weight, scale)
-            reach = self._look_ahead.end_step(push.optimizer)
+            with self._look_ahead.stepping(push.optimizer):
+                self._step(push, weight, scale)
+                groups = self._logged_groups(push.optimizer)
+            reach = self._look_ahead.reach
         else:
             self._step(push, weight, scale)
+            groups = self._logged_groups(push.optimizer)
         self._apply_seconds.append(time.perf_counter() - began)
         self.version += 1
         self.leases.commit(push.worker, push.leases)
@@ -219,7 +221,6 @@ class ParameterServer:
         self._staleness.append(staleness)
         self._times.append(time.monotonic())
         if self.settings.record_log:
-            groups = [] if push.optimizer == OUTER else get_groups(self.optimizers[push.optimizer])
             self.log.append(
                 LogEntry(
                     worker=push.worker,
@@ -236,6 +237,9 @@ class ParameterServer:
                 )
             )
         return "applied"
+
+    def _logged_groups(self, optimizer: int) -> list[dict[str, Any]]:
+        return get_groups(self.optimizers[optimizer]) if self.settings.record_log and optimizer != OUTER else []
 
     def _step(self, push: Push, weight: float, scale: float) -> None:
         gradients = push.gradients
