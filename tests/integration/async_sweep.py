@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from unittest import mock
 
@@ -248,8 +249,9 @@ def sweep(deaths, seed=0, *, tell=print):
     """Fit until so many workers have died; returns the harm that was done, and the faults by kind and by stage."""
     harm, kinds, stages, epochs, longest, dead = Counter(), Counter(), Counter(), Counter(), 0.0, 0
     before = shared_memory()
+    get_temp_dir()  # of the fork server, which stays until this process ends
     with tempfile.TemporaryDirectory() as room, mock.patch.dict(os.environ, TMPDIR=room):
-        tempfile.tempdir = None  # where ours and all our processes' files for a while are made
+        tempfile.tempdir = None  # from here on all our processes' files that have no other place are made in `room`
         while dead < deaths:
             with tempfile.TemporaryDirectory() as folder:
                 done, befell, standstill = run(folder, seed)
@@ -262,8 +264,7 @@ def sweep(deaths, seed=0, *, tell=print):
                 dead += kind in DEADLY
             tell(f"seed {seed}: {len(befell)} faults, longest standstill {standstill:.1f} s, harm {dict(done)}")
             seed += 1
-        # the fork server of this process keeps a folder until we end
-        harm["left"] += sum(not name.startswith("pymp-") for name in os.listdir(room)) + len(shared_memory() - before)
+        harm["left"] += len(os.listdir(room)) + len(shared_memory() - before)
     tempfile.tempdir = None
     tell(f"{dead} deaths among {kinds.total()} faults {dict(kinds)}\nat {dict(stages)}\nin epochs {dict(epochs)}")
     tell(f"longest standstill {longest:.1f} s, harm {dict(+harm)}")

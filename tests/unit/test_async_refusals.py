@@ -1,6 +1,7 @@
 """What other people's optimizers, data and launchers ask of the asynchronous strategy, without processes."""
 
 import functools
+import multiprocessing
 import pickle
 import sys
 import threading
@@ -16,8 +17,10 @@ from lightning_accel.async_sgd.module_buffers import ModuleBuffers
 from lightning_accel.async_sgd.optimizer_steps import SentGroups, refuse_unsupported
 from lightning_accel.async_sgd.policy.buffers import buffer_roles
 from lightning_accel.async_sgd.policy.optimizer_copy import copy_optimizers, dumps
+from lightning_accel.async_sgd.shared_memory import spawn
 from lightning_accel.async_sgd.shared_memory.spawn import resolve_start_method
 from lightning_accel.async_sgd.shared_memory.unpicklable import what_cannot_be_pickled
+from lightning_accel.machine_code.openmp import rest_threads
 from lightning_accel.strategies.refusals import refuse_other_launchers
 
 
@@ -206,9 +209,8 @@ def test_what_cannot_be_pickled_is_named_by_class_and_path():
     assert what_cannot_be_pickled(model) == "Model.cached (Tensor)"
 
 
-def test_workers_are_forked_where_that_is_safe_only():
+def test_workers_are_forked_where_that_is_safe_only(monkeypatch):
     assert resolve_start_method("spawn") == "spawn"
-    assert resolve_start_method("auto", threads=2) == "forkserver"
     assert resolve_start_method("auto", on_cpu=False) == "forkserver"
     done = threading.Event()
     beside = threading.Thread(target=done.wait)
@@ -218,6 +220,31 @@ def test_workers_are_forked_where_that_is_safe_only():
     beside.join()
     if sys.platform == "linux" and threading.active_count() == 1:
         assert resolve_start_method("auto") == "fork"
+        monkeypatch.setattr(spawn, "rest_threads", lambda: False)  # OpenMP threads that would not survive
+        assert resolve_start_method("auto") == "fork"
+        assert resolve_start_method("auto", threads=2) == "forkserver"
+
+
+def test_a_forked_process_computes_with_threads_of_its_own():
+    def compute():
+        return float(torch.ones(1_000_000).mul_(2).sum())
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert compute() == 2e6  # now this process has threads that a fork does not copy
+        if not rest_threads():  # another runtime than GNU's: workers are not forked from such a process
+            assert resolve_start_method("auto", threads=2) == "forkserver"
+            return
+        child = multiprocessing.get_context("fork").Process(target=compute)
+        child.start()
+        child.join(20)
+        code = child.exitcode
+        child.kill()
+        assert code == 0
+        assert compute() == 2e6
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_one_machine_and_no_other_launcher(monkeypatch):

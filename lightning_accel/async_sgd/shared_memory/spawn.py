@@ -23,6 +23,7 @@ from lightning_accel.async_sgd.shared_memory.peers import WorkerProcess
 from lightning_accel.async_sgd.shared_memory.supervisor import Ending, Remains, StartWorker, Supervisor
 from lightning_accel.async_sgd.shared_memory.unpicklable import what_cannot_be_pickled
 from lightning_accel.async_sgd.store import Statistics
+from lightning_accel.machine_code.openmp import rest_threads
 
 StartMethod = Literal["auto", "fork", "forkserver", "spawn"]
 WorkerFunction = Callable[..., Any]  # called with the store and the caller's arguments
@@ -79,6 +80,8 @@ def starter(
     task = Task(function, args)
 
     def start(worker: int, incarnation: int, sock: socket.socket) -> WorkerProcess:
+        if method == "fork":
+            rest_threads()  # a worker that is started again comes from a process which has computed
         process = context.Process(
             target=_work,
             args=(task, worker, incarnation, sock, settings, method == "fork"),
@@ -102,7 +105,8 @@ def resolve_start_method(wanted: StartMethod, *, threads: int = 1, on_cpu: bool 
 
     ``fork`` makes a worker of this process within milliseconds, with all that is imported. It is safe as for the
     processes of a DataLoader: on Linux, where no other Python thread may hold a lock, no accelerator is in use, and
-    the worker computes with one thread (the threads of OpenMP do not survive a fork). Else ``forkserver``.
+    the worker computes with one thread, or the threads of OpenMP can be made to end before (they do not survive a
+    fork). Else ``forkserver``.
 
     Args:
         wanted: By the caller.
@@ -112,8 +116,8 @@ def resolve_start_method(wanted: StartMethod, *, threads: int = 1, on_cpu: bool 
     if wanted != "auto":
         return wanted
     alone = threading.active_count() == 1 and threading.current_thread() is threading.main_thread()
-    safe = sys.platform == "linux" and alone and on_cpu and threads == 1 and not torch.cuda.is_initialized()
-    return "fork" if safe else "forkserver"
+    safe = sys.platform == "linux" and alone and on_cpu and not torch.cuda.is_initialized()
+    return "fork" if safe and (threads == 1 or rest_threads()) else "forkserver"
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPag
 from lightning_accel.bench.async_chaos import chaos
 from lightning_accel.bench.async_faults import HANG_SECONDS, kill_sweep
 from lightning_accel.bench.async_peers import lock_step, one_process
+from lightning_accel.bench.async_start import PLAIN, seconds_to_first_step
 from lightning_accel.bench.async_task import ACCURACY, BATCH, Outcome, Task
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import PairedRatio, compare_paired, time_interleaved
@@ -34,6 +35,7 @@ _EACH = Settings(lease_batches=64)  # a push and a pull each step, waited for
 _OVERLAP = Settings(lease_batches=64, overlap=True)  # the next batch is not waited for
 _LOCAL = Settings(lease_batches=64, local_steps=16)  # own steps; the way made goes to the server, averaged
 _CALM_SECONDS = 15.0
+_START_SECONDS = 1.0  # that the first step may come later than a plain Trainer's
 
 
 def rows(*, quick: bool, device: str, kills: int = 200, chaos_minutes: float = 1.0) -> Iterator[BenchRow]:
@@ -55,10 +57,35 @@ def rows(*, quick: bool, device: str, kills: int = 200, chaos_minutes: float = 1
         raise ValueError(f"`chaos_minutes` must be > 0, got {chaos_minutes}.")
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "sklearn.datasets"])  # a slow import
     yield _transfer(rounds=15 if quick else 60)
+    yield from _starts(1 if quick else 3)
     yield from _training(*((2, 1.0) if quick else (8, 3.0)), device=device)
     with _silent():
         yield _killed(min(kills, 20) if quick else kills)
         yield _chaotic(6.0 if quick else 60.0 * chaos_minutes, calm=3.0 if quick else _CALM_SECONDS)
+
+
+def _starts(rounds: int) -> Iterator[BenchRow]:
+    """The first fit of a process, and how much later the second one of the same process would be."""
+    methods = ("auto", "forkserver", "spawn")
+    found: dict[str, list[list[float]]] = {method: [] for method in (PLAIN, *methods)}
+    for _ in range(rounds):
+        for method, several in found.items():
+            several.append(seconds_to_first_step(method, 2))
+    plain = [first for first, _ in found[PLAIN]]
+    for method in methods:
+        firsts = [first for first, _ in found[method]]
+        again = statistics.median(second for _, second in found[method])
+        yield BenchRow(
+            suite="async_sgd",
+            case="from `fit` to the first step of two workers",
+            variant=f"start_method={method}",
+            baseline=f"plain Trainer, and {_START_SECONDS:g} s",
+            ratio=compare_paired(firsts, [seconds + _START_SECONDS for seconds in plain]),
+            seconds={method: statistics.median(firsts), PLAIN: statistics.median(plain)},
+            target=1.0 if method == "auto" else None,
+            better="at most",
+            note=f"a new process each time, its own imports not counted; {again:.2f} s in its second fit",
+        )
 
 
 def _training(rounds: int, window: float, *, device: str) -> Iterator[BenchRow]:
