@@ -29,7 +29,7 @@ def plot_metric_against_time(runs: Mapping[str, Sequence[Run]], goal: Goal, path
     Raises:
         MissingPackageError: Without matplotlib.
     """
-    figure, axes = _figure(6.0, 4.0)
+    figure, axes = new_figure(6.0, 4.0)
     for colour, (arm, arm_runs) in zip(_cycle(len(runs)), runs.items(), strict=True):
         curves = [_curve(run, goal.metric) for run in arm_runs]
         for run, (seconds, values) in zip(arm_runs, curves, strict=True):
@@ -79,7 +79,7 @@ def plot_rank_plan(plan: Mapping[str, Any], path: Path) -> None:
         raise ValueError("`plan` must hold at least one layer with measured candidates; none was decomposed.")
     columns = min(3, len(layers))
     lines = math.ceil(len(layers) / columns)
-    figure, panels = _figure(4.2 * columns, 2.9 * lines, rows=lines, columns=columns)
+    figure, panels = new_figure(4.2 * columns, 2.9 * lines, rows=lines, columns=columns)
     grid = panels if isinstance(panels, list) else [panels]
     for axes, layer in zip(grid, layers, strict=False):
         _draw_ranks(axes, layer)
@@ -115,7 +115,7 @@ def plot_bench(rows: Sequence[Any], path: Path) -> None:
             labels.append(row.case)
         drawn[len(labels)] = row
         labels.append(f"{row.variant} / {row.baseline}")
-    figure, axes = _figure(9.0, 1.0 + 0.21 * len(labels))
+    figure, axes = new_figure(9.0, 1.0 + 0.21 * len(labels))
     for place, row in drawn.items():
         ratio, colour = row.ratio, _colour_of(row)
         axes.plot([ratio.low, ratio.high], [place, place], color=colour, linewidth=2.0)
@@ -151,8 +151,12 @@ def _scale_ratios(axes: Any, ratios: Sequence[float]) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    """Return a figure and its axes (a list, where there are several) without touching pyplot's global state."""
+def new_figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """Return a figure and its axes (a list, where there are several) without touching pyplot's global state.
+
+    Raises:
+        MissingPackageError: Without matplotlib.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -183,6 +187,8 @@ def save_for_page(figure: Any, path: Path) -> None:
         legend = axes.get_legend()
         for text in legend.get_texts() if legend is not None else []:
             text.set_color(_NIGHT_INK)
+    for text in (*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())):
+        text.set_color(_NIGHT_INK)
     _save(figure, dark_twin(path))
 
 

@@ -8,6 +8,7 @@ from cli_calls import SMALL, call, folders
 
 from lightning_accel.cli.plan.async_sgd import link_speed
 
+NO_SIMULATION = ["simulation.workers=[]", "simulation.accuracy=[]"]
 ASYNC = ["strategy=async_sgd", "trainer.devices=2", "trainer.accelerator=cpu"]
 
 
@@ -36,7 +37,7 @@ def test_train_runs_the_zoo_with_two_workers(words, metric):
 
 
 def test_plan_says_which_strategy_is_expected_to_win(capsys):
-    assert call("plan", *SMALL, "callbacks=[]", "strategy=async_sgd", "trainer.devices=4") == 0
+    assert call("plan", *SMALL, "callbacks=[]", "strategy=async_sgd", "trainer.devices=4", *NO_SIMULATION) == 0
     out = capsys.readouterr().out
     assert "4 workers; a step takes" in out
     number = r"\W+([\d.]+)"
@@ -52,8 +53,41 @@ def test_plan_says_which_strategy_is_expected_to_win(capsys):
     assert re.search(r"\d+ shards?", out)
 
 
+def test_plan_simulates_workers_that_are_not_there(capsys):
+    simulation = [
+        "simulation.workers=[4]",
+        "simulation.accuracy=[2]",
+        "simulation.batches=90",
+        "simulation.speeds=one_slow",
+    ]
+    words = [*SMALL, "callbacks=[]", "strategy=async_sgd", "trainer.devices=4", *simulation]
+    assert call("plan", *words) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "one of them 2 times slower" in out
+    assert re.search(r"For 4 such workers: n_push=\d+ n_fetch=\d+ and \d+ shard", out)
+    assert re.search(r"holds workers up from about \d+ workers on", out)
+    assert re.search(r"What learns fastest with 2: [a-z]", out)
+    for name in ("async_scaling.png", "async_scaling.dark.png"):
+        assert (folders("plan")[-1] / name).read_bytes().startswith(b"\x89PNG"), name
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("simulation.speeds=odd", "`simulation.speeds` must be"),
+        ("simulation.slowdown=0.5", "`simulation.slowdown` must be"),
+        ("simulation.workers=[1]", "`simulation.workers` must be"),
+        ("simulation.batches=0", "`simulation.batches` must be"),
+    ],
+)
+def test_plan_refuses_simulations_that_make_no_sense(word, message, capsys):
+    words = [*SMALL, "callbacks=[]", "strategy=async_sgd", "simulation.accuracy=[2]", word]
+    assert call("plan", *words) != 0
+    assert message in " ".join("".join(capsys.readouterr()).split())
+
+
 def test_plan_of_manual_optimization_measures_the_step_that_it_sees(capsys):
-    words = ["model=gan", "data=digits", "callbacks=[]", "trainer.strategy=async_sgd", "monitoring=[]"]
+    words = ["model=gan", "data=digits", "callbacks=[]", "trainer.strategy=async_sgd", "monitoring=[]", *NO_SIMULATION]
     assert call("plan", *words) == 0
     assert "one step of manual optimization" in capsys.readouterr().out
 

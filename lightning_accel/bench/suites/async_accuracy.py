@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_accel.async_sgd import Settings
-from lightning_accel.async_sgd.simulation import simulate
+from lightning_accel.async_sgd.simulation.run import simulate
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import compare_paired
 from lightning_accel.strategies.for_lightning import AsyncSGDStrategy

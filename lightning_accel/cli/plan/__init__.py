@@ -13,7 +13,7 @@ import importlib.util
 import os
 import pkgutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,6 +90,7 @@ class Scene:
         console: Where tables go.
         seen: What the sketch's own ``watch`` gave, if it has one.
         loss: Of the step, where the backward pass is about to begin from it.
+        simulation: Block ``simulation`` of the configuration.
     """
 
     module: LightningModule
@@ -104,6 +105,7 @@ class Scene:
     console: Console
     seen: Any = None
     loss: Tensor | None = None
+    simulation: dict[str, Any] = field(default_factory=dict)
 
 
 def plan(cfg: DictConfig) -> None:
@@ -189,9 +191,15 @@ class _FirstStep(Callback):
                     console=self._console,
                     seen=self._seen.get(name),
                     loss=loss,
+                    simulation=self._simulation(),
                 )
             )
         raise _AllShownError
+
+    def _simulation(self) -> dict[str, Any]:
+        block = OmegaConf.to_container(self._cfg.get("simulation") or OmegaConf.create(), resolve=True)
+        assert isinstance(block, dict)
+        return {str(k): v for k, v in block.items()}
 
     def _settings(self, name: str) -> dict[str, Any]:
         block = self._cfg.trainer.strategy if name == _STRATEGY else self._cfg.callbacks[name]

@@ -13,6 +13,7 @@ from lightning_accel.async_sgd import TrafficEstimate, estimate_traffic
 from lightning_accel.async_sgd.estimate import copy_speed
 from lightning_accel.callbacks.layer_exchange.step_trial import StepTrial
 from lightning_accel.cli.plan import Scene
+from lightning_accel.cli.plan.async_sgd.scaling import machine_costs, show_scaling
 from lightning_accel.measure import time_interleaved, undisturbed
 
 _SLOWDOWNS = (1.0, 1.5, 2.0, 3.0, 5.0)
@@ -75,7 +76,18 @@ def sketch(scene: Scene) -> None:
     most = max(estimates.values(), key=lambda estimate: estimate.server_load)
     shards = f"{most.shards} shard" + ("s: one server would hold the workers up" if most.shards > 1 else "")
     say(f"Then with n_push={equal.n_push} (push and pull take at most 5 % of the steps) and {shards}.")
-    say("Throughput alone is estimated: steps on older parameters may be worth less, which only training shows.")
+    say("Throughput alone is estimated here: steps on older parameters may be worth less, see below.")
+    if scene.simulation:
+        fixed = scene.simulation["link_bytes_per_second"]
+        costs = machine_costs(
+            step_seconds=found.step_seconds,
+            apply_seconds=equal.apply_seconds,
+            parameter_bytes=nbytes,
+            copy_bytes_per_second=copied,
+            link_bytes_per_second=link if fixed is None else float(fixed),
+            latency_seconds=float(scene.simulation["latency_seconds"]),
+        )
+        show_scaling(scene, costs, scene.simulation)
 
 
 def traffic_table(estimates: dict[float, TrafficEstimate]) -> Table:

@@ -1,0 +1,190 @@
+"""The simulator of asynchronous training against real worker processes: throughput of two and of three workers.
+
+In every round one real worker is timed twice, once with a core for itself and one for the server, once sharing a single
+core with it, which costs both more (their caches are each other's); then two and three real workers. The simulator is
+given the times of the one worker and the number of cores, and says what two and three should make. Of two kinds of
+steps, one computes, so that three workers compete for two cores; the other waits as for an accelerator.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lightning_accel.async_sgd import ParameterStore, Settings, Statistics, Worker, run_workers
+from lightning_accel.async_sgd.simulation.costs import Costs
+from lightning_accel.async_sgd.simulation.run import simulate_times
+from lightning_accel.bench.async_task import Task
+from lightning_accel.evidence.rows import BenchRow
+from lightning_accel.measure import available_cores, compare_paired
+
+_LEASES = 64
+_SETTINGS = {
+    "a push a step": Settings(lease_batches=_LEASES),
+    "overlap": Settings(lease_batches=_LEASES, overlap=True),
+    "local_steps=16": Settings(lease_batches=_LEASES, local_steps=16),
+}
+_KINDS = {"computing": 0.0, "waiting 20 ms": 0.02}  # seconds that a step waits
+_WORKERS = (2, 3)
+_BATCHES = 3000  # of a simulated run
+_START = 0.2  # part of a real run before the server's time is counted
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """What a real run came to, in seconds a batch, means over its workers; the server's, over pushes.
+
+    Attributes:
+        rate: Batches a second of all workers.
+        step: From one batch to the next.
+        computing: Of a worker's processor.
+        waiting: In which a step waited on purpose.
+        serving: Of the server's processor, a push.
+    """
+
+    rate: float
+    step: float
+    computing: float
+    waiting: float
+    serving: float
+
+
+def rows(*, quick: bool) -> Iterator[BenchRow]:
+    """Yield for each kind of step, settings and number of workers by how much the simulator is off."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "sklearn.datasets"])  # a slow import
+    rounds, window = (1, 1.0) if quick else (4, 3.0)
+    for kind, wait in _KINDS.items():
+        for name in ["a push a step"] if wait or quick else list(_SETTINGS):
+            real: dict[int, list[float]] = {workers: [] for workers in _WORKERS}
+            foretold: dict[int, list[float]] = {workers: [] for workers in _WORKERS}
+            for _ in range(rounds):
+                roomy = _measured(1, window, wait, name)
+                shared = _measured(1, window, wait, name, one_core=True)
+                for workers in _WORKERS:
+                    foretold[workers].append(_foretold(workers, name, roomy, shared))
+                    real[workers].append(_measured(workers, window, wait, name).rate)
+            for workers in _WORKERS:
+                yield _row(f"{kind}, {name}", workers, foretold[workers], real[workers])
+
+
+def _row(case: str, workers: int, foretold: list[float], real: list[float]) -> BenchRow:
+    high = statistics.median(foretold) >= statistics.median(real)
+    return BenchRow(
+        suite="async_simulator",
+        case=f"digits CNN, {case}, {workers} workers on {available_cores()} cores: batches a second",
+        variant="simulated" if high else "real",
+        baseline="real" if high else "simulated",
+        ratio=compare_paired(foretold, real) if high else compare_paired(real, foretold),
+        target=1.1,
+        better="at most",
+        note=f"simulated {statistics.median(foretold):.1f}, real {statistics.median(real):.1f} batches a second "
+        f"(medians of {len(real)} rounds); the larger by the smaller one",
+    )
+
+
+def costs_of(roomy: _Pace, shared: _Pace, *, workers: int, cores: int, local_steps: int) -> Costs:
+    """Return what one real worker's times say of the parts of a step.
+
+    Args:
+        roomy: One worker and the server, each with a core.
+        shared: Both on one core.
+        workers: That are to be simulated: together with the server more than there are cores, they share them.
+        cores: Of this machine.
+        local_steps: Of the run.
+    """
+    pace = roomy if workers < cores else shared
+    # what is neither computed nor waited for on purpose is a call to the server, and its answer
+    period = max(1, local_steps)
+    idle = period * (pace.step - pace.computing - pace.waiting) - pace.serving
+    return Costs(
+        compute=pace.computing,
+        wait=pace.waiting,
+        apply=pace.serving,
+        message=max(0.0, idle / 2.0),
+        cores=cores,
+    )
+
+
+def _foretold(workers: int, name: str, roomy: _Pace, shared: _Pace) -> float:
+    settings = _SETTINGS[name]
+    costs = costs_of(roomy, shared, workers=workers, cores=available_cores(), local_steps=settings.local_steps)
+    found = simulate_times(_BATCHES, settings=settings, step_seconds=[costs.step] * workers, costs=costs, jitter=0.05)
+    return found.throughput
+
+
+def _measured(workers: int, window: float, wait: float, name: str, *, one_core: bool = False) -> _Pace:
+    """Run real workers for ``window`` seconds."""
+    ticks: list[tuple[float, float, int]] = []
+
+    def tick(found: Statistics) -> None:
+        ticks.append((time.perf_counter(), time.process_time(), found.version))
+
+    before = os.sched_getaffinity(0)
+    core = min(before) if one_core else None
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    try:
+        found, _ = run_workers(
+            _work,
+            (workers, window, wait, name, core),
+            workers=workers,
+            settings=_SETTINGS[name],
+            on_tick=tick,
+            start_method="forkserver",
+        )
+    finally:
+        os.sched_setaffinity(0, before)
+    trained = [t for t in ticks if t[2] > ticks[-1][2] * _START and t[2] < ticks[-1][2]]
+    (_, first, few), (_, last, many) = trained[0], trained[-1]
+    step, computing, waiting = (
+        statistics.fmean(values) for values in zip(*(paces[1:] for paces in found), strict=True)
+    )
+    rate = sum(paces[0] for paces in found)
+    return _Pace(rate, step, computing, waiting, serving=(last - first) / max(1, many - few))
+
+
+def _work(  # noqa: PLR0917  # a process is started with a flat list of arguments
+    store: ParameterStore, workers: int, window: float, wait: float, name: str, core: int | None
+) -> list[list[float]]:
+    """Train for ``window`` seconds; returns each worker's batches a second, and seconds a batch of `_Pace`."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    task, settings = Task("cpu"), _SETTINGS[name]
+    worker = Worker(
+        store, settings, dict(task.net.named_parameters()), dict(task.net.named_buffers()), [task.optimizer]
+    )
+    number = worker.join(worker.opening).worker
+    worker.attach()
+    store.kv(f"here {number}", b"yes")
+    for other in range(workers):
+        store.kv(f"here {other}")
+    epoch, batches, waited = 0, 0, 0.0
+    began, computed = time.perf_counter(), time.process_time()
+    while (passed := time.perf_counter() - began) < window:
+        block = store.lease(epoch, functools.partial(task.units, epoch))
+        if not block:
+            worker.flush()
+            epoch += 1
+        for lease in block:
+            if (passed := time.perf_counter() - began) >= window:
+                break
+            worker.pending.append(lease.id)
+            task.optimizer.zero_grad()
+            task.loss(torch.tensor(lease.unit)).backward()
+            if wait:
+                asleep = time.perf_counter()
+                time.sleep(wait)
+                waited += time.perf_counter() - asleep
+            task.optimizer.step()
+            batches += 1
+    passed, computed = time.perf_counter() - began, time.process_time() - computed
+    paces = [batches / passed, passed / batches, computed / batches, waited / batches]
+    store.kv(f"pace {number}", json.dumps(paces).encode())
+    worker.flush()
+    return [json.loads(store.kv(f"pace {other}") or b"[]") for other in range(workers)]
