@@ -1,11 +1,15 @@
 """Random graphs: the schedule's outputs and gradients equal the plain loop's, which is the oracle."""
 
+import warnings
+
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recurrent_errors import relative_errors
 
 from lightning_accel.recurrent import GraphRNN
+from lightning_accel.recurrent.compiler import executor
 from lightning_accel.recurrent.graph import strongly_connected_components
 
 ACTIVATIONS = ["linear", "sigmoid", "tanh", "softplus", "one_minus"]
@@ -56,6 +60,32 @@ def test_random_graphs_equal_the_loop(arguments, steps, streams):
     errors = relative_errors(found[1], found[0])
     assert max(errors.values()) <= LIMIT, errors
     assert set(fast.rnn.schedules[0].choices.values()) == {"intra_stream"}
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(graphs(), st.integers(2, 4), st.integers(1, 3))
+def test_random_graphs_as_triton_kernels_equal_the_loop(arguments, steps, streams):
+    torch.manual_seed(0)
+    loop = GraphRNN(*arguments, schedule="loop").double()
+    fast = GraphRNN(*arguments, schedule="compiled").double()
+    fast.load_state_dict(loop.state_dict())
+    x = torch.randn(steps, streams, loop.input_size, dtype=torch.double, requires_grad=True)
+    found = []
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a graph without a loop has nothing to compile
+        patch.setattr(executor, "language_of", lambda device: "Triton")
+        for rnn in (loop, fast):
+            y, last = rnn(x)
+            total = y.cos().sum() + sum((k + 2.0) * s.sin().sum() for k, s in enumerate(last))
+            gradients = torch.autograd.grad(total, [x, *rnn.parameters()], allow_unused=True)
+            found.append(
+                {f"result {k}": r for k, r in enumerate([y, *last])} | {f"d {k}": g for k, g in enumerate(gradients)}
+            )
+    errors = relative_errors(found[1], found[0])
+    assert max(errors.values()) <= LIMIT, errors
+    delayed = any("delay=0" not in e and "delay=" in e for e in arguments[1])
+    compiled = set(fast.rnn.schedules[0].choices.values()) == {"compiled"}
+    assert compiled or not delayed or "it has none" in str(fast.rnn.schedules[0].refusals)
 
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=25))

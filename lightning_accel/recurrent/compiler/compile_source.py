@@ -12,6 +12,7 @@ from lightning_accel.machine_code.c_functions import MachineCode
 from lightning_accel.machine_code.toolchain import CannotCompileError
 from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
 from lightning_accel.recurrent.compiler.emit_python.weight_gradients import layer_norm_sums
+from lightning_accel.recurrent.compiler.emit_triton.triton_code import TritonCode
 from lightning_accel.recurrent.compiler.rewrite import aten
 from lightning_accel.recurrent.compiler.trace import CannotScheduleError
 from lightning_accel.recurrent.scan import scan_into
@@ -52,6 +53,7 @@ def compile_source(source: str, constants: dict[str, Tensor], device: torch.devi
         "nan": math.nan,
         "scan_into": scan_into,
         "MachineCode": MachineCode,
+        "TritonCode": TritonCode,
         "layer_norm_sums": layer_norm_sums,
         "add_to": _add_to,
         "add_product": _add_product,

@@ -11,7 +11,8 @@ from torch.func import functional_call
 from lightning_accel.machine_code.c_functions import refusal
 from lightning_accel.recurrent.cell_step import nesting_of, run_loop
 from lightning_accel.recurrent.compiler.compile_source import compile_source, generalize
-from lightning_accel.recurrent.compiler.emit_python.generator import Generator, Wanted
+from lightning_accel.recurrent.compiler.emit_python.generator import Generator, Language, Wanted
+from lightning_accel.recurrent.compiler.emit_triton.triton_code import triton_refusal
 from lightning_accel.recurrent.compiler.run_blocks import RunSequence
 from lightning_accel.recurrent.compiler.scan_lowering import is_affine
 from lightning_accel.recurrent.compiler.stage import Stages, rewrite, stage
@@ -39,9 +40,11 @@ class StepSchedule:
         xs: One step's inputs; dimension 0 is the batch.
         states: One step's states; likewise.
         scan: Whether loops that are elementwise and affine in one state become scans; one at least has to be.
-        compiled: Whether loops that can be written in C run as machine code; one at least has to.
+        compiled: Whether loops that can be written in ``language`` run as machine code; one at least has to.
         reads_sizes: Whether the step may branch on the number of streams, so that each number needs a trace.
         traces: Traces of this step by number of streams, shared by several schedules; new ones are added.
+        language: Of the compiled loops; by default Triton on CUDA, C elsewhere. Triton's kernels of tensors on the CPU
+            run in its interpreter, which shows what they compute and takes its time.
 
     Attributes:
         failure: What went wrong in a backward, which then ran plainly; ``None`` as long as nothing did.
@@ -67,6 +70,7 @@ class StepSchedule:
         compiled: bool = False,
         reads_sizes: bool = True,
         traces: dict[int, StepGraph] | None = None,
+        language: Language | None = None,
     ) -> None:
         self.scan, self.compiled, self._reads_sizes = scan, compiled, reads_sizes
         self._module, self._step = module, step
@@ -86,8 +90,9 @@ class StepSchedule:
         self._returned = None if nesting is None else (nesting.ys, nesting.states)
         if scan:
             self._find_scans()
+        self._language: Language = language or language_of(self._device)
         if compiled:
-            reason = "there is no C form for another device than the CPU" if self._device.type != "cpu" else refusal()
+            reason = self._refusal()
             if reason is not None:
                 raise CannotScheduleError(f"no machine code: {reason}.")
 
@@ -158,7 +163,15 @@ class StepSchedule:
         return self._generator(wanted, streams).source()
 
     def _generator(self, wanted: Wanted, streams: int) -> Generator:
-        return Generator(self._stage(streams), wanted, scan=self.scan, compiled=self.compiled)
+        return Generator(self._stage(streams), wanted, scan=self.scan, compiled=self.compiled, language=self._language)
+
+    def _refusal(self) -> str | None:
+        """Return why nothing can be compiled here; ``None`` if something can."""
+        if self._language == "Triton":
+            return triton_refusal()
+        if self._device.type != "cpu":
+            return f"there is no C form for {self._device.type}"
+        return refusal()
 
     def _find_scans(self) -> None:
         loops = [s for s in self.stages.forward if s.loop]
@@ -198,3 +211,8 @@ class StepSchedule:
             rewrite(traced)
             self._steps[streams] = traced
         return stage(self._steps[streams])
+
+
+def language_of(device: torch.device) -> Language:
+    """Return the language of compiled loops on a device."""
+    return "Triton" if device.type == "cuda" else "C"

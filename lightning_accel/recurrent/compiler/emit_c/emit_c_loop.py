@@ -2,6 +2,7 @@
 
 import torch
 
+from lightning_accel.recurrent.compiler.emit_c.emit_c_expression import expression
 from lightning_accel.recurrent.compiler.emit_c.emit_c_row import NotInCError, Place, RowWriter, passes, width
 from lightning_accel.recurrent.compiler.emit_c.fusion import PRODUCTS, RowOrder, is_view, owner_of
 from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
@@ -22,6 +23,8 @@ _INDENT = "        "
 class CText:
     """C functions that belong to one schedule; equal numbers, counted through forward and backward."""
 
+    language = "C"
+
     def __init__(self) -> None:
         self.functions: list[str] = []
         self.refusals: list[str] = []
@@ -31,6 +34,18 @@ class CText:
     def source(self) -> str:
         """All of them."""
         return "\n\n".join(self.functions)
+
+    def can_write(self, node: Node) -> bool:
+        """Whether a loop can compute an elementwise call that comes before it."""
+        return expression(node, lambda _: "x") is not None
+
+    def loop(self, text: FunctionText, segment: Segment, *, reverse: bool, extra: list[Node]) -> "CLoop":
+        """Write a loop; see `CLoop`."""
+        return CLoop(text, segment, self, reverse=reverse, extra=extra)
+
+    def machine(self) -> str:
+        """Write what makes the functions callable."""
+        return f"machine = MachineCode({self.source!r}, {self.dtype})\n\n"
 
     def add(self, body: str, dtype: torch.dtype) -> str:
         """Add a function with this body; return its name."""
@@ -57,12 +72,14 @@ class CLoop:
         NotInCError: If the loop holds an operation that has no C form; nothing is written then.
     """
 
+    order_type = RowOrder
+
     def __init__(self, text: FunctionText, segment: Segment, c: CText, *, reverse: bool, extra: list[Node]) -> None:
         self.text, self.c, self.reverse = text, c, reverse
         self.places = BufferAssignment(text, segment, reverse=reverse)
         self.calls = sorted([*self.places.nodes, *extra], key=text.stages.order.__getitem__)
         self.inside = {*self.places.members, *extra}
-        self.order = RowOrder(text.stages, self.calls, self.inside, extra)
+        self.order = self.order_type(text.stages, self.calls, self.inside, extra)
         self.rows, self.dtype = self.order.rows, self.order.dtype
         self.outside = self._needed_outside()
         self.place: dict[Node, Place] = {}
@@ -76,7 +93,7 @@ class CLoop:
         for node in self.rows:
             for value in parts(node) or [node]:
                 self._put(value)
-        self.name = self.c.add(self._body(), self.dtype)
+        self.name = self._add()
 
     def write(self) -> None:
         """Write what calls the C function."""
@@ -198,6 +215,10 @@ class CLoop:
         return [*own, *self.also.get(node, ())]
 
     # ---- the text ----
+
+    def _add(self) -> str:
+        """Hand the function over; return its name."""
+        return self.c.add(self._body(), self.dtype)
 
     def _body(self) -> str:
         self.types: dict[str, torch.dtype] = {}

@@ -65,23 +65,34 @@ def passes(node: Node) -> int:
     return 1 if node.target is NORM_BACKWARD or node.target in SUMS else 0
 
 
-def check(node: Node) -> None:
-    """Raise `NotInCError` for a call that can not be written."""
-    target, kind = node.target, node.meta["val"]
+def check_shape(node: Node) -> bool:
+    """Look at calls that are more than elementwise; tell whether this is one.
+
+    Raises:
+        NotInCError: If it can not be written.
+    """
+    target = node.target
     if target is NORM or target is NORM_BACKWARD:
         normalized = list(node.args[1 if target is NORM else 2])
         if normalized != [shape(node.args[0])[-1]]:
             raise NotInCError(f"{target} over more than the last dimension")
         if target is NORM_BACKWARD and list(node.args[-1]) != [True, False, False]:
             raise NotInCError(f"{target} of a weight")
-        return
+        return True
     if target in SUMS:
         dims = [int(d) % len(shape(node.args[0])) for d in node.args[1]]
         if dims != [len(shape(node.args[0])) - 1] or len(node.args) < 3 or not node.args[2] or node.kwargs:
             raise NotInCError(f"{target} over other dimensions than the last")
+        return True
+    return False
+
+
+def check(node: Node) -> None:
+    """Raise `NotInCError` for a call that can not be written."""
+    if check_shape(node):
         return
-    if not isinstance(kind, torch.Tensor) or expression(node, lambda _: "x") is None:
-        raise NotInCError(f"{target}")
+    if not isinstance(node.meta["val"], torch.Tensor) or expression(node, lambda _: "x") is None:
+        raise NotInCError(f"{node.target}")
 
 
 class RowWriter:

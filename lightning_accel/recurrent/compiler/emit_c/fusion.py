@@ -5,13 +5,12 @@ rows, a call begins in the first pass in which all elements that it reads exist.
 """
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from lightning_accel.machine_code.c_functions import REALS
-from lightning_accel.recurrent.compiler.emit_c.emit_c_expression import expression
 from lightning_accel.recurrent.compiler.emit_c.emit_c_row import NORM, NotInCError, check, passes, width
 from lightning_accel.recurrent.compiler.emit_python.function_text import parts
 from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, aten, shape
@@ -20,13 +19,16 @@ from lightning_accel.recurrent.compiler.stage import Segment, Stages
 PRODUCTS = {aten.mm.default, aten.addmm.default}
 
 
-def inlined(stages: Stages, segments: list[Segment], apart: Iterable[Node]) -> dict[int, list[Node]]:
+def inlined(
+    stages: Stages, segments: list[Segment], apart: Iterable[Node], can_write: Callable[[Node], bool]
+) -> dict[int, list[Node]]:
     """Find elementwise calls before a loop that nothing but the loop reads; there they need no memory.
 
     Args:
         stages: Of the step.
         segments: Of the forward or the backward.
         apart: Values that are needed elsewhere.
+        can_write: Whether the loop's language has a form of an elementwise call.
 
     Returns:
         Index of a loop's segment: calls that it may take, in order.
@@ -47,7 +49,7 @@ def inlined(stages: Stages, segments: list[Segment], apart: Iterable[Node]) -> d
                 and users
                 and all(home[u] == loop or u in taken for u in users)
                 and all(width(u) == width(node) and u.target not in PRODUCTS for u in users if _is_tensor(u))
-                and expression(node, lambda _: "x") is not None
+                and can_write(node)
                 and torch.Tag.pointwise in node.target.tags
             ):
                 taken.add(node)
@@ -101,9 +103,7 @@ class RowOrder:
 
     def _check(self) -> None:
         kinds = {n.meta["val"].dtype for n in self.rows if isinstance(n.meta["val"], torch.Tensor)} - {torch.bool}
-        if len(kinds) != 1 or not kinds <= set(REALS):
-            raise NotInCError(f"numbers of the types {kinds}")
-        (self.dtype,) = kinds
+        self.dtype = self.type_of(kinds)
         for node in self._calls:
             if node.target is operator.getitem:
                 continue
@@ -122,7 +122,22 @@ class RowOrder:
                 if (int(node.args[1]) if len(node.args) > 1 else 0) % 2 != 1:
                     raise NotInCError("a concatenation of streams")
             else:
-                check(node)
+                self.check_call(node)
+
+    def type_of(self, kinds: set[torch.dtype]) -> torch.dtype:
+        """Return the type in which numbers of these types are computed."""
+        if len(kinds) != 1 or not kinds <= set(REALS):
+            raise NotInCError(f"numbers of the types {kinds}")
+        (dtype,) = kinds
+        return dtype
+
+    def is_number(self, dtype: torch.dtype) -> bool:
+        """Whether the loop may read numbers of a type."""
+        return dtype is self.dtype
+
+    def check_call(self, node: Node) -> None:
+        """Refuse a row operation that can not be written."""
+        check(node)
 
     def _check_view(self, node: Node) -> None:
         x, *args = node.args
@@ -135,7 +150,7 @@ class RowOrder:
         value = source.meta["val"]
         if not isinstance(value, torch.Tensor):
             return  # the parts of a call
-        if value.dim() > 2 or (value.dtype is not self.dtype and value.dtype is not torch.bool):
+        if value.dim() > 2 or not (self.is_number(value.dtype) or value.dtype is torch.bool):
             raise NotInCError(f"{source} of shape {shape(source)} and type {value.dtype}")
         rows_ = value.shape[0] if value.dim() == 2 else 1
         if rows_ not in (1, self._stages.step.streams) or width(source) not in (1, *self._widths(node)):

@@ -7,6 +7,7 @@ steps, or in one buffer that all steps share. Views are taken before the loop.
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from lightning_accel.recurrent.compiler.emit_c.emit_c_loop import CLoop, CText
 from lightning_accel.recurrent.compiler.emit_c.emit_c_row import NotInCError
@@ -23,9 +24,13 @@ from lightning_accel.recurrent.compiler.emit_python.function_text import (
     shape_text,
 )
 from lightning_accel.recurrent.compiler.emit_python.weight_gradients import TimeSums
+from lightning_accel.recurrent.compiler.emit_triton.triton_loop import TritonText
 from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, aten
 from lightning_accel.recurrent.compiler.stage import Segment, Stages
 from lightning_accel.recurrent.compiler.trace import CannotScheduleError
+
+Language = Literal["C", "Triton"]
+_TEXTS: dict[Language, type[CText]] = {"C": CText, "Triton": TritonText}
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,16 @@ class Generator:
     ``slabs`` blocks of what outlives the call, ``ws`` a `Workspace` whose buffers the next block uses again.
     """
 
-    def __init__(self, stages: Stages, wanted: Wanted, *, scan: bool = False, compiled: bool = False) -> None:
-        self._scan, self._compiled = scan, compiled
+    def __init__(
+        self,
+        stages: Stages,
+        wanted: Wanted,
+        *,
+        scan: bool = False,
+        compiled: bool = False,
+        language: Language = "C",
+    ) -> None:
+        self._scan, self._compiled, self._language = scan, compiled, language
         self.stages, self.step, self.wanted = stages, stages.step, wanted
 
     def source(self) -> str:
@@ -65,31 +78,32 @@ class Generator:
                     self._sums.add(k, gradient)
         saved = self.stages.saved if self.wanted.any else []
         self._saved = [n for n in saved if n not in self.step.xs]
-        self._c = CText() if self._compiled else None
+        self._kernels = _TEXTS[self._language]() if self._compiled else None
         forward = self._forward()
         backward = self._backward() if self.wanted.any else ""
         return self._machine() + forward + "\n" + backward
 
     def _machine(self) -> str:
-        if self._c is None:
+        if self._kernels is None:
             return ""
-        if not self._c.functions:
-            reasons = "; ".join(dict.fromkeys(self._c.refusals)) or "it has none"
-            raise CannotScheduleError(f"none of its loops can be written in C: {reasons}.")
-        return f"machine = MachineCode({self._c.source!r}, {self._c.dtype})\n\n"
+        if not self._kernels.functions:
+            reasons = "; ".join(dict.fromkeys(self._kernels.refusals)) or "it has none"
+            raise CannotScheduleError(f"none of its loops can be written in {self._kernels.language}: {reasons}.")
+        return self._kernels.machine()
 
     def _write_segments(
         self, text: FunctionText, segments: list[Segment], apart: Iterable[Node], *, reverse: bool
     ) -> None:
         loops: dict[int, CLoop] = {}
         taken: set[Node] = set()
-        if self._c is not None:
-            for k, extra in inlined(self.stages, segments, apart).items():
+        kernels = self._kernels
+        if kernels is not None:
+            for k, extra in inlined(self.stages, segments, apart, kernels.can_write).items():
                 for calls in (extra, []):
                     try:
-                        loops[k] = CLoop(text, segments[k], self._c, reverse=reverse, extra=calls)
+                        loops[k] = kernels.loop(text, segments[k], reverse=reverse, extra=calls)
                     except NotInCError as refusal:
-                        self._c.refusals.append(str(refusal))
+                        kernels.refusals.append(str(refusal))
                         continue
                     taken.update(calls)
                     break

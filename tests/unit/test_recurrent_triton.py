@@ -1,0 +1,98 @@
+"""Emitted Triton kernels, interpreted: they compute what the plain loop computes, forward and backward."""
+
+import pytest
+import torch
+from recurrent_emitted import CELLS, Case, largest_error, round_as_chips_do
+from torch import nn
+
+from lightning_accel.recurrent.compiler.emit_triton import triton_code
+from lightning_accel.recurrent.compiler.emit_triton.triton_code import LaunchPlan
+from lightning_accel.recurrent.compiler.trace import CannotScheduleError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # numbers beyond a row's end
+    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the largest number of each tensor
+EPSILON = 2.0**-8  # of bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _rounding(monkeypatch):
+    round_as_chips_do(monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("name", CELLS)
+def test_a_kernel_equals_the_loop(name, dtype):
+    case = Case(name, 5, 20, steps=4, streams=3, dtype=dtype)
+    assert largest_error(case.scheduled(), case.loop()) <= LIMITS[dtype]
+    assert case.schedule.failure is None
+    assert len(case.code().kernels) == 2
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("name", CELLS)
+def test_a_kernel_in_bfloat16_is_as_near_to_float32_as_the_loop(name, autocast):
+    case = Case(name, 5, 20, steps=4, streams=3, dtype=torch.float32 if autocast else torch.bfloat16, autocast=autocast)
+    actual, plain, exact = case.scheduled(), case.loop(), case.loop(torch.float32)
+    assert case.schedule.failure is None
+    assert [a if a is None else a.dtype for a in actual] == [p if p is None else p.dtype for p in plain]
+    if name == "odd":  # which of two numbers is the larger decides its derivative, and rounding decides that
+        actual, plain, exact = actual[:3], plain[:3], exact[:3]
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        if e is not None:
+            scale = e.abs().max().clamp_min(1e-3)
+            error, usual = ((v.float() - e).abs().max() / scale for v in (a, p))
+            assert error <= 3.0 * usual + 4.0 * EPSILON
+
+
+@pytest.mark.parametrize("name", ["lstm", "layer norm", "odd"])
+def test_more_streams_than_a_program_takes_and_rows_wider_than_a_tile(name):
+    case = Case(name, 3, 140, steps=2, streams=18)
+    assert largest_error(case.scheduled(), case.loop()) <= LIMITS[torch.float32]
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_programs_that_share_a_block_of_streams_equal_the_loop(name, monkeypatch):
+    launched = []
+
+    def plan(streams, streamed, device):
+        return LaunchPlan(-(-streams // 16), 3, 16, at_once=False)
+
+    def launch(kernel, grid, arguments, constants):
+        launched.append((grid, constants["PHASE"]))
+        plain_launch(kernel, grid, arguments, constants)
+
+    plain_launch = triton_code.launch
+    monkeypatch.setattr(triton_code, "plan_launch", plan)
+    monkeypatch.setattr(triton_code, "launch", launch)
+    case = Case(name, 5, 40, steps=3, streams=2)
+    assert largest_error(case.scheduled(), case.loop()) <= LIMITS[torch.float32]
+    assert {grid for grid, _ in launched} == {(1, 3)}
+    assert {phase for _, phase in launched} >= {0}
+
+
+class SortingCell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x, state):
+        h = torch.softmax(self.mix(x + state[0]), -1)
+        return h, (h,)
+
+
+def test_what_has_no_triton_form_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(CELLS, "sorting", lambda features, hidden: SortingCell())
+    case = Case("sorting", 4, 4, steps=3, streams=2)
+    with pytest.raises(CannotScheduleError, match=r"none of its loops can be written in Triton: .*softmax"):
+        case.code()
+
+
+def test_without_triton_the_reason_is_the_extra(monkeypatch):
+    monkeypatch.setattr(triton_code.importlib.util, "find_spec", lambda name: None)
+    assert triton_code.triton_refusal() is not None
+    with pytest.raises(CannotScheduleError, match="extra `gpu`"):
+        Case("lstm", 3, 4, steps=2, streams=2)
