@@ -184,3 +184,39 @@ def gradient_hooks_of(parameter: torch.Tensor) -> str | None:
         if getattr(parameter, kind, None):
             return name
     return None
+
+
+USED_IN_PLACE = {
+    "_apply": "what `Module.to` and others call; layers that keep more than their parameters override it",
+    "_backward_hooks": "whether a tensor has hooks, asked once a step of a loop, where a call would cost",
+    "_base": "of which tensor another is a view",
+    "_BatchNorm": "the class that all batch norms share",
+    "_buffers": "as `buffers_of`, written to",
+    "_ConvNd": "the class that all convolutions share",
+    "_foreach_add_": "one call for many tensors; the optimizers of torch are made of these",
+    "_foreach_copy_": "likewise",
+    "_foreach_mul_": "likewise",
+    "_foreach_norm": "likewise",
+    "_foreach_sub_": "likewise",
+    "_is_replica": "whether `DataParallel` made a module: a copy for one forward",
+    "_log_softmax": "the operation that a traced `log_softmax` becomes",
+    "_log_softmax_backward_data": "the operation that its gradient becomes",
+    "_modules": "as `children_of`, written to",
+    "_NormBase": "the class that all norms with running statistics share",
+    "_ops": "where the classes of operations are found; `torch.ops` is public, its classes are not",
+    "_opt_called": "what schedulers ask an optimizer, to warn where it has not stepped",
+    "_optimizer_step_post_hooks": "what `register_step_post_hook` fills; there is no way to ask",
+    "_orig_mod": "the module that `torch.compile` wraps",
+    "_overloadname": "which form of an operation was traced",
+    "_parameters": "as `parameters_of`, written to",
+    "_pytree": "nests of tensors, as torch itself takes them apart",
+    "_save_to_state_dict": "what `state_dict` calls for each module; layers with other keys override it",
+    "_schema": "which arguments an operation has, and which of them it writes",
+    "_softmax": "the operation that a traced `softmax` becomes",
+    "_softmax_backward_data": "the operation that its gradient becomes",
+    "_to_copy": "the operation that a traced `to` becomes",
+    "_unsafe_view": "the operation that a traced product of matrices ends with",
+    "_version": "how often a tensor was written to; several times a step of a loop",
+    "_wrapped_by_lr_sched": "whether a scheduler has put its counter around `step`",
+}
+"""Private names of torch outside of this file, and why they are used where they stand; each has a canary as well."""

@@ -1,11 +1,14 @@
 """Rules of the house that no linter knows: sizes of modules and folders, one owner for each default."""
 
+import ast
 import importlib
 import inspect
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+
+from lightning_accel.torch_private import USED_IN_PLACE
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "lightning_accel").rglob("*.py"))
@@ -41,3 +44,51 @@ def test_every_default_is_that_of_the_class_and_every_argument_has_a_knob(path):
         for key, value in node.items():
             default = arguments[key].default
             assert value == (list(default) if isinstance(default, tuple) else default), key
+
+
+FENCE = {ROOT / "lightning_accel" / "torch_private.py", *(ROOT / "lightning_accel" / "lightning_private").glob("*.py")}
+NOT_OF_TORCH = {
+    "_exit": "public in `os`",
+    "_fields": "public in named tuples, as `_replace`",
+    "_replace": "",
+    "_target_": "a key of Hydra",
+    "_trial_id": "of Optuna, see `handle_of`",
+    "_GlobalStateSnapshot": "parts of Lightning's launcher, see `launcher_module`",
+    "_MultiProcessingLauncher": "",
+    "_WorkerOutput": "",
+    "_check_missing_main_guard": "",
+    "_disable_module_memory_sharing": "",
+}
+
+
+def private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(tree):
+    """Yield the private names that code takes from other objects than its own instance."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in "self cls"):
+            yield node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
+            yield from (a.value for a in node.args[1:2] if isinstance(a, ast.Constant) and isinstance(a.value, str))
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lightning_accel"):
+            yield from (alias.name for alias in node.names)
+
+
+def own_names(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def test_private_names_of_other_packages_stand_behind_the_fence_or_with_a_reason():
+    trees = {path: ast.parse(path.read_text()) for path in MODULES}
+    own = {name for tree in trees.values() for name in own_names(tree)}
+    used = {name for path in set(trees) - FENCE for name in private_names(trees[path]) if private(name)}
+    assert used - own - set(USED_IN_PLACE) - set(NOT_OF_TORCH) == set()
+    assert (set(USED_IN_PLACE) | set(NOT_OF_TORCH)) - used == set()
