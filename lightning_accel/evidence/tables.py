@@ -58,22 +58,6 @@ def budget_table(budgets: Mapping[str, Sequence[Share]]) -> Table:
     return table
 
 
-def comparison_markdown(comparison: Comparison) -> str:
-    """Return the table of a comparison in markdown."""
-    head = ["metric", comparison.baseline, comparison.candidate, "ratio [interval]", "verdict"]
-    rows = [
-        [
-            line.name.strip(),
-            write_value(line.baseline, line.unit),
-            write_value(line.candidate, line.unit),
-            write_effect(line),
-            line.verdict,
-        ]
-        for line in comparison.lines
-    ]
-    return _markdown(head, rows, right=(1, 2, 3))
-
-
 def bench_table(rows: Iterable[BenchRow], *, title: str = "") -> Table:
     """Return the table of a benchmark for the terminal."""
     table = Table(title=title or None, box=box.SIMPLE_HEAD)

@@ -15,7 +15,6 @@ from lightning_accel.evidence.tables import (
     bench_dict,
     bench_markdown,
     bench_table,
-    comparison_markdown,
     comparison_table,
     style_of,
     write_bench,
@@ -80,13 +79,6 @@ def test_comparison_for_the_terminal_fits_eighty_columns():
     assert "accelerated against plain, 6 pairs" in text
     line = next(li for li in text.splitlines() if "fit, wall clock" in li)
     assert line.split() == ["fit,", "wall", "clock", "12.5", "s", "6.00", "s", "2.07", "[2.00,", "2.18]", "faster"]
-
-
-def test_comparison_in_markdown():
-    lines = comparison_markdown(_comparison()).splitlines()
-    assert lines[0] == "| metric | plain | accelerated | ratio [interval] | verdict |"
-    assert lines[1] == "| --- | ---: | ---: | ---: | --- |"
-    assert lines[2] == "| fit, wall clock | 12.5 s | 6.00 s | 2.07 [2.00, 2.18] | faster |"
 
 
 def _bench():

@@ -131,23 +131,6 @@ def put_weight(optimizer: torch.optim.Optimizer, factors: Sequence[nn.Parameter]
     return any(states)
 
 
-def replace_by_merged(optimizer: torch.optim.Optimizer, merged: Mapping[LowRankLayer, nn.Parameter]) -> tuple[str, ...]:
-    """Let dense weights take the place of the factors they were multiplied from.
-
-    The dense weight's moments can not be known from those of the factors, so they start fresh.
-
-    Args:
-        optimizer: Holds the factors; changed in place. The weight goes to the group of the first factor.
-        merged: Factored layer to the dense weight that replaces it.
-
-    Returns:
-        One line a layer whose moments start fresh.
-    """
-    why = "moments of factors do not determine those of the weight"
-    known = [weight for layer, weight in merged.items() if put_weight(optimizer, _factors_of(layer), weight)]
-    return tuple(f"{tuple(weight.shape)}: {why}" for weight in known)
-
-
 def project_state(
     state: Mapping[str, Any], layer: LowRankLayer, options: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:

@@ -181,7 +181,7 @@ class Generator:
             if dy is not None:
                 text.write_line(f"{text.name(dy)} = dys[{k}]")
         self._write_segments(text, self.stages.backward, [*outputs, *self.stages.read], reverse=True)
-        for k, statements in self._sums.statements(text.name, text.is_block).items():
+        for k, statements in self._sums.statements(text.name).items():
             for statement in statements[:-1]:
                 text.write_line(statement)
             text.write_line(f"sums[{k}] = {statements[-1]}")

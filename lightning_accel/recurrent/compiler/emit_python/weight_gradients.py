@@ -51,10 +51,10 @@ class TimeSums:
             self.stages.add_backward(leaf)
             self.stages.read.add(leaf)
 
-    def statements(self, name: Name, is_block: Callable[[Node], bool]) -> dict[int, list[str]]:
+    def statements(self, name: Name) -> dict[int, list[str]]:
         """Write, for each weight, statements of which the last is the sum, what earlier blocks gave included."""
         self._before: list[str] = []
-        self._name, self._is_block = name, is_block
+        self._name = name
         self._made: set[Node] = set()
         texts = {}
         for weight, gradient in self._wanted.items():
