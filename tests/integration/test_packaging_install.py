@@ -10,7 +10,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-import tomllib
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pytest brings it
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 180  # seconds
