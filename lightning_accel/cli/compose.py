@@ -1,6 +1,7 @@
 """One way to compose and instantiate, the same with Hydra 1.3 and 1.4."""
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_accel.cli.errors import UsageError, annotations, defined_name, refused
 
-_NUMBERS = (int, float, bool, type(None))
+_INTEGERS = (int, bool, type(None))
+_NUMBERS = (*_INTEGERS, float)
 CONFIG_PATH = "pkg://lightning_accel.conf"
 # 1.4 deprecates `version_base` and asks which targets code may be built from; 1.3 knows no such question.
 _HYDRA_1_3 = tuple(int(part) for part in re.findall(r"\d+", hydra.__version__)[:2]) < (1, 4)
@@ -62,9 +64,9 @@ def instantiate(node: DictConfig, *, name: str, **given: object) -> Any:
         given: Arguments that no configuration can hold, e.g. the callbacks of a Trainer.
 
     Raises:
-        UsageError: If the class can not be found, annotates a number and is given a word, or refuses its arguments
-            by ``ValueError``, ``TypeError`` or Lightning's ``MisconfigurationException``. Other errors of a
-            constructor come out as they are.
+        UsageError: If the class can not be found, annotates a number and is given a word, or an integer and is given a
+            fraction, or refuses its arguments by ``ValueError``, ``TypeError`` or Lightning's
+            ``MisconfigurationException``. Other errors of a constructor come out as they are.
     """
     _refuse_words(node, name)
     # The user composed these targets and no others, so these and no others are trusted.
@@ -96,8 +98,13 @@ def targets(plain: object) -> Iterator[str]:
 
 
 def _refuse_words(node: DictConfig, name: str) -> None:
-    """Refuse a word where the target's annotation takes numbers only: few constructors look, and fail far later."""
+    """Refuse a word where the target's annotation takes numbers only, and a fraction where it takes integers only.
+
+    Few constructors look, and fail far later.
+    """
     for key, (annotation, kinds) in annotations(str(node.get("_target_"))).items():
         value = node.get(key)
-        if isinstance(value, str) and all(kind in _NUMBERS for kind in kinds):
+        is_word = isinstance(value, str) and all(kind in _NUMBERS for kind in kinds)
+        is_fraction = isinstance(value, float) and math.isfinite(value) and not value.is_integer()
+        if is_word or (is_fraction and all(kind in _INTEGERS for kind in kinds)):
             raise UsageError(f"`{name}.{key}` must be {annotation}, got {value!r}.")

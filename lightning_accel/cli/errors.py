@@ -47,7 +47,7 @@ def explain(error: BaseException, overrides: Iterable[str] = ()) -> tuple[str, i
         return f"{_first_line(error)} (at `{error.full_key}`)", NOT_UNDERSTOOD
     if isinstance(error, OSError) and error.errno is not None:
         return _system(error), FAILED
-    return f"{type(error).__name__}: {error}{_where(error)}", FAILED
+    return f"{type(error).__name__}: {str(error).strip() or _failing_line(error)}{_where(error)}", FAILED
 
 
 def refused(error: Exception, node: DictConfig, *, name: str) -> BaseException:
@@ -198,6 +198,12 @@ def _where(error: BaseException) -> str:
     """Name the last line that is not inside a library, by file name only."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
     return f" (in {Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+
+
+def _failing_line(error: BaseException) -> str:
+    """Return the line of code that failed, for an error that says nothing, such as an assertion of a library."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"`{frames[-1].line}`" if frames and frames[-1].line else "no message"
 
 
 def _first_line(error: BaseException) -> str:

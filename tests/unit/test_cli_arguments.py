@@ -121,12 +121,26 @@ def test_a_value_that_is_needed_is_asked_for():
         ({"_target_": "torch.nn.Linear", "in_features": 2, "out_featurs": 2}, r"Did you mean `out_features`"),
         ({"_target_": "lightning.pytorch.callbacks.Timer", "interval": "never"}, r"`part` \(.*Timer\): .*never"),
         ({"_target_": "torch.nn.Linear", "in_features": "two", "out_features": 2}, r"must be int, got 'two'"),
-        ({"_target_": "lightning.pytorch.loggers.MLFlowLogger"}, r"needs something that is not installed: .*mlflow"),
+        ({"_target_": "torch.nn.Linear", "in_features": 2.5, "out_features": 2}, r"must be int, got 2.5"),
+        ({"_target_": "lightning.pytorch.Trainer", "max_epochs": 0.5}, r"must be .*int.*, got 0.5"),
+        ({"_target_": "lightning.pytorch.loggers.CometLogger"}, r"needs something that is not installed: .*comet"),
     ],
 )
 def test_what_can_not_be_built_is_a_usage_error(node, message):
     with pytest.raises(UsageError, match=message):
         instantiate(OmegaConf.create(node), name="part")
+
+
+def test_a_number_without_a_fraction_is_an_integer_however_it_is_written():
+    layer = instantiate(OmegaConf.create({"_target_": "lightning.pytorch.Trainer", "max_steps": 1e3}), name="trainer")
+    assert layer.max_steps == 1000
+
+
+def test_an_error_without_words_shows_the_line_that_failed():
+    with pytest.raises(AssertionError) as caught:
+        assert [] == [1], ""
+    caught.value.args = ()
+    assert explain(caught.value)[0].startswith("AssertionError: `assert [] == [1]")
 
 
 def test_a_nested_mistake_is_named_where_it_stands():
