@@ -51,9 +51,10 @@ def test_help_explains_every_argument_of_a_callback(name, capsys):
     options = re.split(r"\n +--", capsys.readouterr().out)[1:]
     explained = {option.split()[0].rpartition(".")[2]: " ".join(option.split()[1:]) for option in options}
     for argument in inspect.signature(getattr(callbacks, name)).parameters:
-        text, _, kind = explained[argument].rpartition("(")
-        assert re.match("(required, )?type: ", kind), argument
+        text, kind = re.split(r"\((?:required, )?type: ", explained[argument])
+        assert kind, argument
         assert len(text.split()) > 3, f"{argument}: {text}"
+        assert "See `" not in text[:20], f"{argument}: {text}"
 
 
 @pytest.mark.parametrize(

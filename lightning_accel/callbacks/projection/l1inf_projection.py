@@ -14,32 +14,32 @@ from lightning_accel.projection.training.ramp import Curve
 class L1InfProjection(ProjectionCallback):
     """Keep parameters in the l1,inf ball while they train, which clears whole rows or columns of them.
 
-    The l1,inf case of `MultilevelProjection`: behaviour, checkpoints, logs (under ``l1inf_projection/``) and all
-    arguments but ``method`` are explained there.
+    The l1,inf case of `MultilevelProjection`: behaviour, checkpoints, logs (under ``l1inf_projection/``) and its
+    arguments are explained there at length.
 
     Args:
         radius: Sum over the groups of the largest magnitude in each, >= 0.
-        radius_fraction: See `MultilevelProjection`.
-        target_sparsity: See `MultilevelProjection`.
-        parameters: See `MultilevelProjection`.
-        module_types: See `MultilevelProjection`.
-        groups: See `MultilevelProjection`.
-        num_heads: See `MultilevelProjection`.
+        radius_fraction: Radius over the norm at the start of training, in [0, 1].
+        target_sparsity: Fraction of the groups to clear, in [0, 1]; 0.5 where no size is given.
+        parameters: Shell pattern or patterns of parameter names; the weights of hidden layers if None.
+        module_types: Class names of the modules that own them; any if None.
+        groups: ``"rows"`` (outputs), ``"columns"`` (inputs), ``"heads"``, or the dimensions that number the groups.
+        num_heads: Attention heads, for ``groups="heads"`` where the module does not say.
         method: ``"bilevel"``, or ``"exact"`` for the nearest point, see `lightning_accel.projection.project_l1inf`.
-        scope: See `MultilevelProjection`.
-        min_groups: See `MultilevelProjection`.
-        schedule: See `MultilevelProjection`.
-        start_step: See `MultilevelProjection`.
-        end_step: See `MultilevelProjection`.
-        every_n_steps: See `MultilevelProjection`.
-        every_n_epochs: See `MultilevelProjection`.
-        at_end: See `MultilevelProjection`.
-        mode: See `MultilevelProjection`.
-        retrain_epoch: See `MultilevelProjection`.
-        rewind: See `MultilevelProjection`.
-        freeze_zero_groups: See `MultilevelProjection`.
-        nonfinite: See `MultilevelProjection`.
-        compile: See `MultilevelProjection`.
+        scope: ``"parameter"``: a ball for each; ``"global"``: one budget over all.
+        min_groups: Groups of each parameter that stay whatever the size; 0 lets a layer be cleared whole.
+        schedule: How the target rises: ``"constant"``, ``"linear"`` or ``"cubic"``; chosen with the target if None.
+        start_step: Optimizer steps before the first projection.
+        end_step: Optimizer step of the full projection.
+        every_n_steps: Optimizer steps between projections; 1 unless another time is given.
+        every_n_epochs: Epochs between projections.
+        at_end: Whether to project when training ends, and only then.
+        mode: ``"project"``, or ``"project_then_retrain"`` with the survivors alone.
+        retrain_epoch: Epoch (from 0) that begins with the projection, for ``mode="project_then_retrain"``.
+        rewind: What survivors go back to then: ``"none"``, ``"init"``, or the path of a checkpoint.
+        freeze_zero_groups: Whether a cleared group never comes back; if None, where a target sparsity rises.
+        nonfinite: ``"raise"``, or ``"skip"`` parameters that hold NaN or infinity.
+        compile: True compiles at once, ``"auto"`` when it has paid, False never.
 
     Attributes:
         projections: Optimizer steps that were followed by a projection; equals ``trainer.global_step`` where all

@@ -40,7 +40,8 @@ class MultilevelProjection(ProjectionCallback):
     `lightning_accel.projection.shrink`. For the l1,inf ball alone see `L1InfProjection`.
 
     Args:
-        radius: See `lightning_accel.projection.project_multilevel`. Give at most one of the three sizes.
+        radius: Bound on the nested norm of each weight, >= 0, as in `lightning_accel.projection.project_multilevel`.
+            Give at most one of the three sizes.
         radius_fraction: Radius over the norm at the start of training, in [0, 1].
         target_sparsity: Fraction of the groups to clear, in [0, 1]; 0.5 where no size is given.
         parameters: Shell pattern(s) of parameter names, output layers among them if they fit; by default the weights
