@@ -74,8 +74,10 @@ CONFIGS = {
           - override /callbacks: [default, rank_quantization, sequential_freezing]
         callbacks:
           rank_quantization:
-            when: 1
+            when: setup
+            method: fixed
             on_loss: keep
+            max_overhead: 1.0
             ratio: 3.0
         """,
 }
