@@ -49,6 +49,29 @@ def test_norms_and_activations_behind_the_last_layer_change_nothing(last):
     assert found(model, lambda m: m.last(m.b(m.a(x).relu())).square().sum())[0] == {"b.weight"}
 
 
+class Bank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 8))
+
+
+class Decoder(nn.Module):
+    """Has its weights in a part that is never called, as libraries of filter banks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.bank = Bank()
+
+    def forward(self, h):
+        return h @ self.bank.weight
+
+
+def test_layer_before_one_whose_weights_are_in_a_part_is_hidden():
+    model = Net(masker=nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5)), decoder=Decoder())
+    writes, hidden = found(model, lambda m: functional.mse_loss(m.decoder(m.masker(x).sigmoid()), x))
+    assert (writes, hidden) == (set(), {"masker.0.weight", "masker.2.weight"})
+
+
 def equation(m):
     """Squared derivatives of the output, first and second ones, as solvers of equations have them."""
     points = x.clone().requires_grad_()

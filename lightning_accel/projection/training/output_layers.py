@@ -42,7 +42,9 @@ class OutputLayers:
         self._results: list[Node] = []
         self._is_differentiated = False  # by a backward pass that is part of the graph itself
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        watched = [m for m in model.modules() if m is not model and has_matrices(m) and not isinstance(m, _LEFT_ALONE)]
+        # also what has its weights in parts: these are not called where it reads them (a decoder with a filter bank)
+        parts = (m for m in model.modules() if m is not model and not isinstance(m, _LEFT_ALONE))
+        watched = [m for m in parts if any(map(_is_watched, m.modules()))]
         self._handles: list[Any] = [module.register_forward_hook(self._note_call) for module in watched]
         if not isinstance(model, _LEFT_ALONE):
             self._handles.append(model.register_forward_hook(self._note_result))
@@ -136,6 +138,10 @@ class OutputLayers:
 def has_matrices(module: nn.Module) -> bool:
     """Say whether a module itself owns a weight with at least two dimensions, or one that is still to get a shape."""
     return any(isinstance(p, UninitializedParameter) or p.ndim > 1 for p in _own(module))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return has_matrices(module) and not isinstance(module, _LEFT_ALONE)
 
 
 def _own(module: nn.Module) -> "_Identities":
