@@ -106,10 +106,10 @@ def project_l1inf(
         out: As in `project_multilevel`.
         nonfinite: As in `project_multilevel`.
         state: Of the exact method: where the last call for this tensor ended, to start from; it is updated.
-        compile: Let `torch.compile` make the passes over memory whose results stay the same bit for bit (bi-level: all
-            of them; exact: the last), which costs about 6 s once: ``True`` from now on, ``"auto"`` once large tensors
-            have been projected so often that it pays, ``False`` never. Where there is no compiler, warn once and go
-            on without.
+        compile: Let the machine's C compiler make the passes over memory whose results stay the same bit for bit
+            (bi-level: all of them; exact: the last), which takes about half a second once a type of numbers: ``True``
+            from now on, ``"auto"`` once as much memory has passed that it pays (1 GiB), ``False`` never. Where there
+            is no compiler, warn once and go on without.
 
     Returns:
         As `project_multilevel`.

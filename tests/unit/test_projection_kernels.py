@@ -4,9 +4,12 @@ import warnings
 
 import pytest
 import torch
-from torch._inductor import config as inductor
 
-from lightning_accel.projection import project_l1inf, radius_for_sparsity
+from lightning_accel.machine_code import toolchain
+from lightning_accel.projection import ExactState, project_l1inf, radius_for_sparsity
+from lightning_accel.projection.balls.floor import Floor
+from lightning_accel.projection.balls.norm_pyramid import MaxPyramid
+from lightning_accel.projection.balls.shared_radius import clear_alone, cut_alone
 from lightning_accel.projection.kernels import compiled
 from lightning_accel.projection.kernels.compiled import compiling
 from lightning_accel.projection.kernels.eager import clamp, excess, group_max, group_norms
@@ -18,6 +21,9 @@ SHAPES = {
     "columns": (700, 500, 1),
     "in-channels": (60, 50, 90),
     "few": (3, 4, 1),
+    "runs": (3, 12, 700),
+    "narrow": (5_003, 9, 1),
+    "narrow channels": (2_001, 3, 7),
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -121,66 +127,60 @@ def bits(x):
 
 
 @pytest.fixture
-def forget_compiling():
-    """Forget what was compiled, how much has passed, and that compiling failed."""
-
-    def forget():
-        compiled._broken.clear()
-        compiled._known.clear()
-        compiled._compiled.cache_clear()
-        compiled._seen[0] = 0
-
-    forget()
-    yield
-    forget()
-    torch._dynamo.reset()
+def forget_compiling(monkeypatch):
+    """Begin as a process that has compiled nothing, and in which nothing has passed."""
+    monkeypatch.setattr(compiled, "_broken", [])
+    monkeypatch.setattr(compiled, "_loaded", {})
+    monkeypatch.setattr(compiled, "_seen", dict.fromkeys(compiled._seen, 0))
 
 
 COMPILED = {
     "rows": (1, 40, 900),
     "odd rows": (1, 41, 901),
+    "short rows": (1, 300, 9),
     "columns": (70, 50, 1),
     "odd columns": (71, 51, 1),
     "in-channels": (60, 11, 6),
     "few": (3, 4, 1),
+    "runs": (3, 12, 70),
+    "narrow": (1_003, 9, 1),
+    "narrower": (701, 3, 2),
 }
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_maxima_and_clamps_equal_eager_ones_bit_for_bit(dtype, forget_compiling):
-    done = 0
-    for shape in COMPILED.values():
-        x = tensor(shape, dtype)
-        groups = shape[1]
-        x.view(-1)[:3] = torch.tensor([-0.0, 0.0, 1e-7])
-        bounds = torch.rand(groups, generator=torch.Generator().manual_seed(1)).to(dtype)
-        bounds[1::3], bounds[0] = 0.0, 3.0
-        with compiling(False):
-            expected = torch.empty_like(x)
-            clamp(x, bounds, expected)
-        with compiling(True):
-            done += compiled.largest(x) is not None
-            assert torch.equal(group_max(x), x.abs().amax((0, 2)))
-            for target in (torch.empty_like(x), x):
-                clamp(x, bounds, target)
-                assert torch.equal(bits(target), bits(expected))
-            x[-1, 2, -1] = float("nan")
-            assert torch.isnan(group_max(x)).nonzero().flatten().tolist() == [2]
-            before, version = x.clone(), x._version
-            clamp(x, bounds, x)
-            assert x._version > version  # graphs that saved it must notice
-            clamp(x, torch.full_like(bounds, float("inf")), before)
-            assert torch.equal(bits(before), bits(x))
-    assert done == (3 if dtype in (torch.float16, torch.bfloat16) else 5)  # odd pairs and few rows are left to eager
-    assert not compiled._broken
+def test_machine_code_finds_and_clamps_what_eager_passes_do_bit_for_bit(dtype, threads, monkeypatch):
+    monkeypatch.setattr(compiled, "_ALONE", 1)  # threads for small tensors as well
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape in COMPILED.values():
+            x = tensor(shape, dtype)
+            x.view(-1)[:3] = torch.tensor([-0.0, 0.0, 1e-7])
+            bounds = torch.rand(shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+            bounds[1::3], bounds[0] = 0.0, 3.0
+            with compiling(False):
+                expected = torch.empty_like(x)
+                clamp(x, bounds, expected)
+            with compiling(True):
+                assert torch.equal(compiled.largest(x), x.abs().amax((0, 2)))
+                for target in (torch.empty_like(x), x):
+                    version = target._version
+                    assert compiled.clamp(x, bounds, target)
+                    assert torch.equal(bits(target), bits(expected))
+                    assert target._version > version  # graphs that saved it must notice
+                x[-1, 2, -1] = float("nan")
+                assert torch.isnan(compiled.largest(x)).nonzero().flatten().tolist() == [2]
+                copy = x.clone()
+                assert compiled.clamp(x, torch.full_like(bounds, float("inf")), x)
+                assert torch.equal(bits(copy), bits(x)), "infinite bounds leave NaN alone"
+    finally:
+        torch.set_num_threads(before)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_compiled_projections_equal_eager_ones_bit_for_bit(dtype, forget_compiling):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_compiled_projections_equal_eager_ones_bit_for_bit(dtype):
     x = torch.randn(207, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0, :3] = torch.tensor([-0.0, 0.0, 1e-30])
     for dims in ((0,), (1,)):
@@ -198,66 +198,125 @@ def test_compiled_projections_equal_eager_ones_bit_for_bit(dtype, forget_compili
     for dims in ((0,), (1,)):
         with pytest.raises(ValueError, match="holds NaN"):
             project_l1inf(x, 1.0, dims, compile=True)
-    assert not compiled._broken
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_without_a_compiler_there_is_one_warning_and_the_same_result(forget_compiling):
+@pytest.mark.parametrize("dim", [0, 1])
+def test_steps_near_each_other_are_projected_alike_in_one_call_and_in_many(dim):
+    generator = torch.Generator().manual_seed(2)
+    one = torch.randn(60, 90, generator=generator)
+    many, tau, called = one.clone(), [0.0, 0.0], 0
+    radius = 0.2 * float(one.abs().amax(1 - dim).sum())
+    for _ in range(25):
+        for i, (x, compile) in enumerate(((one, True), (many, False))):
+            with compiling(compile):
+                whole = MaxPyramid(x, (dim,), x)
+                if i == 0 and tau[0] > 0.0:
+                    called += whole.project_near(radius, tau[0]) is not None
+                    x.copy_(before)
+                found = cut_alone(whole, radius, start=tau[i])
+            tau[i] = found.tau
+            seen = found if i == 0 else seen
+        assert torch.equal(bits(one), bits(many))
+        assert tau[0] == tau[1] > 0.0
+        assert torch.equal(seen.left, found.left)
+        assert torch.equal(seen.tops, found.tops)
+        step = 1e-2 * torch.randn(one.shape, generator=generator)
+        one += step
+        many += step
+        before = one.clone()
+    assert called > 20
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_smallest_groups_are_cleared_alike_in_one_call_and_in_many(dim):
+    generator = torch.Generator().manual_seed(3)
+    for cleared in (1, 20, 59, 60):
+        x = torch.randn(60, 60, generator=generator)
+        x[5:9], x[:, 5:9] = 0.25, 0.25  # ties
+        for dead in (None, torch.rand(60, generator=generator) < 0.2):
+            found = []
+            for compile in (True, False):
+                y = x.clone()
+                floor = Floor([60], 0, sparsity=cleared / 60, zeros_only=True)
+                with compiling(compile):
+                    assert (MaxPyramid(y.clone(), (dim,), y).clear_smallest(cleared, dead) is None), "not in place"
+                    found.append((clear_alone(MaxPyramid(y, (dim,), y), floor, dead=dead), y))
+            (quick, one), (slow, many) = found
+            assert torch.equal(bits(one), bits(many))
+            assert torch.equal(quick.left, slow.left)
+            assert torch.equal(quick.tops, slow.tops)
+            assert quick.tau == slow.tau
+            gone = one.abs().amax(1 - dim) == 0
+            assert int(gone.sum()) == (cleared if dead is None else max(cleared, int(dead.sum())))
+            assert dead is None or bool(gone[dead].all())
+            assert torch.equal(one, x.masked_fill(gone.unsqueeze(1 - dim), 0.0)), "all others stay as they are"
+
+
+def test_clearing_the_smallest_refuses_what_is_not_finite():
+    floor = Floor([4], 1, sparsity=0.5, zeros_only=True)
+    for compile in (True, False):
+        x = torch.randn(4, 40)
+        x[2, 3] = float("nan")
+        before = x.clone()
+        with compiling(compile):
+            with pytest.raises(ValueError, match="`weight` holds NaN"):
+                clear_alone(MaxPyramid(x, (0,), x), floor, name="weight")
+            clear_alone(MaxPyramid(x, (0,), x), floor, nonfinite="skip")
+        assert torch.equal(bits(x), bits(before))
+
+
+def test_without_a_compiler_there_is_one_warning_and_the_same_result(forget_compiling, monkeypatch):
     x = tensor((60, 700), torch.float32)
     expected = [project_l1inf(x, 9.0, method=m, compile=False) for m in ("bilevel", "exact")]
-    none = {"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}
-    with inductor.patch(none), warnings.catch_warnings(record=True) as caught:
+    monkeypatch.setattr(toolchain, "find_compiler", lambda: None)
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         for method, result in zip(("bilevel", "exact", "bilevel"), (*expected, expected[0]), strict=True):
             assert torch.equal(bits(project_l1inf(x, 9.0, method=method, compile=True)), bits(result))
     assert [str(w.message)[:29] for w in caught if w.category is RuntimeWarning] == ["Compiling projections failed,"]
 
 
-@pytest.fixture
-def compiled_calls(monkeypatch):
-    """Names of the functions that would be compiled, which are called as they are."""
-    calls = []
-
-    def note(function, *_):
-        return lambda *tensors: (calls.append(function.__name__), function(*tensors))[1]
-
-    monkeypatch.setattr(compiled, "_compiled", note)
-    monkeypatch.setattr(compiled, "_seen", [0])
-    return calls
-
-
-def test_compiling_starts_by_itself_once_enough_large_tensors_have_passed(compiled_calls, monkeypatch, caplog):
+def test_compiling_starts_by_itself_once_enough_memory_has_passed(forget_compiling, monkeypatch, caplog):
     x = tensor((1_200, 1_000), torch.float32)
     size = x.numel() * x.element_size()
     monkeypatch.setattr(compiled, "_WORTH", 5 * size)
     for _ in range(2):  # two passes each
         project_l1inf(x, 9.0)
-        project_l1inf(x[:500], 9.0)  # too small to count
-    assert compiled_calls == []
-    project_l1inf(x, 9.0, compile=False)
-    project_l1inf(x, 9.0)
+        project_l1inf(x, 9.0, compile=False)
+    assert compiled._loaded == {}
+    expected = project_l1inf(x, 9.0, (1,), compile=False)
     with caplog.at_level("INFO", logger="lightning_accel"):
         project_l1inf(x, 9.0, (1,), out=x)
-    assert compiled_calls == ["clamp_to", "largest_of_columns", "clamp"]
-    assert any("Compiled clamp of projections (torch.int32)" in message for message in caplog.messages)
+    assert list(compiled._loaded) == [torch.float32]
+    assert torch.equal(x, expected)
+    assert any("Compiled the passes of projections over torch.float32 in" in message for message in caplog.messages)
 
 
-def test_sums_are_never_compiled(compiled_calls, monkeypatch):
-    monkeypatch.setattr(compiled, "_WORTH", 0)
-    x = tensor((1_200, 1_000), torch.float32)
-    project_l1inf(x, 9.0, (1,), "exact")
-    assert compiled_calls == ["clamp_to"]
+def test_sums_stay_eager_for_their_order_shows(forget_compiling):
+    x = tensor((200, 1_000), torch.float32)
+    seen = []
+    for compile in (True, False):
+        state = ExactState()
+        seen.append((project_l1inf(x, 9.0, (1,), "exact", state=state, compile=compile), state.mu))
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_what_has_no_plain_memory_is_left_to_eager_passes():
+    x = tensor((1, 8, 64), torch.float32)
     with compiling(True):
-        project_l1inf(x, 9.0, (1,), "exact", compile="auto")
-    assert compiled_calls == ["clamp_to"] * 2
+        assert compiled.largest(x.to("meta")) is None
+        assert compiled.largest(x.transpose(1, 2)) is None
+        assert compiled.largest(x[:, :0]) is None
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            assert compiled.largest(torch.empty(1, 8, 64)) is None
+        seen = []
+        torch.func.vmap(lambda part: (seen.append(compiled.largest(part)), part)[1])(torch.randn(3, 1, 8, 64))
+    assert seen == [None]
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("dims", [(0,), (1,)])
 @pytest.mark.parametrize("method", ["bilevel", "exact"])
-def test_autograd_sees_a_compiled_write(dims, method, forget_compiling):
+def test_autograd_sees_a_compiled_write(dims, method):
     parameter = torch.nn.Parameter(tensor((64, 200), torch.float32))
     loss = (parameter**2).sum()
     project_l1inf(parameter, 30.0, dims, method, out=parameter, compile=True)

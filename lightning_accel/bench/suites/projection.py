@@ -32,7 +32,8 @@ _HALF = 2.5
 _THREADS = 0.6
 _STEP = 1e-2  # of the entries' spread: about what Adam moves weights by in a step
 _MOVED = "starts where the last call ended, for a tensor whose entries were 1 % of their spread away"
-_DEFAULT = "nothing is compiled, as by default until it has paid"
+_EAGER = "nothing is compiled, as on a machine without a compiler"
+_DEFAULT = "compiled, as by default once 1 GiB has passed"
 Candidates = dict[str, tuple[Callable[[], object], float | None, str]]
 
 
@@ -69,7 +70,7 @@ def _compile(device: str) -> str:
         project_l1inf(x, 1.0, compile=True)
     if any("Compiling" in str(w.message) for w in caught):
         return "no compiler was found, so this is eager"
-    return "compiled, which does not count: what the default does once it has paid"
+    return "compiled, which does not count: what the default does once 1 GiB has passed"
 
 
 def _clock(device: str) -> Callable[[], float]:

@@ -43,6 +43,26 @@ class Floor(NamedTuple):
             marks[part.argsort(descending=True, stable=True)[: self.least]] = True
         return mask
 
+    def smallest(self, norms: Tensor) -> tuple[Tensor, float]:
+        """Return what is left of the norms of one tensor on CPU when the smallest are cleared, of equal ones the first.
+
+        Args:
+            norms: float64 ``(groups,)``, finite; `cleared`, at least one of them, go.
+
+        Returns:
+            0 or infinity for each, float64 ``(groups,)``, and the middle between the two kinds; 0 where only zeros go.
+        """
+        cleared = self.cleared
+        low = float(norms.kthvalue(cleared).values)
+        left = torch.full_like(norms, math.inf)
+        if low == 0.0:
+            return left, 0.0
+        goes = norms <= low
+        if int(goes.sum()) > cleared:
+            goes = torch.zeros_like(goes).index_fill(0, norms.argsort(stable=True)[:cleared], True)
+        high = low if cleared == len(norms) else float(norms.kthvalue(cleared + 1).values)
+        return left.masked_fill_(goes, 0.0), low + 0.5 * (high - low)
+
     def tau(self, norms: Tensor) -> Tensor:
         """Return what to take off each norm, float64 scalar, so that `cleared` groups go; without a synchronization.
 
@@ -61,6 +81,13 @@ class Floor(NamedTuple):
             low, high = values.sort().values[cleared - 1 : cleared + 1]
         middle = torch.where(torch.isinf(high), low, low + 0.5 * (high - low))
         return torch.where(low > 0.0, middle, 0.0)
+
+    def idle(self, radius: float) -> bool:
+        """Whether all that a projection onto the ball of a radius clears may go."""
+        if self.sparsity is not None or self.zeros_only:
+            return False
+        # the largest norm of a ball of some radius is never cleared
+        return self.least == 0 or (self.least == 1 and len(self.sizes) == 1 and radius > 0.0)
 
     def keep(self, norms: Tensor, bounds: Tensor) -> Tensor:
         """Return bounds that let live what has to: groups beyond the number to clear (ties), and those of the floor.
@@ -82,8 +109,8 @@ class Floor(NamedTuple):
             order = (norms if mask is None else norms.masked_fill(mask, torch.inf)).argsort(stable=True)
             stays = torch.ones_like(gone).index_fill(0, order[: self.cleared], False)
             return bounds.masked_fill(gone & stays, torch.inf)
-        if self.least == 0 or (self.least == 1 and len(self.sizes) == 1 and self.radius > 0.0):
-            return bounds  # the largest norm of a ball of some radius is never cleared
+        if self.idle(self.radius):
+            return bounds
         mask = self.protected(norms)
         lost = gone if mask is None else gone & mask
         if self.radius == 0.0:

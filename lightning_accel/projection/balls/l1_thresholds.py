@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_accel.projection.kernels.compiled import EVALUATIONS
 from lightning_accel.projection.kernels.rounding import EPSILON, inner_radius
 
 SORT_UP_TO = 5_000  # groups; above, dropping what cannot survive is quicker than sorting
-_EVALUATIONS = 12  # near a good start three are enough
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -121,13 +121,12 @@ def threshold_near(norms: Tensor, radius: float, terms: int, start: float) -> tu
     """
     if radius < start:
         return None
-    target = inner_radius(radius, terms)
-    slack = 8.0 * EPSILON * len(norms) * target  # more than rounding may add to the sum
+    target, low, slack = near_limits(len(norms), radius, terms)
     tau = start
-    for _ in range(_EVALUATIONS):
+    for _ in range(EVALUATIONS):
         kept = torch.nn.functional.softshrink(norms, tau)
-        rest = float(kept.sum())
-        if target - 2.0 * slack <= rest <= target:
+        rest = float(kept.cumsum(0)[-1])  # from the first to the last, as machine code adds up
+        if low <= rest <= target:
             return kept, tau
         count = int(torch.count_nonzero(kept)) if math.isfinite(rest) else 0
         if count == 0:
@@ -136,6 +135,13 @@ def threshold_near(norms: Tensor, radius: float, terms: int, start: float) -> tu
         if not 0.0 < tau <= radius:
             return None
     return None
+
+
+def near_limits(groups: int, radius: float, terms: int) -> tuple[float, float, float]:
+    """Return the sum to reach, the least one that is close enough, and what rounding may add to it."""
+    target = inner_radius(radius, terms)
+    slack = 8.0 * EPSILON * groups * target
+    return target, target - 2.0 * slack, slack
 
 
 def simplex_threshold(values: Tensor, total: Tensor) -> Tensor:

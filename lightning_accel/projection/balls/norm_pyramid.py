@@ -6,10 +6,11 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.balls.l1_thresholds import l1_thresholds
+from lightning_accel.projection.balls.l1_thresholds import l1_thresholds, near_limits
+from lightning_accel.projection.kernels import compiled
 from lightning_accel.projection.kernels.eager import clamp, group_max, small_matrices
 from lightning_accel.projection.kernels.layout import Blocks, normalize_dims
-from lightning_accel.projection.kernels.rounding import round_bound, round_toward_zero
+from lightning_accel.projection.kernels.rounding import KEEP_FLOAT, round_bound, round_toward_zero
 
 Norm = Literal["l1", "l2", "linf"]
 Level = tuple[Norm, tuple[int, ...]]
@@ -85,15 +86,18 @@ class MaxPyramid:
 
     def tops(self) -> Tensor:
         """Return the largest magnitudes."""
-        if self.small is not None:
-            source, _, dim, _ = self.small
-            return source.abs().amax(dim).double()
-        return group_max(self.blocks.source).double()
+        if self.small is None:
+            return group_max(self.blocks.source).double()
+        source, _, dim, _ = self.small
+        found = compiled.largest(self.blocks.source)
+        return (source.abs().amax(dim) if found is None else found).double()
 
     def cut(self, bounds: Tensor, *, normal: bool = False) -> None:
         """Clamp every group to its bound, rounded toward zero."""
         high = round_bound(bounds, self.blocks.source.dtype, normal=normal)
-        if self.small is not None:
+        if self.small is None:
+            clamp(self.blocks.source, high, self.blocks.target)
+        elif not compiled.clamp(self.blocks.source, high, self.blocks.target):
             source, target, dim, zero = self.small
             low = torch.sub(zero, high)
             if dim == 0:
@@ -101,9 +105,35 @@ class MaxPyramid:
             else:  # `clamp` with a broadcast column is three times slower than its two halves
                 torch.minimum(source, high.unsqueeze(1), out=target)
                 torch.maximum(target, low.unsqueeze(1), out=target)
-        else:
-            clamp(self.blocks.source, high, self.blocks.target)
         self.blocks.finish()
+
+    def project_near(self, radius: float, start: float) -> tuple[Tensor, Tensor, float] | None:
+        """Project in place in one piece of machine code, from the threshold of a similar tensor.
+
+        Returns:
+            The norms before, what is left of them, float64 ``(groups,)`` both, and the threshold; ``None`` where that
+            is not possible, or takes a more careful look.
+        """
+        blocks = self.blocks
+        if not start <= radius or not self._in_place():
+            return None
+        groups = blocks.source.shape[1]
+        target, low, slack = near_limits(groups, radius, groups)
+        return compiled.project_near(
+            blocks.source, compiled.NearThreshold(start, (target, low, slack, radius, KEEP_FLOAT))
+        )
+
+    def clear_smallest(self, cleared: int, dead: Tensor | None) -> tuple[Tensor, Tensor, float] | None:
+        """Clear so many (>= 1) of the smallest groups in place, and all dead ones, in one piece of machine code.
+
+        Returns:
+            The norms before, what is left of them (infinite for all), float64 ``(groups,)`` both, and the threshold;
+            ``None`` where that is not possible, or takes a more careful look.
+        """
+        return compiled.clear_smallest(self.blocks.source, cleared, dead) if self._in_place() else None
+
+    def _in_place(self) -> bool:
+        return self.blocks.target is self.blocks.source and self.blocks.copied_dims is None
 
     def leave(self) -> None:
         """Write the input unchanged."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.l1_thresholds import Thresholds, l1_thresholds, single_threshold, threshold_near
-from lightning_accel.projection.balls.norm_pyramid import Norm, Pyramid, fibre_norms, project_fibres
+from lightning_accel.projection.balls.norm_pyramid import MaxPyramid, Norm, Pyramid, fibre_norms, project_fibres
 from lightning_accel.projection.balls.outcome import Cut, LoneCut
 from lightning_accel.projection.kernels.rounding import inner_radius, require_finite
 
@@ -90,6 +90,10 @@ def cut_alone(
     ``radius`` may be what gives it for the norms of the groups. ``start`` is the tau of a similar tensor, or 0;
     ``floor`` says which groups stay.
     """
+    if start > 0.0 and not callable(radius) and isinstance(part, MaxPyramid) and (floor is None or floor.idle(radius)):
+        found = part.project_near(radius, start)
+        if found is not None:
+            return LoneCut(found[0], found[2], found[1])
     tops = part.tops()
     if callable(radius):
         radius = radius(tops)
@@ -111,6 +115,41 @@ def cut_alone(
     else:
         part.leave()
     return LoneCut(tops, tau, bounds)
+
+
+def clear_alone(
+    part: Pyramid, floor: Floor, *, dead: Tensor | None = None, nonfinite: str = "raise", name: str = "x"
+) -> LoneCut:
+    """Clear of a single tensor on CPU the groups that the projection for a floor's sparsity clears, and no more.
+
+    These are the smallest, as many as the sparsity asks for; ``dead`` ones, boolean ``(groups,)``, count as zero and
+    are cleared in any case.
+
+    Raises:
+        ValueError: As `cut`.
+    """
+    cleared = floor.cleared
+    if cleared and isinstance(part, MaxPyramid):
+        found = part.clear_smallest(cleared, dead)
+        if found is not None:
+            return LoneCut(found[0], found[2], found[1])
+    tops = part.tops()
+    if dead is not None:
+        tops = tops.masked_fill(dead & torch.isfinite(tops), 0.0)
+    size = float(tops.sum())
+    if nonfinite == "raise" and not math.isfinite(size):
+        require_finite(tops.new_full((), size), name)
+    left, tau = torch.full_like(tops, math.inf), 0.0
+    if math.isfinite(size):
+        if cleared:
+            left, tau = floor.smallest(tops)
+        if dead is not None:
+            left = left.masked_fill(dead, 0.0)
+        if tau > 0.0 or dead is not None:
+            part.cut(left)
+            return LoneCut(tops, tau, left)
+    part.leave()
+    return LoneCut(tops, tau, left)
 
 
 def outer_bounds(norms: Tensor, radius: Tensor, outer: Norm, terms: int) -> Thresholds:

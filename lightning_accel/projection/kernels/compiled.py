@@ -1,42 +1,50 @@
-"""Passes over memory that `torch.compile` makes one loop each, where there is a compiler: an option, never a need.
+"""Passes over memory in machine code, where there is a C compiler: an option, never a need.
 
-Magnitudes are compared as integers, whose order is theirs once the sign bit is gone: that is one instruction where the
-rules for NaN take several. 16-bit floats go in pairs, an integer each. Columns are reduced in blocks of a few rows, as
-the loop that a compiler makes of a whole column runs down a column before it turns to the next.
-
-Maxima and clamps are those of the eager passes bit for bit, so they may be compiled at any time; sums, whose order a
-compiler changes, are not compiled. Every function returns ``None`` (or ``False``) where the eager pass is to do the
-work.
+They give what the eager passes give bit for bit, so they may take over at any time: at once where the caller says so,
+by default when as much memory has passed that compiling, which takes about half a second, has paid. Every function
+returns ``None`` (or ``False``) where the eager pass is to do the work.
 """
 
+import ctypes
 import functools
 import logging
-import math
 import time
-import types
 import warnings
-from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.kernels import loops
+from lightning_accel.machine_code import CannotCompileError, load
+from lightning_accel.projection.kernels.c_text import MAX_THREADS, passes_text
 
 Compile = bool | Literal["auto"]
 
 _log = logging.getLogger(__name__)
-_LARGE = 1 << 22  # bytes; passes over less stay in the caches, where calls cost as much as compiling spares
-_WORTH = 1 << 36  # bytes; eager passes over so many lose as much time as compiling takes, about 6 s
-_BLOCK = 25  # rows of a block that columns are reduced in
-_LEAST = 8  # rows; fewer are left to eager passes
-_NARROW = 32  # entries a row; as above
-_HALVES = (torch.float16, torch.bfloat16)
-_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_WORTH = 1 << 30  # bytes; eager passes over so many lose about as much time as compiling takes
+_ALONE = 1 << 18  # entries; starting threads for fewer takes longer than they save
+_KINDS = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "float", torch.float64: "double"}
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+EVALUATIONS = 12  # of a threshold from a start near it; three are enough
+
+
+class NearThreshold(NamedTuple):
+    """An l1 threshold that is to be found from the one of a similar tensor.
+
+    Attributes:
+        start: That one's.
+        limits: The sum of norms to reach, the least one that is close enough, what rounding may add, the radius, and
+            the factor that takes the roundoff of float32 off a bound.
+    """
+
+    start: float
+    limits: tuple[float, float, float, float, float]
+
 
 _wanted: ContextVar[Compile] = ContextVar("compiled passes wanted", default="auto")
-_seen = [0]  # bytes of large tensors that passed eagerly
+_seen = dict.fromkeys(_KINDS, 0)  # bytes that passed eagerly
 _broken: list[str] = []  # why compiling failed on this machine; it is tried once
 
 
@@ -65,138 +73,158 @@ def check_compile(wanted: object) -> None:
         raise ValueError(f"`compile` must be True, False or 'auto', got {wanted!r}.")
 
 
+def largest(x: Tensor) -> Tensor | None:
+    """Return the largest magnitude of each group, as `eager.group_max`.
+
+    Args:
+        x: ``(before, groups, after)``, contiguous.
+
+    Returns:
+        ``(groups,)``.
+    """
+    library = _library_for(x)
+    if library is None:
+        return None
+    out = torch.empty(x.shape[1], dtype=x.dtype)
+    failed = library.largest(x.data_ptr(), out.data_ptr(), *x.shape, _threads(x))
+    return None if failed else out
+
+
+def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> bool:
+    """Do what `eager.clamp` does; say whether it was done."""
+    library = _library_for(source)
+    if library is None or not (bounds.is_contiguous() and _plain(target)):
+        return False
+    failed = library.clamp(
+        source.data_ptr(), target.data_ptr(), bounds.data_ptr(), *source.shape, _threads(source)
+    )
+    # machine code writes without telling autograd, which must not use values that are gone for a gradient
+    if not target.is_inference():
+        torch.autograd.graph.increment_version(target)
+    return not failed
+
+
+def project_near(x: Tensor, threshold: NearThreshold) -> tuple[Tensor, Tensor, float] | None:
+    """Project float32 groups in place in one call, where a similar tensor's threshold is known.
+
+    Args:
+        x: ``(before, groups, after)``, contiguous.
+        threshold: What to reach, and from where.
+
+    Returns:
+        Norms of the groups before, what is left of them, both float64 ``(groups,)``, and the threshold; ``None``
+        where nothing was done.
+    """
+    library = _library_for(x) if x.dtype == torch.float32 else None
+    if library is None:
+        return None
+    tops, kept = torch.empty(2, x.shape[1], dtype=torch.float64).unbind()
+    tau = ctypes.c_double(threshold.start)
+    if not library.near(
+        x.data_ptr(), tops.data_ptr(), kept.data_ptr(), *x.shape, _threads(x), *threshold.limits, ctypes.byref(tau)
+    ):
+        return None
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+    return tops, kept, tau.value
+
+
+def clear_smallest(x: Tensor, cleared: int, dead: Tensor | None) -> tuple[Tensor, Tensor, float] | None:
+    """Clear the float32 groups of the smallest magnitudes in place, in one call.
+
+    Args:
+        x: ``(before, groups, after)``, contiguous.
+        cleared: How many, >= 1.
+        dead: Boolean ``(groups,)``, groups that count as the smallest and are cleared in any case.
+
+    Returns:
+        Magnitudes before, what is left of them (infinite for all), both float64 ``(groups,)``, and the threshold;
+        ``None`` where nothing was done.
+    """
+    library = _library_for(x) if x.dtype == torch.float32 else None
+    if library is None:
+        return None
+    tops, left = torch.empty(2, x.shape[1], dtype=torch.float64).unbind()
+    tau = ctypes.c_double()
+    masked = None if dead is None else dead.contiguous()
+    address = None if masked is None else masked.data_ptr()
+    if not library.smallest(
+        x.data_ptr(), tops.data_ptr(), left.data_ptr(), address, *x.shape, _threads(x), cleared, ctypes.byref(tau)
+    ):
+        return None
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+    return tops, left, tau.value
+
+
+class _Library:
+    """The passes over floats of one type."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        kind = _KINDS[dtype]
+        infinity = torch.tensor(torch.inf, dtype=dtype)
+        bits = int(infinity.view(_INTEGERS[dtype.itemsize]))
+        code = load(passes_text(kind, 8 * dtype.itemsize, bits, EVALUATIONS))
+        self.largest, self.clamp = code[f"largest_{kind}"], code[f"clamp_{kind}"]
+        address, count = ctypes.c_void_p, ctypes.c_int64
+        self.largest.argtypes = [address] * 2 + [count] * 4
+        self.clamp.argtypes = [address] * 3 + [count] * 4
+        if dtype == torch.float32:
+            self.near, self.smallest = code.project_near_float, code.clear_smallest_float
+            self.near.argtypes = [address] * 3 + [count] * 4 + [ctypes.c_double] * 5 + [address]
+            self.smallest.argtypes = [address] * 4 + [count] * 5 + [address]
+
+
+def _library_for(x: Tensor) -> _Library | None:
+    """Return machine code for ``x`` where it is to be had and wanted."""
+    wanted = _wanted.get()
+    if wanted is False or _broken or not _plain(x) or x.numel() == 0:
+        return None
+    if x.dtype not in _loaded:
+        _seen[x.dtype] += x.numel() * x.element_size()
+        if wanted == "auto" and _seen[x.dtype] < _WORTH:
+            return None
+        _load(x.dtype)
+    return _loaded.get(x.dtype)
+
+
+_loaded: dict[torch.dtype, _Library] = {}
+
+
+def _load(dtype: torch.dtype) -> None:
+    begin = time.perf_counter()
+    try:
+        _loaded[dtype] = _Library(dtype)
+    except (CannotCompileError, AttributeError) as error:
+        _give_up(error)
+        return
+    _log.info("Compiled the passes of projections over %s in %.1f s.", dtype, time.perf_counter() - begin)
+
+
 def _give_up(error: Exception) -> None:
     """Compile nothing from now on, and say why."""
     _broken.append(str(error))
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     warnings.warn(
-        f"Compiling projections failed, so they go on without: {first}. Install a C++ compiler, or pass "
+        f"Compiling projections failed, so they go on without: {first} Install a C compiler, or pass "
         "`compile=False`.",
         RuntimeWarning,
         stacklevel=3,
     )
 
 
-def largest(x: Tensor) -> Tensor | None:
-    """Return the largest magnitude of each row (``before`` is 1) or column, as `eager.group_max`.
-
-    Args:
-        x: ``(before, groups, after)``.
-
-    Returns:
-        ``(groups,)``, or ``(groups * after,)`` where ``before`` is not 1.
-    """
-    before, groups, after = x.shape
-    rows = x[0] if before == 1 else x.view(before, groups * after)
-    bits = _bits(rows) if _possible(rows, by_row=before == 1) and _pays(x) else None
-    if bits is None:
-        return None
-    if before == 1:
-        found = _run(loops.largest_of_row_pairs if x.dtype in _HALVES else loops.largest_of_rows, bits)
-        return found if found is None else (found.to(torch.int16) if x.dtype in _HALVES else found).view(x.dtype)
-    blocks, rest = _row_blocks(bits)
-    found = _run(loops.largest_of_column_pairs if x.dtype in _HALVES else loops.largest_of_columns, blocks)
-    if found is None or rest == 0:
-        return found if found is None else found.view(x.dtype)
-    return torch.maximum(found.view(x.dtype), rows[-rest:].abs().amax(0))
-
-
-def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> bool:
-    """Do what `eager.clamp` does; say whether it was done."""
-    before, groups, after = source.shape
-    rows, out = (t[0] if before == 1 else t.view(before, groups * after) for t in (source, target))
-    in_place = source.data_ptr() == target.data_ptr()
-    if not (_possible(rows, by_row=before == 1) and _pays(source)):
+def _plain(x: Tensor) -> bool:
+    """Whether a tensor is nothing but its memory on CPU: no wrapper of a transform, of a trace or of a subclass."""
+    if type(x) not in _TYPES or not x.is_cpu or not x.is_contiguous() or x.is_neg() or torch.compiler.is_compiling():
         return False
-    bits, out_bits = _bits(rows), _bits(out)
-    if bits is None or out_bits is None:
-        return False
-    pairs = source.dtype in _HALVES
-    if float(bounds.max()) == math.inf:  # infinite bounds leave NaN alone, which is above infinity here
-        return False
-    level = bounds.view(torch.int16 if pairs else bits.dtype)
-    repeats = (2 if pairs else 1) if before == 1 else after
-    if repeats > 1:
-        level = level.repeat_interleave(repeats)
-    info = torch.iinfo(level.dtype)
-    sign = -level >> (info.bits - 1) & info.min  # none where the level is 0
-    level, sign = (t.view(bits.dtype).unsqueeze(1 if before == 1 else 0) for t in (level, sign))
-    targets = () if in_place else (out_bits,)
-    function = _clamp_loop(pairs=pairs, in_place=in_place)
-    if _run(function, bits, level, sign, *targets) is None:
-        return False
-    # compiled code writes without telling autograd, which must not use values that are gone for a gradient
-    if not target.is_inference():
-        torch.autograd.graph.increment_version(target)
-    return True
-
-
-def _clamp_loop(*, pairs: bool, in_place: bool) -> Callable[..., Tensor]:
-    """Return what clamps integers of floats (or of pairs of 16-bit ones) to levels, keeping the bits of ``sign``.
-
-    Arguments: integers ``(rows, columns)``; level and sign, ``(rows, 1)`` or ``(1, columns)``; if not in place the
-    target. Inductor treats a target that is the source itself differently, so there are two of each.
-    """
-    if in_place:
-        return loops.clamp_pairs if pairs else loops.clamp
-    return loops.clamp_pairs_to if pairs else loops.clamp_to
-
-
-def _possible(rows: Tensor, *, by_row: bool) -> bool:
-    if _broken or _wanted.get() is False or rows.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return rows.shape[1] >= _NARROW and rows.shape[0] >= (2 if by_row else _LEAST)
-
-
-def _pays(x: Tensor) -> bool:
-    if _wanted.get() is True:
-        return True
-    size = x.numel() * x.element_size()
-    if size < _LARGE:
-        return False
-    _seen[0] += size
-    return _seen[0] > _WORTH
-
-
-def _bits(rows: Tensor) -> Tensor | None:
-    """View floats as integers, 16-bit ones in pairs; ``None`` where that does not come out even."""
-    if rows.dtype not in _HALVES:
-        return rows.view(_INTEGERS[rows.dtype])
-    return rows.view(torch.int32) if rows.shape[1] % 2 == 0 == rows.storage_offset() % 2 else None
-
-
-def _row_blocks(rows: Tensor) -> tuple[Tensor, int]:
-    """Return rows as ``(blocks, height, width)``, and how many rows are left over at the end, best none."""
-    height = min(_BLOCK, len(rows) // 2)
-    height = next((h for h in range(height, height // 2, -1) if len(rows) % h == 0), height)
-    blocks = len(rows) // height
-    return rows[: blocks * height].view(blocks, height, -1), len(rows) - blocks * height
-
-
-def _run(function: Callable[..., Any], *tensors: Tensor) -> Any:
-    """Call a function compiled; return ``None``, after one warning, where that fails."""
-    key = function, tensors[0].dtype, torch.get_num_threads()
-    begin = 0.0 if key in _known else time.perf_counter()
     try:
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                result = _compiled(*key)(*tensors)
-        else:
-            result = _compiled(*key)(*tensors)
-    except Exception as error:  # whatever a compiler may raise
-        _give_up(error)
-        return None
-    if begin:
-        _known.add(key)
-        _log.info("Compiled %s of projections (%s) in %.1f s.", function.__name__, key[1], time.perf_counter() - begin)
-    return result
+        return x.data_ptr() != 0
+    except RuntimeError:  # within a transform
+        return False
 
 
-_known: set[tuple[Callable[..., Any], torch.dtype, int]] = set()  # what was logged
+_TYPES = (Tensor, torch.nn.Parameter)
 
 
-@functools.cache
-def _compiled(function: Callable[..., Any], dtype: torch.dtype, threads: int) -> Callable[..., Any]:  # noqa: ARG001
-    """Compile a function once a type and number of threads, as code of its own: others need not be looked through."""
-    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(own, dynamic=True, fullgraph=True)
+def _threads(x: Tensor) -> int:
+    return 1 if x.numel() < _ALONE else min(torch.get_num_threads(), MAX_THREADS)

@@ -22,6 +22,8 @@ _MAGNITUDE = 0x7FFF
 _SIGN = -0x8000
 _HALVES = (torch.float16, torch.bfloat16)
 _LONG = 4096  # entries; from here on an operation a row costs less than the memory it spares
+_RUN = 64  # entries of a group in a row; from here on groups are worked on run by run
+_WIDE = 512  # entries a row; as long as operations need to be quick
 _SHORT = 32  # entries; reducing shorter rows one by one is slow
 
 
@@ -46,10 +48,19 @@ def group_max(x: Tensor) -> Tensor:
         return x.abs().amax((0, 2))
     found = compiled.largest(x)
     if found is not None:
-        return found if before == 1 or after == 1 else _max_of_rows(found.view(groups, after))
+        return found
     if before == 1:
         return _max_of_rows(x[0])
-    return _max_of_rows(_max_of_columns(x.view(before, groups * after)).view(groups, after))
+    if after >= _RUN:
+        return _max_of_rows(x.view(before * groups, after)).view(before, groups).amax(0)
+    beside, rows = _side_by_side(before, groups * after)
+    columns = x.view(before, groups * after)
+    found = _max_of_columns(columns[: rows * beside].view(rows, beside * groups * after))
+    if beside > 1:
+        found = found.view(beside, groups * after).amax(0)
+    if rows * beside < before:
+        found = torch.maximum(found, columns[rows * beside :].abs().amax(0))
+    return _max_of_rows(found.view(groups, after))
 
 
 def group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,9 +171,26 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> None:
         torch.clamp(source, 0.0 - high, high, out=target)
     elif before == 1:
         _clamp_rows(source[0], bounds.unsqueeze(1), target[0])
+    elif after >= _RUN:
+        runs = before * groups, after
+        _clamp_rows(source.view(runs), bounds.repeat(before).unsqueeze(1), target.view(runs))
     else:
         bound = (bounds if after == 1 else bounds.repeat_interleave(after)).unsqueeze(0)
-        _clamp_rows(source.view(before, groups * after), bound, target.view(before, groups * after))
+        beside, rows = _side_by_side(before, groups * after)
+        columns, out = source.view(before, groups * after), target.view(before, groups * after)
+        wide = rows, beside * groups * after
+        _clamp_rows(columns[: rows * beside].view(wide), bound.repeat(1, beside), out[: rows * beside].view(wide))
+        if rows * beside < before:
+            _clamp_rows(columns[rows * beside :], bound, out[rows * beside :])
+
+
+def _side_by_side(rows: int, width: int) -> tuple[int, int]:
+    """Return how many narrow rows to lay side by side, so that operations find long rows, and how many there are then.
+
+    Some rows may be left over.
+    """
+    beside = max(1, min(rows // _SHORT, _WIDE // width)) if width < _SHORT else 1
+    return beside, rows // beside
 
 
 def _clamp_rows(source: Tensor, bound: Tensor, target: Tensor) -> None:

@@ -11,6 +11,7 @@ from lightning_accel.projection.kernels.layout import is_sharded
 EPSILON = 2.0**-52  # unit roundoff of float64, doubled
 # unit roundoff and smallest normal number; both types have exponents that float64 holds with ease
 _ROUNDOFF = {torch.float32: (2.0**-24, 2.0**-126), torch.bfloat16: (2.0**-8, 2.0**-126)}
+KEEP_FLOAT = 1.0 - 2.0**-24  # of a bound, before it is rounded to float32
 _NORMAL = 1e-307  # parts of a float64 number as large round to nearly as many digits as any
 Radius = TypeVar("Radius", float, Tensor)
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

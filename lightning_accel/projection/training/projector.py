@@ -14,7 +14,7 @@ from lightning_accel.projection.balls.exact import ExactState, project_exact
 from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.norm_pyramid import MaxPyramid, Pyramid, check_levels, fibre_norms, pyramid
 from lightning_accel.projection.balls.outcome import Cut, LoneCut
-from lightning_accel.projection.balls.shared_radius import Team, cut, cut_alone
+from lightning_accel.projection.balls.shared_radius import Team, clear_alone, cut, cut_alone
 from lightning_accel.projection.kernels.compiled import Compile, compiling
 from lightning_accel.projection.kernels.rounding import require_finite
 from lightning_accel.projection.sharded import GatheredPyramid, ShardedMaxPyramid, alike, gather, scatter
@@ -84,9 +84,11 @@ class Projector:
         chosen = self.targets if self.ball.scope == "global" else asked
         if part == 0.0 or not chosen:
             return
+        alone = len(chosen) == 1 or (self.zeros_only and self.ball.scope == "parameter")
         with compiling(self.compile):
-            if len(chosen) != 1 or not self._project_alone(chosen[0], part):
-                self._project_together(chosen, part)
+            left = [target for target in chosen if not (alone and self._project_alone(target, part))]
+            if left:
+                self._project_together(left, part)
 
     @torch.no_grad()
     def _project_together(self, chosen: Sequence[Target], part: float) -> None:
@@ -116,8 +118,8 @@ class Projector:
 
     def _project_alone(self, target: Target, part: float) -> bool:
         """Take the short way where one plain parameter on CPU is all there is to project; say whether it was."""
-        ball = self.ball
-        if self.freeze_zero_groups or ball.method == "exact" or ball.norms[0] != "l1":
+        ball, clears = self.ball, self.zeros_only and self.ball.target_sparsity is not None
+        if (self.freeze_zero_groups and not clears) or ball.method == "exact" or ball.norms[0] != "l1":
             return False
         whole: Pyramid | None = self._known_layout(target)
         if whole is None:
@@ -128,6 +130,13 @@ class Projector:
         elif isinstance(whole, MaxPyramid) and not whole.blocks.source.is_cpu:
             return False
         memory, floor = self.memory(target), self._floor([target], part)
+        if clears:
+            dead = memory.dead if self.freeze_zero_groups else None
+            found = clear_alone(whole, floor, dead=dead, nonfinite=ball.nonfinite, name=target.name)
+            self._last[target.name] = found
+            if self.freeze_zero_groups:
+                memory.dead = found.left == 0.0 if dead is None else dead | (found.left == 0.0)
+            return True
         size: float | Callable[[Tensor], float] = floor.radius
         if ball.target_sparsity is not None:
             size = functools.partial(_sparse_radius, floor)

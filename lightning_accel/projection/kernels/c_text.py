@@ -1,0 +1,313 @@
+"""C text of the passes over memory: largest magnitudes of groups, and clamps, on one thread or several.
+
+Magnitudes are compared as integers, whose order is theirs once the sign bit is gone: NaN is above infinity then, and
+stays what it is. So results are those of the eager passes bit for bit, whatever the order of the work.
+
+Tensors are contiguous ``(before, groups, after)``. Long runs of one group are worked on run by run; short ones as
+columns of ``(before, groups * after)``, of which narrow ones are laid side by side, so that loops stay long.
+"""
+
+import sys
+
+MAX_THREADS = 64
+
+_HEAD = """
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LONG 64 /* entries of a run */
+#define WIDE 512 /* entries of a row */
+#define THREADS 64
+#define LARGER(a, b) ((a) > (b) ? (a) : (b))
+#define SMALLER(a, b) ((a) < (b) ? (a) : (b))
+
+typedef struct {
+    const void *source, *bounds;
+    void *target;
+    int64_t first, last, columns, groups;
+} piece_t;
+
+/* Cut rows into a piece a thread. A thread that does not start is done without. */
+static void in_pieces(void *(*work)(void *), piece_t whole, int64_t stride, int64_t rows, int64_t threads) {
+    pthread_t ids[THREADS];
+    piece_t pieces[THREADS];
+    char begun[THREADS];
+    for (int64_t i = 0; i < threads; i++) {
+        pieces[i] = whole;
+        pieces[i].target = (char *)whole.target + i * stride;
+        pieces[i].first = rows * i / threads;
+        pieces[i].last = rows * (i + 1) / threads;
+        begun[i] = i + 1 < threads && pthread_create(&ids[i], 0, work, &pieces[i]) == 0;
+    }
+    for (int64_t i = 0; i < threads; i++)
+        if (!begun[i]) work(&pieces[i]);
+    for (int64_t i = 0; i < threads; i++)
+        if (begun[i]) pthread_join(ids[i], 0);
+}
+
+/* How many rows to lay side by side. */
+static int64_t side_by_side(int64_t rows, int64_t width) {
+    const int64_t most = WIDE / LARGER(width, 1);
+    return LARGER(1, SMALLER(most, rows));
+}
+"""
+
+_LARGEST = """
+#define MAGNITUDE ((TYPE)(((UNSIGNED)-1) >> 1))
+#define SIGN ((TYPE)~MAGNITUDE)
+#define LANES (256 / (int)sizeof(TYPE))
+
+static void *largest_of_runs_BITS(void *given) {
+    const piece_t *p = given;
+    TYPE *out = p->target;
+    for (int64_t r = p->first; r < p->last; r++) {
+        const TYPE *x = (const TYPE *)p->source + r * p->columns;
+        TYPE lanes[LANES] = {0}, most = 0;
+        int64_t c = 0;
+        for (; c + LANES <= p->columns; c += LANES) {
+            _Pragma("omp simd")
+            for (int l = 0; l < LANES; l++) lanes[l] = LARGER(lanes[l], (TYPE)(x[c + l] & MAGNITUDE));
+        }
+        for (; c < p->columns; c++) most = LARGER(most, (TYPE)(x[c] & MAGNITUDE));
+        for (int l = 0; l < LANES; l++) most = LARGER(most, lanes[l]);
+        out[r] = most;
+    }
+    return 0;
+}
+
+static void *largest_of_columns_BITS(void *given) {
+    const piece_t *p = given;
+    const int64_t width = p->columns;
+    TYPE *out = p->target;
+    memset(out, 0, width * sizeof(TYPE));
+    int64_t r = p->first;
+    for (; r + 4 <= p->last; r += 4) {
+        const TYPE *x = (const TYPE *)p->source + r * width;
+        _Pragma("omp simd")
+        for (int64_t c = 0; c < width; c++) {
+            TYPE a = x[c] & MAGNITUDE, b = x[c + width] & MAGNITUDE;
+            TYPE d = x[c + 2 * width] & MAGNITUDE, e = x[c + 3 * width] & MAGNITUDE;
+            a = LARGER(a, b);
+            d = LARGER(d, e);
+            a = LARGER(a, d);
+            out[c] = LARGER(out[c], a);
+        }
+    }
+    for (; r < p->last; r++) {
+        const TYPE *x = (const TYPE *)p->source + r * width;
+        for (int64_t c = 0; c < width; c++) out[c] = LARGER(out[c], (TYPE)(x[c] & MAGNITUDE));
+    }
+    return 0;
+}
+
+/* Write the largest magnitude of each group; return 0, or 1 where there is no memory. */
+int largest_BITS(const TYPE *x, TYPE *out, int64_t before, int64_t groups, int64_t after, int64_t threads) {
+    if (after >= LONG || before == 1) {
+        TYPE *runs = before == 1 ? out : malloc(before * groups * sizeof(TYPE));
+        if (!runs) return 1;
+        in_pieces(largest_of_runs_BITS, (piece_t){x, 0, runs, 0, 0, after, groups}, 0, before * groups, threads);
+        if (before == 1) return 0;
+        memset(out, 0, groups * sizeof(TYPE));
+        for (int64_t b = 0; b < before; b++)
+            for (int64_t g = 0; g < groups; g++) out[g] = LARGER(out[g], runs[b * groups + g]);
+        free(runs);
+        return 0;
+    }
+    const int64_t beside = side_by_side(before, groups * after), width = beside * groups * after;
+    const int64_t rows = before / beside, rest = (before % beside) * groups * after;
+    threads = LARGER(1, SMALLER(threads, rows));
+    TYPE *found = malloc(threads * width * sizeof(TYPE));
+    if (!found) return 1;
+    piece_t whole = {x, 0, found, 0, 0, width, groups};
+    in_pieces(largest_of_columns_BITS, whole, width * sizeof(TYPE), rows, threads);
+    for (int64_t c = 0; c < rest; c++) found[c] = LARGER(found[c], (TYPE)(x[rows * width + c] & MAGNITUDE));
+    memset(out, 0, groups * sizeof(TYPE));
+    for (int64_t i = 0; i < threads * beside; i++)
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t a = 0; a < after; a++) out[g] = LARGER(out[g], found[(i * groups + g) * after + a]);
+    free(found);
+    return 0;
+}
+"""
+
+_CLAMP = """
+static void *clamp_runs_BITS(void *given) {
+    const piece_t *p = given;
+    for (int64_t r = p->first; r < p->last; r++) {
+        const TYPE *x = (const TYPE *)p->source + r * p->columns;
+        TYPE *out = (TYPE *)p->target + r * p->columns;
+        const TYPE level = ((const TYPE *)p->bounds)[r % p->groups];
+        if (level == 0) {
+            memset(out, 0, p->columns * sizeof(TYPE));
+        } else if (level == INFINITE) {
+            if (out != x) memcpy(out, x, p->columns * sizeof(TYPE));
+        } else {
+            _Pragma("omp simd")
+            for (int64_t c = 0; c < p->columns; c++) out[c] = SMALLER((TYPE)(x[c] & MAGNITUDE), level) | (x[c] & SIGN);
+        }
+    }
+    return 0;
+}
+
+static void *clamp_columns_BITS(void *given) {
+    const piece_t *p = given;
+    const TYPE *level = p->bounds;
+    int64_t r = p->first;
+    for (; r + 2 <= p->last; r += 2) {
+        const TYPE *x = (const TYPE *)p->source + r * p->columns, *y = x + p->columns;
+        TYPE *out = (TYPE *)p->target + r * p->columns, *other = out + p->columns;
+        _Pragma("omp simd")
+        for (int64_t c = 0; c < p->columns; c++) {
+            const TYPE high = level[c], sign = high ? SIGN : 0;
+            out[c] = SMALLER((TYPE)(x[c] & MAGNITUDE), high) | (x[c] & sign);
+            other[c] = SMALLER((TYPE)(y[c] & MAGNITUDE), high) | (y[c] & sign);
+        }
+    }
+    for (; r < p->last; r++) {
+        const TYPE *x = (const TYPE *)p->source + r * p->columns;
+        TYPE *out = (TYPE *)p->target + r * p->columns;
+        _Pragma("omp simd")
+        for (int64_t c = 0; c < p->columns; c++)
+            out[c] = SMALLER((TYPE)(x[c] & MAGNITUDE), level[c]) | (x[c] & (level[c] ? SIGN : 0));
+    }
+    return 0;
+}
+
+/* Clamp each group to its bound: 0 clears it, infinity leaves it alone. Return 0, or 1 where there is no memory. */
+int clamp_BITS(const TYPE *x, TYPE *out, const TYPE *bounds, int64_t before, int64_t groups, int64_t after,
+    int64_t threads) {
+    if (after >= LONG || before == 1) {
+        in_pieces(clamp_runs_BITS, (piece_t){x, bounds, out, 0, 0, after, groups}, 0, before * groups, threads);
+        return 0;
+    }
+    const int64_t beside = side_by_side(before, groups * after), width = beside * groups * after;
+    const int64_t rows = before / beside, rest = before % beside;
+    TYPE *levels = malloc(width * sizeof(TYPE)), *at = levels;
+    if (!levels) return 1;
+    for (int64_t i = 0; i < beside; i++)
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t a = 0; a < after; a++) *at++ = bounds[g] == INFINITE ? MAGNITUDE : bounds[g];
+    in_pieces(clamp_columns_BITS, (piece_t){x, levels, out, 0, 0, width, groups}, 0, rows, threads);
+    piece_t last = {x + rows * width, levels, out + rows * width, 0, rest, groups * after, groups};
+    clamp_columns_BITS(&last);
+    free(levels);
+    return 0;
+}
+"""
+
+# sums go from the first group to the last, as those of the eager threshold do, so that both find the same
+_NEAR = """
+/* Project groups in place onto the ball of their largest magnitudes, by Newton's method from a threshold close to the
+   one sought. Return whether it got there; nothing was written to x otherwise.
+   tops, kept: norms before and after, (groups,). shift: the threshold, in and out. */
+int project_near_float(float *x, double *tops, double *kept, int64_t before, int64_t groups, int64_t after,
+    int64_t threads, double target, double low, double slack, double radius, double keep, double *shift) {
+    float *bounds = malloc(groups * sizeof(float));
+    double tau = *shift;
+    int done = 0;
+    if (!bounds || largest_float((const int32_t *)x, (int32_t *)bounds, before, groups, after, threads)) {
+        free(bounds);
+        return 0;
+    }
+    for (int64_t g = 0; g < groups; g++) tops[g] = bounds[g];
+    for (int turn = 0; turn < TURNS && !done; turn++) {
+        double rest = 0.0;
+        int64_t count = 0;
+        for (int64_t g = 0; g < groups; g++) kept[g] = tops[g] <= tau ? 0.0 : tops[g] - tau;
+        for (int64_t g = 0; g < groups; g++) rest += kept[g];
+        for (int64_t g = 0; g < groups; g++) count += kept[g] != 0.0;
+        if (low <= rest && rest <= target) {
+            done = 1;
+        } else {
+            if (!(rest <= MOST) || count == 0) break;
+            tau += (rest - target + slack) / count;
+            if (!(0.0 < tau && tau <= radius)) break;
+        }
+    }
+    if (done) {
+        for (int64_t g = 0; g < groups; g++) {
+            const double bound = kept[g] * keep;
+            bounds[g] = bound > TINY ? (float)bound : 0.0f;
+        }
+        done = !clamp_float((const int32_t *)x, (int32_t *)x, (const int32_t *)bounds, before, groups, after, threads);
+        *shift = tau;
+    }
+    free(bounds);
+    return done;
+}
+
+/* Return the entry of rank k, 0 the smallest, and leave all smaller ones before it (Hoare's selection). */
+static float select_float(float *v, int64_t n, int64_t k) {
+    int64_t left = 0, right = n - 1;
+    while (left < right) {
+        const float pivot = v[(left + right) / 2];
+        int64_t i = left, j = right;
+        while (i <= j) {
+            while (v[i] < pivot) i++;
+            while (pivot < v[j]) j--;
+            if (i <= j) {
+                const float other = v[i];
+                v[i++] = v[j];
+                v[j--] = other;
+            }
+        }
+        if (k <= j) right = j;
+        else if (k >= i) left = i;
+        else break;
+    }
+    return v[k];
+}
+
+/* Clear the groups of the smallest magnitudes in place, of equal ones the first, and all dead ones, which count as the
+   smallest. Return whether that was done: not where a magnitude is NaN or infinite.
+   tops, left: magnitudes before; what is left of them, infinity for all: both (groups,). dead: (groups,), or nothing.
+   tau: between the two kinds, 0 where zeros and dead ones are all that goes. */
+int clear_smallest_float(float *x, double *tops, double *left, const char *dead, int64_t before, int64_t groups,
+    int64_t after, int64_t threads, int64_t cleared, double *tau) {
+    float *bounds = malloc(2 * groups * sizeof(float)), *sorted = bounds + groups;
+    int64_t equal = cleared;
+    int done = 0;
+    if (!bounds || largest_float((const int32_t *)x, (int32_t *)bounds, before, groups, after, threads)) goto end;
+    for (int64_t g = 0; g < groups; g++) {
+        if (!(bounds[g] < INFINITY)) goto end;
+        if (dead && dead[g]) bounds[g] = 0.0f;
+        tops[g] = sorted[g] = bounds[g];
+    }
+    const float low = select_float(sorted, groups, cleared - 1);
+    float high = cleared < groups ? INFINITY : low;
+    for (int64_t g = cleared; g < groups; g++) high = SMALLER(high, sorted[g]);
+    for (int64_t g = 0; g < groups; g++) equal -= bounds[g] < low;
+    for (int64_t g = 0; g < groups; g++) {
+        const int goes = low > 0.0f && (bounds[g] < low || (bounds[g] == low && equal-- > 0));
+        bounds[g] = goes || (dead && dead[g]) ? 0.0f : INFINITY;
+        left[g] = bounds[g];
+    }
+    *tau = low > 0.0f ? low + 0.5 * ((double)high - low) : 0.0;
+    done = !clamp_float((const int32_t *)x, (int32_t *)x, (const int32_t *)bounds, before, groups, after, threads);
+end:
+    free(bounds);
+    return done;
+}
+"""
+
+
+def passes_text(kind: str, bits: int, infinity: int, turns: int) -> str:
+    """Return the text of the passes over floats of a kind.
+
+    Args:
+        kind: What the names of the functions end in: ``largest_<kind>`` and ``clamp_<kind>``.
+        bits: Of a float, 16, 32 or 64.
+        infinity: Its bits, as an integer.
+        turns: Evaluations that ``project_near_float`` makes at most.
+    """
+    text = _LARGEST + _CLAMP
+    for name, value in (("UNSIGNED", f"uint{bits}_t"), ("TYPE", f"int{bits}_t"), ("BITS", kind)):
+        text = text.replace(name, value)
+    head = f"{_HEAD}#define INFINITE ((int{bits}_t){infinity})\n"
+    if kind != "float":
+        return head + text
+    limits = f"#define TURNS {turns}\n#define TINY {2.0**-126!r}\n#define MOST {sys.float_info.max!r}\n"
+    return head + text + limits + _NEAR
