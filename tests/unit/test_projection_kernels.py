@@ -203,28 +203,21 @@ def test_compiled_projections_equal_eager_ones_bit_for_bit(dtype):
 @pytest.mark.parametrize("dim", [0, 1])
 def test_steps_near_each_other_are_projected_alike_in_one_call_and_in_many(dim):
     generator = torch.Generator().manual_seed(2)
-    one = torch.randn(60, 90, generator=generator)
-    many, tau, called = one.clone(), [0.0, 0.0], 0
-    radius = 0.2 * float(one.abs().amax(1 - dim).sum())
+    x, tau, in_one_call = torch.randn(60, 90, generator=generator), 0.0, 0
+    radius = 0.2 * float(x.abs().amax(1 - dim).sum())
     for _ in range(25):
-        for i, (x, compile) in enumerate(((one, True), (many, False))):
-            with compiling(compile):
-                whole = MaxPyramid(x, (dim,), x)
-                if i == 0 and tau[0] > 0.0:
-                    called += whole.project_near(radius, tau[0]) is not None
-                    x.copy_(before)
-                found = cut_alone(whole, radius, start=tau[i])
-            tau[i] = found.tau
-            seen = found if i == 0 else seen
+        one, many, probe = x.clone(), x.clone(), x.clone()
+        with compiling(True):
+            in_one_call += MaxPyramid(probe, (dim,), probe).project_near(radius, tau) is not None
+            quick = cut_alone(MaxPyramid(one, (dim,), one), radius, start=tau)
+        with compiling(False):
+            slow = cut_alone(MaxPyramid(many, (dim,), many), radius, start=tau)
         assert torch.equal(bits(one), bits(many))
-        assert tau[0] == tau[1] > 0.0
-        assert torch.equal(seen.left, found.left)
-        assert torch.equal(seen.tops, found.tops)
-        step = 1e-2 * torch.randn(one.shape, generator=generator)
-        one += step
-        many += step
-        before = one.clone()
-    assert called > 20
+        assert quick.tau == slow.tau > 0.0
+        assert torch.equal(quick.left, slow.left)
+        assert torch.equal(quick.tops, slow.tops)
+        x, tau = one + 1e-2 * torch.randn(one.shape, generator=generator), quick.tau
+    assert in_one_call > 20
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -239,7 +232,7 @@ def test_the_smallest_groups_are_cleared_alike_in_one_call_and_in_many(dim):
                 y = x.clone()
                 floor = Floor([60], 0, sparsity=cleared / 60, zeros_only=True)
                 with compiling(compile):
-                    assert (MaxPyramid(y.clone(), (dim,), y).clear_smallest(cleared, dead) is None), "not in place"
+                    assert MaxPyramid(y.clone(), (dim,), y).clear_smallest(cleared, dead) is None, "not in place"
                     found.append((clear_alone(MaxPyramid(y, (dim,), y), floor, dead=dead), y))
             (quick, one), (slow, many) = found
             assert torch.equal(bits(one), bits(many))

@@ -6,7 +6,6 @@ returns ``None`` (or ``False``) where the eager pass is to do the work.
 """
 
 import ctypes
-import functools
 import logging
 import time
 import warnings
@@ -95,9 +94,7 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> bool:
     library = _library_for(source)
     if library is None or not (bounds.is_contiguous() and _plain(target)):
         return False
-    failed = library.clamp(
-        source.data_ptr(), target.data_ptr(), bounds.data_ptr(), *source.shape, _threads(source)
-    )
+    failed = library.clamp(source.data_ptr(), target.data_ptr(), bounds.data_ptr(), *source.shape, _threads(source))
     # machine code writes without telling autograd, which must not use values that are gone for a gradient
     if not target.is_inference():
         torch.autograd.graph.increment_version(target)
@@ -206,8 +203,7 @@ def _give_up(error: Exception) -> None:
     _broken.append(str(error))
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     warnings.warn(
-        f"Compiling projections failed, so they go on without: {first} Install a C compiler, or pass "
-        "`compile=False`.",
+        f"Compiling projections failed, so they go on without: {first} Install a C compiler, or pass `compile=False`.",
         RuntimeWarning,
         stacklevel=3,
     )
