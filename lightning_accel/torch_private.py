@@ -112,6 +112,41 @@ def node_class(function: type[torch.autograd.Function]) -> Any:
     return function._backward_cls
 
 
+def apply_outside_of_transforms(function: type[torch.autograd.Function]) -> Any:
+    """Return a function's ``apply`` for calls of which it is known that no transform of `torch.func` is active.
+
+    The public one looks for transforms and unwraps every argument, a fifth of what a node of the graph costs.
+    """
+    above: Any = super(torch.autograd.Function, function)
+    return above.apply
+
+
+def nothing_is_around() -> bool:
+    """Tell at once, for what is asked at every time step, that training is usual where this is called.
+
+    Gradients are recorded, no backward runs, and no transform, mode, tracer or packing of saved tensors is active.
+    """
+    return (
+        _grad_is_enabled()
+        and _running_backward() == -1
+        and _transforms() is None
+        and forward_ad._current_level < 0
+        and not _dispatch_modes()
+        and not _function_modes()
+        and _tracing_state() is None
+        and _packs_saved_tensors(True) is None
+        and not _inference_mode()
+        and not torch.compiler.is_compiling()
+    )
+
+
+_grad_is_enabled, _inference_mode = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_running_backward, _tracing_state = torch._C._current_graph_task_id, torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_packs_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 def part_of(tensor: torch.Tensor) -> tuple[Any, int, int, int] | None:
     """Return from which place in the graph a slice was taken, its dimension, its index and how many slices there are.
 

@@ -19,14 +19,18 @@ INPUT, HIDDEN = 128, 256
 
 _PRODUCTS = """
 void forth(int64_t n, int64_t B, const int64_t *at, product_t call) {
+    real *const made = packed(B, n, ROWS, COLUMNS, (real *)at[6]);
     for (int64_t t = 0; t < n; ++t)
-        product(call, B, ROWS, COLUMNS, (real *)at[0] + t * at[1], COLUMNS, (real *)at[6], (real *)at[3] + t * at[4],
-            ROWS, 0);
+        product(call, B, ROWS, COLUMNS, (real *)at[0] + t * at[1], COLUMNS, (real *)at[6], made,
+            (real *)at[3] + t * at[4], ROWS, 0);
+    free(made);
 }
 void back(int64_t n, int64_t B, const int64_t *at, product_t call) {
+    real *const made = packed(B, n, COLUMNS, ROWS, (real *)at[6]);
     for (int64_t t = 0; t < n; ++t)
-        product(call, B, COLUMNS, ROWS, (real *)at[0] + t * at[1], ROWS, (real *)at[6], (real *)at[3] + t * at[4],
-            COLUMNS, 0);
+        product(call, B, COLUMNS, ROWS, (real *)at[0] + t * at[1], ROWS, (real *)at[6], made,
+            (real *)at[3] + t * at[4], COLUMNS, 0);
+    free(made);
 }
 """
 

@@ -1,6 +1,6 @@
 """Machine code of generated C, and the product of matrices that it calls.
 
-The text includes nothing but the C library, so that a compiler takes a third of a second for it. Products of matrices
+The text includes nothing but the C library, so that a compiler takes a third of a second for it. Products of many rows
 are those of torch's own library, by its exported symbols.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_accel.machine_code.c_products import PRODUCTS_IN_C
 from lightning_accel.machine_code.toolchain import CannotCompileError, find_compiler, load
 
 REALS = {torch.float32: "float", torch.float64: "double"}
@@ -24,9 +25,8 @@ _PRODUCTS = {torch.float32: "sgemm_", torch.float64: "dgemm_"}
 _PRELUDE = """
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
-typedef void (*product_t)(const char *, const char *, const int *, const int *, const int *, const real *, const real *,
-    const int *, const real *, const int *, const real *, real *, const int *);
 static inline float exp_float(float x) {
     x = x < -104.0f ? -104.0f : x;
     x = x > 89.0f ? 89.0f : x;
@@ -72,13 +72,6 @@ static inline real tanh_real(real x) {
 }
 static inline real gelu_tanh(real x) {
     return tanh_real((real)0.7978845608028654 * (x + (real)0.044715 * x * x * x));
-}
-/* C (rows, columns) = A (rows, inner) W (inner, columns) + keep * C, all row by row. */
-static inline void product(product_t call, long rows, long columns, long inner, const real *A, long ahead,
-    const real *W, real *C, long chead, real keep) {
-    const int m = (int)columns, n = (int)rows, k = (int)inner, lda = (int)ahead, ldc = (int)chead;
-    const real one = 1;
-    call("N", "N", &m, &n, &k, &one, W, &m, A, &lda, &keep, C, &ldc);
 }
 """
 
@@ -170,7 +163,7 @@ def _torch_library() -> ctypes.CDLL | None:
 
 @functools.lru_cache(maxsize=256)
 def _load(source: str, dtype: torch.dtype) -> ctypes.CDLL:
-    return load(f"typedef {REALS[dtype]} real;\n{_PRELUDE}\n{source}\n")
+    return load(f"typedef {REALS[dtype]} real;\n{_PRELUDE}\n{PRODUCTS_IN_C}\n{source}\n")
 
 
 def _rows(tensor: Tensor) -> Tensor:

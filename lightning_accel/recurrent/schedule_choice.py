@@ -25,7 +25,7 @@ from lightning_accel.recurrent.verified_schedules import VerifiedSchedules
 Schedule = Literal["auto", "loop", "intra_stream", "compiled", "scan", "native"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
-_TRIAL_STEPS = 48  # enough for the time of a step to show, few enough that the choice costs less than a batch
+TRIAL_STEPS = 48  # enough for the time of a step to show, few enough that the choice costs less than a batch
 _TRIAL_ROUNDS = 3
 _COMPILE_SECONDS = 1.0  # what a cell's machine code costs once: text, compiler, verification
 _COMPILED_SAVES = 0.3  # at least this share of the best time without it, as measured of all cells here
@@ -105,6 +105,11 @@ class ScheduleChoice:
             self._say(reason, f"runs the plain loop: {reason}")
             return results
 
+    def runner(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> Run:
+        """Return what `run` would call, for a module that is given: to measure it beside something else."""
+        found = None if self.schedule == "loop" else self._run_of(step, xs, states)[0]
+        return found or (lambda module, xs, states: run_loop(step, module, xs, states))
+
     def _run_of(
         self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]
     ) -> tuple[Run | None, list[tuple[Hashable, str]]]:
@@ -150,7 +155,7 @@ class ScheduleChoice:
         schedules.calls += 1
         if xs[0].device.type == "cpu" and self.schedule in ("auto", "compiled"):
             start_check()
-        key = _kind_of_call(step, xs, states)
+        key = kind_of_call(step, xs, states)
         if key not in self.choices:
             self.choices[key] = self._choose(key, schedules, (step, xs, states), notes)
         chosen = self.choices[key]
@@ -208,7 +213,7 @@ class ScheduleChoice:
         if not found:
             return "loop"
         found["loop"] = lambda module, xs, states: run_loop(step, module, xs, states)
-        steps = min(len(xs[0]), _TRIAL_STEPS)
+        steps = min(len(xs[0]), TRIAL_STEPS)
         short = [x[:steps].detach() for x in xs]
         start = [s.detach() for s in states]
         medians = self._measure(schedules, found, short, start)
@@ -228,12 +233,9 @@ class ScheduleChoice:
     def _measure(
         self, schedules: VerifiedSchedules, candidates: dict[str, Run], xs: list[Tensor], states: list[Tensor]
     ) -> dict[str, float]:
-        twin = private_copy(self.module)  # no hook on a parameter is to see the trials
-        trials = {n: _trial(run, twin, xs, states) for n, run in candidates.items()}
-        clock = _clock(xs[0].device)
-        seconds = time_interleaved(trials, rounds=_TRIAL_ROUNDS, device=xs[0].device, clock=clock, budget_seconds=2.0)
+        medians = measured_seconds(candidates, self.module, xs, states)
         schedules.release()  # what the trials left is of another length, or of a schedule that loses
-        return {n: sorted(s)[len(s) // 2] for n, s in seconds.items()}
+        return medians
 
     def _say(self, about: Hashable, text: str) -> None:
         """Say something once."""
@@ -271,6 +273,17 @@ def _no_compiler(x: Tensor) -> list[tuple[Hashable, str]]:
     return [("no machine code", f"runs without machine code, slower but with the same results: {reason}")]
 
 
+def measured_seconds(
+    candidates: dict[str, Run], module: nn.Module, xs: list[Tensor], states: list[Tensor]
+) -> dict[str, float]:
+    """Return the median time of a forward and backward of each candidate, on a copy of the module."""
+    twin = private_copy(module)  # no hook on a parameter is to see the trials
+    trials = {n: _trial(run, twin, xs, states) for n, run in candidates.items()}
+    clock = _clock(xs[0].device)
+    seconds = time_interleaved(trials, rounds=_TRIAL_ROUNDS, device=xs[0].device, clock=clock, budget_seconds=2.0)
+    return {n: sorted(s)[len(s) // 2] for n, s in seconds.items()}
+
+
 def _trial(run: Run, module: nn.Module, xs: list[Tensor], states: list[Tensor]) -> Callable[[], None]:
     parameters = [p for p in module.parameters() if p.requires_grad]
 
@@ -283,7 +296,7 @@ def _trial(run: Run, module: nn.Module, xs: list[Tensor], states: list[Tensor]) 
     return trial
 
 
-def _kind_of_call(step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str:
+def kind_of_call(step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str:
     """Describe a kind of call; lengths and batch sizes count by powers of two."""
     device = xs[0].device.type
     cast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "no autocast"

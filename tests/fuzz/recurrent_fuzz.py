@@ -1,19 +1,24 @@
 """Modules with loops over cells, drawn at random, trained with and without IntraStreamScheduling.
 
 Losses, all gradients, what the modules note, and the weights at the end must agree within rounding, over several
-batches of changing sizes. One command: ``python tests/fuzz/recurrent_fuzz.py --modules 5000``.
+batches of changing sizes. One command: ``python tests/fuzz/recurrent_fuzz.py --modules 5000 --workers 2``; ``--start N``
+goes on where another run ended. A seed alone decides a module, so a difference is found again by ``--start SEED --modules 1``.
+Every fiftieth module that ran scheduled is timed, on a longer sequence, with and without.
 """
 
 import argparse
 import logging
 import math
+import multiprocessing
+import statistics
 import sys
 import time
 import traceback
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from recurrent_cells import FEATURES
 from recurrent_modules import FuzzModule, draw
 from torch.utils.data import DataLoader
@@ -21,13 +26,15 @@ from torch.utils.data import DataLoader
 from lightning_accel.callbacks import IntraStreamScheduling
 
 SHAPES = ((3, 6), (3, 9), (2, 7), (4, 8), (3, 9))  # streams and steps of each batch
+TIMED = ((4, 64),) * 8
+PART, EVERY = 25, 50  # modules of one piece of work; one of so many is timed
 
 
-def fit(spec, callbacks):
+def fit(spec, callbacks, shapes=SHAPES):
     """Train a module; return it, or what the training raised."""
     module = FuzzModule(spec)
     generator = torch.Generator().manual_seed(spec["seed"] % 997)
-    batches = [torch.randn(b, t, FEATURES, generator=generator, dtype=torch.double) for b, t in SHAPES]
+    batches = [torch.randn(b, t, FEATURES, generator=generator, dtype=torch.double) for b, t in shapes]
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     torch.manual_seed(spec["seed"])
     trainer = Trainer(
@@ -95,22 +102,65 @@ def run(seeds, verbose=False):
     return gained, wrong
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--modules", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first module")
-    arguments = parser.parse_args()
+def timed_gain(seed):
+    """Return how many times faster steps of a longer sequence are with schedules; ``None`` if none runs scheduled."""
+    spec = {**draw(seed), "schedule": "intra_stream"}
+    seconds = {}
+    for arm in ("plain", "scheduled"):
+        callback = IntraStreamScheduling(spec["schedule"])
+        clock = _Clock()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(spec, [*([callback] if arm == "scheduled" else []), clock], shapes=TIMED)
+        if arm == "scheduled" and not any("chains of" in line for line in callback.report):
+            return None
+        seconds[arm] = min(clock.seconds[-4:], default=None)
+    return None if None in seconds.values() else seconds["plain"] / seconds["scheduled"]
+
+
+class _Clock(Callback):
+    def __init__(self):
+        self.seconds, self._begun = [], 0.0
+
+    def on_train_batch_start(self, *_):
+        self._begun = time.process_time()
+
+    def on_train_batch_end(self, *_):
+        self.seconds.append(time.process_time() - self._begun)
+
+
+def quiet():
+    """Set up a process that runs modules."""
     for name in ("lightning.pytorch", "lightning_accel"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    begun, gained, wrong = time.monotonic(), 0, {}
-    for start in range(0, arguments.modules, 50):
-        seeds = range(arguments.seed + start, arguments.seed + min(start + 50, arguments.modules))
-        more, found = run(seeds, verbose=True)
-        gained, wrong = gained + more, {**wrong, **found}
-        done = start + len(seeds)
-        seconds = time.monotonic() - begun
-        print(f"{done} modules, {gained} ran scheduled, {len(wrong)} differ, {seconds:.0f} s", flush=True)
+
+
+def part(seeds):
+    """Run a part of the modules, and time some; return what `run` does and the gains."""
+    gained, wrong = run(seeds, verbose=True)
+    gains = [timed_gain(seed) for seed in seeds if seed % EVERY == 0]
+    return len(seeds), gained, wrong, [gain for gain in gains if gain is not None]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--modules", type=int, default=5000)
+    parser.add_argument("--start", type=int, default=0, help="seed of the first module")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    arguments = parser.parse_args()
+    begun, done, gained, wrong, gains = time.monotonic(), 0, 0, {}, []
+    stop = arguments.start + arguments.modules
+    parts = [range(k, min(k + PART, stop)) for k in range(arguments.start, stop, PART)]
+    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), quiet) as pool:
+        for count, more, found, timed in pool.map(part, parts):
+            done, gained, wrong, gains = done + count, gained + more, {**wrong, **found}, gains + timed
+            seconds = time.monotonic() - begun
+            print(f"{done} modules, {gained} ran scheduled, {len(wrong)} differ, {seconds:.0f} s", flush=True)
+    if gains:
+        print(f"{len(gains)} timed on {TIMED[0][1]} steps: median {statistics.median(gains):.2f} times the plain steps")
+    for seed, problem in sorted(wrong.items()):
+        print(f"seed {seed}: {problem}")
     sys.exit(1 if wrong else 0)
 
 

@@ -2,15 +2,30 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_accel.recurrent import linear_scan
+from lightning_accel.recurrent.deferred.call_layout import flatten, learn_layout
+from lightning_accel.recurrent.deferred.call_reader import call_reader, result_writer
 from lightning_accel.recurrent.deferred.find_cells import DeferredCells
 
 T, B, F, H = 8, 2, 3, 4
+
+
+class Pair(NamedTuple):
+    y: torch.Tensor
+    s: torch.Tensor
+
+
+@dataclass
+class Held:
+    y: torch.Tensor
+    s: torch.Tensor
 
 
 class Double(torch.autograd.Function):
@@ -186,6 +201,64 @@ def test_copies_and_pickles_of_a_deferred_model_are_plain():
         assert type(h) is torch.Tensor
         assert twin.cell is not model.cell
         torch.testing.assert_close(h, model.cell(torch.ones(1, F, dtype=torch.double))[0])
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "result"),
+    [
+        ((1,), {}, lambda y, s: (y, s)),
+        ((2,), {"gain": 2.0}, lambda y, s: {"out": y, "state": [s, None]}),
+        ((3,), {"named": True}, lambda y, s: Pair(y, s)),
+        ((4,), {"data": True}, lambda y, s: Held(y, s)),
+        ((5,), {}, lambda y, s: s),
+    ],
+)
+def test_calls_are_read_and_answered_in_their_own_form(args, kwargs, result):
+    x, h, y = (torch.randn(B, H) for _ in range(3))
+    before = result(y, h)
+    leaves = []
+    flatten(before, leaves)
+    call = (({"x": x}, *args, before), kwargs)
+    layout = learn_layout(*call, result(torch.randn(B, H), torch.randn(B, H)), leaves)
+    read = call_reader(layout)
+    assert all(a is b for a, b in zip(read(*call)[1], [t for t in leaves if t is not None], strict=True))
+    assert read(*call)[0] == (x,)
+    for other in (((x, *args, before), kwargs), (call[0], {**kwargs, "more": 1}), (call[0][:-1], kwargs)):
+        assert read(*other) is None
+    assert read(({"x": x}, args[0] + 1, before), kwargs) is None
+    assert read(({"x": x[0]}, *args, before), kwargs) is None
+    outputs = [torch.ones(B, H), torch.zeros(B, H)][: layout.num_outputs]
+    made = []
+    assert flatten(result_writer(layout)(outputs), made) == layout.results
+    assert [None if m is None else layout.unique[k] for k, m in enumerate(made)] == [
+        None if slot < 0 else slot for slot in layout.unique
+    ]
+
+
+def test_a_state_that_is_no_number_is_no_write():
+    model, cells = deferred(lambda cell, x: torch.stack(unroll(cell, x)))
+    with torch.no_grad():
+        model.cell.bias_hh.fill_(float("nan"))
+    with cells.active():
+        y = model(sequence())
+    assert y.isnan().all()
+    assert cells.cells["cell"].steps == T
+    assert not cells.cells["cell"].reason
+
+
+def test_a_state_whose_memory_is_exchanged_ends_the_loop_with_the_values_of_the_plain_one():
+    def exchange(t, h, c):
+        if t == 3:
+            h.data = h.data.flip(0).contiguous()
+        return h, c
+
+    model, cells = deferred(lambda cell, x: torch.stack(unroll(cell, x, exchange)))
+    x = sequence()
+    with cells.active():
+        y = model(x)
+    cells.remove()
+    torch.testing.assert_close(y, model(x))
+    assert "written to past autograd" in cells.cells["cell"].reason
 
 
 def test_cells_with_backward_hooks_are_left_alone():

@@ -185,7 +185,7 @@ def test_without_a_compiler_one_warning_and_the_same_results():
 def test_what_a_machine_with_a_compiler_chose_runs_without_one():
     rnn = Recurrent(PeepholeLSTMCell(F, H))
     x = torch.randn(T, B, F)
-    key = schedule_choice._kind_of_call(choice_step(rnn), [x], [torch.zeros(B, H)] * 2)
+    key = schedule_choice.kind_of_call(choice_step(rnn), [x], [torch.zeros(B, H)] * 2)
     rnn.schedules[0].choices[key] = "compiled"
     with pytest.warns(UserWarning, match="there is no C compiler"):
         y = rnn(x)[0]
@@ -212,6 +212,33 @@ class OuterProduct(nn.Module):
     def forward(self, x, state):
         h = torch.tanh(x @ state.t() @ state)
         return h, h
+
+
+PRODUCTS = """
+void products(int64_t n, int64_t B, const int64_t *at, product_t call) {
+    real *const w = (real *)at[6], *const made = packed(B, n, COLUMNS, INNER, w);
+    for (int64_t t = 0; t < n; ++t)
+        product(call, B, COLUMNS, INNER, (real *)at[0] + t * at[1], at[2], w, made, (real *)at[3] + t * at[4], at[5],
+            t % 2);
+    free(made);
+}
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("columns", "inner"), [(1, 1), (7, 5), (40, 20), (300, 33)])
+def test_products_of_few_and_of_many_rows(columns, inner, dtype):
+    machine = MachineCode(PRODUCTS.replace("COLUMNS", str(columns)).replace("INNER", str(inner)), dtype)
+    w = torch.randn(inner, columns, dtype=dtype)
+    for rows in (*range(1, 18), 31, 32, 33):
+        a, c = torch.randn(5, rows, inner + 3, dtype=dtype), torch.randn(5, rows, columns + 2, dtype=dtype)
+        expected, around = c.clone(), c[..., columns:].clone()
+        for t in range(5):
+            expected[t, :, :columns] = a[t, :, :inner] @ w + (t % 2) * c[t, :, :columns]
+        machine.run("products", 5, rows, [a[..., :inner], c[..., :columns]], [w])
+        close = 1e-4 if dtype is torch.float32 else 1e-11
+        torch.testing.assert_close(c, expected, rtol=close, atol=close, msg=lambda text, rows=rows: f"{rows}: {text}")
+        assert torch.equal(c[..., columns:], around)
 
 
 def test_loops_that_have_no_c_form_say_why():

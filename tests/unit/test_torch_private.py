@@ -114,6 +114,47 @@ def test_a_backward_tells_which_one_it_is_and_what_it_reaches():
     assert type(Looking.apply(mark, x).grad_fn) is torch_private.node_class(Looking)
 
 
+def test_all_that_can_be_around_a_call_is_seen():
+    assert torch_private.nothing_is_around()
+    x = torch.ones(2, requires_grad=True)
+    seen = []
+    look = lambda *_: seen.append(torch_private.nothing_is_around())  # noqa: E731
+    around = (
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autograd.graph.save_on_cpu(),
+        torch.autograd.forward_ad.dual_level(),
+        torch.utils.flop_counter.FlopCounterMode(display=False),
+        torch.device("cpu"),
+    )
+    for context in around:
+        with context:
+            look()
+    torch.func.vmap(lambda v: (look(), v)[1])(x)
+    torch.jit.trace(lambda v: (look(), v + 1)[1], torch.ones(1), check_trace=False)
+    y = x * 2
+    y.register_hook(look)
+    y.sum().backward()
+    assert seen == [False] * (len(around) + 3)
+    assert torch_private.nothing_is_around()
+
+
+def test_a_function_applied_outside_of_transforms_leaves_the_same_node():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 2
+
+    x = torch.ones(2, requires_grad=True)
+    y = torch_private.apply_outside_of_transforms(Twice)(x)
+    assert type(y.grad_fn) is torch_private.node_class(Twice)
+    assert torch.autograd.grad(y.sum(), x)[0].tolist() == [2.0, 2.0]
+
+
 def test_slices_tell_where_they_were_taken_from():
     x = torch.ones(3, 4, 5, requires_grad=True) * 1
     edge = (x.grad_fn, 0)

@@ -1,8 +1,8 @@
 """A loop over a cell whose steps were all computed at its first call, and whose graph is that of the loop.
 
 Every call gets its results as ordinary tensors of their own memory. In the graph they depend on that call's inputs and
-states and, through a token, on what the whole loop got at its first call: one node a step, `_Step`, and below all of
-them `_Whole`. In a usual backward the nodes of the steps only collect the gradients of their results; `_Whole` comes
+states and, through a token, on what the whole loop got at its first call: one node a step, `Step`, and below all of
+them `Whole`. In a usual backward the nodes of the steps only collect the gradients of their results; `Whole` comes
 last and makes one backward of all steps, whose gradients it brings to the inputs, the first states and the parameters.
 Where somebody wants to know more (hooks on hidden states, gradients with respect to one, second derivatives), every
 node makes the backward of its own step instead, as the loop's nodes would.
@@ -16,17 +16,25 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from lightning_accel.recurrent.deferred.feeds import Feed, Rows, Same, is_listened_to, same_values
+from lightning_accel.recurrent.deferred.chain_nodes import STEP_NODE, Whole, apply_step
+from lightning_accel.recurrent.deferred.feeds import Feed, Rows, is_listened_to
 from lightning_accel.recurrent.deferred.inner_graph import gradients_of, twin, without_autocast
 from lightning_accel.recurrent.deferred.kernel import SHORTEST, Kernel
-from lightning_accel.torch_private import backward_keeps_graph, backward_reaches, node_class, running_backward
+from lightning_accel.recurrent.deferred.step_values import StepValues
+from lightning_accel.torch_private import backward_keeps_graph, backward_reaches, running_backward
 
 GOES_ON = "it goes on longer than foretold"
+CHANGED = "its state is changed or listened to between the steps"
+NOT_FORETOLD = "an input is not the one that was foretold"
 WRITTEN = "its state or input is written to past autograd (NumPy, `.data`), which gradients then do not know of"
+_Gradients = dict[int, tuple[Tensor | None, ...]]  # of the results, by step
+_REMEMBERED = 16  # backwards of one loop
 _FREED = (
     "Trying to backward through the graph a second time, but a recurrent loop has freed what it kept; call the first "
     "backward with `retain_graph=True`."
 )
+
+unbind_copy: Any = torch.unbind_copy  # declared to return nothing
 
 
 class Chain:
@@ -68,13 +76,18 @@ class Chain:
             [p.requires_grad for p in parameters],
         )
         self._made: _Made | None = _Made(self, steps)
-        self.values = [v.detach() for v in self._made.outputs]
-        self._rows = [v.unbind(0) for v in self.values]
+        known = [StepValues(v.detach()) for v in self._made.outputs]
+        self.values = [v.values for v in known]
+        self._known, self._states_known = known, [known[slot] for slot in kernel.layout.state_slots]
+        copies = zip(*(unbind_copy(v) for v in self.values), strict=True)  # in memory of their own, at once
+        self._ready: list[tuple[Tensor, ...] | None] = list(copies)
+        self._slots = kernel.layout.state_slots
+        self._heard = [k for k, feed in enumerate(feeds) if feed.wants_gradient]
+        self.no_gradients = (None,) * (4 + len(feeds) + len(states))
         self._last: list[weakref.ref[Tensor]] = []
         self._watched: list[weakref.ref[Tensor]] = []
         self.listened_to = False
-        self._modes: dict[int, bool] = {}
-        self._received: dict[int, dict[int, tuple[Tensor | None, ...]]] = {}
+        self._received: dict[int, _Gradients | None] = {}
         self._rows_received: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
         self._weight_gradients: dict[int, list[Tensor | None]] = {}
         mark = torch.zeros((), requires_grad=True)
@@ -88,70 +101,70 @@ class Chain:
         edges = [t for t, flag in zip(tensors, wanted, strict=True) if flag]
         for feed, first in zip(self.feeds, tensors, strict=False):
             feed.begin(first)
-        token: Tensor = _Whole.apply(self, mark, *edges) if edges else mark.detach()
+        token: Tensor = Whole.apply(self, mark, *edges) if edges else mark.detach()
         return token
 
-    def accepts(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str | None:
-        """Say why a call is not the next foretold one; ``None`` if it is."""
-        for state, slot in zip(states, self.kernel.layout.state_slots, strict=True):
-            if state._version or is_listened_to(state):
-                return "its state is changed or listened to between the steps"
-            if not same_values(state, self._rows[slot][self.given - 1]):
+    def problem(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str | None:
+        """Say why a call is not the next foretold one; ``None`` if it is. Its states are the last call's results."""
+        step = self.given
+        for state, known in zip(states, self._states_known, strict=True):
+            if state._version or state._backward_hooks or state.retains_grad:
+                return CHANGED
+            if not known.are_in(state, step - 1):
                 return WRITTEN
-        if self.given >= self.steps:
+        if step >= self.steps:
             return GOES_ON
-        if any(isinstance(feed, Same) and feed.is_written(x) for feed, x in zip(self.feeds, xs, strict=True)):
-            return WRITTEN
-        if not all(feed.accepts(self.given, x) for feed, x in zip(self.feeds, xs, strict=True)):
-            return "an input is not the one that was foretold"
+        for feed, x in zip(self.feeds, xs, strict=True):
+            if not feed.accepts(step, x):
+                return WRITTEN if feed.is_written(x) else NOT_FORETOLD
         return None
 
     def follows(self, states: Sequence[Tensor]) -> bool:
         """Tell whether these are the very results of the last call."""
-        slots = self.kernel.layout.state_slots
-        return bool(self._last) and all(s is self._last[k]() for s, k in zip(states, slots, strict=True))
+        last = self._last
+        if not last or states[0] is not last[self._slots[0]]():
+            return False
+        return all(state is last[slot]() for state, slot in zip(states[1:], self._slots[1:], strict=True))
 
     def gave(self, tensor: Tensor, step: int, slot: int) -> bool:
         """Tell whether a tensor is a result of a step, as it was given."""
-        node: Any = tensor.grad_fn
-        if type(node) is not STEP_NODE or node.chain is not self or (node.step, tensor.output_nr) != (step, slot):
-            return False
-        return not tensor._version and same_values(tensor, self._rows[slot][step])
+        if step != self.given - 1 or self._last[slot]() is not tensor:
+            node: Any = tensor.grad_fn
+            if type(node) is not STEP_NODE or node.chain is not self:
+                return False
+            if (node.step, tensor.output_nr) != (step, slot):
+                return False
+        return not tensor._version and self._known[slot].are_in(tensor, step)
 
     def next(self, token: Tensor, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the next call's results."""
-        step, self.given = self.given, self.given + 1
-        outputs: tuple[Tensor, ...] = _Step.apply(self, step, token, *xs, *states)
-        self._last = [weakref.ref(o) for o in outputs]
-        self._watched += [self._last[slot] for slot in self.kernel.layout.state_slots]
-        self._watched += [weakref.ref(x) for x, feed in zip(xs, self.feeds, strict=True) if feed.wants_gradient]
+        step = self.given
+        self.given = step + 1
+        results, self._ready[step] = self._ready[step], None
+        outputs: tuple[Tensor, ...] = apply_step(self, step, results, token, *xs, *states)
+        last = self._last = [weakref.ref(o) for o in outputs]
+        self._watched += [last[slot] for slot in self._slots]
+        for k in self._heard:
+            self._watched.append(weakref.ref(xs[k]))
         return outputs
 
-    def copies(self, step: int) -> tuple[Tensor, ...]:
-        """Return a step's results in memory of their own."""
-        return tuple(rows[step].clone(memory_format=torch.contiguous_format) for rows in self._rows)
-
-    def goes_step_by_step(self) -> bool:
-        """Tell whether the running backward makes each step's by itself."""
-        backward = running_backward()
-        if backward not in self._modes:
-            if len(self._modes) > _REMEMBERED:
-                self._modes.clear()
-            answer = (
-                torch.is_grad_enabled()
-                or self.listened_to
-                or not backward_reaches(self._mark)
-                or any(tensor is not None and is_listened_to(tensor) for tensor in (r() for r in self._watched))
-                or any(isinstance(feed, Rows) and feed.source.goes_step_by_step() for feed in self.feeds)
-            )
-            self._modes[backward] = answer
-            if answer:
-                self._asked()
-        return self._modes[backward]
-
-    def receive(self, step: int, gradients: tuple[Tensor | None, ...]) -> None:
-        """Keep the gradients of a step's results until all are there."""
-        self._received.setdefault(running_backward(), {})[step] = gradients
+    def receiving(self, backward: int) -> _Gradients | None:
+        """Return what collects the steps' gradients in a backward; ``None`` if each step makes its own part of it."""
+        if backward in self._received:
+            return self._received[backward]
+        if len(self._received) > _REMEMBERED:
+            self._received.clear()
+        by_step = (
+            torch.is_grad_enabled()
+            or self.listened_to
+            or not backward_reaches(self._mark)
+            or any(tensor is not None and is_listened_to(tensor) for tensor in (r() for r in self._watched))
+            or any(isinstance(feed, Rows) and feed.source.receiving(backward) is None for feed in self.feeds)
+        )
+        self._received[backward] = None if by_step else {}
+        if by_step:
+            self._asked()
+        return self._received[backward]
 
     def receive_rows(self, slot: int, steps: Tensor, gradients: Tensor) -> None:
         """Keep gradients of one result at several steps, from a loop that it feeds."""
@@ -182,11 +195,13 @@ class Chain:
     def collect(self) -> list[Tensor | None]:
         """Return the gradients of what the loop got at its first call, once all steps have theirs."""
         backward, (for_xs, for_states, for_weights) = running_backward(), self._wanted
-        if self.goes_step_by_step():
+        received = self.receiving(backward)
+        if received is None:
             found = self._weight_gradients.pop(backward, [None] * len(for_weights))
             weights = [g for g, flag in zip(found, for_weights, strict=True) if flag]
             return [*[None] * (sum(for_xs) + sum(for_states)), *weights]
-        received, rows = self._received.pop(backward, {}), self._rows_received.pop(backward, [])
+        del self._received[backward]
+        rows = self._rows_received.pop(backward, [])
         used = 1 + max(
             max((t for t, gradients in received.items() if any(g is not None for g in gradients)), default=-1),
             max((int(steps.max()) for _, steps, _ in rows if len(steps)), default=-1),
@@ -217,7 +232,7 @@ class Chain:
         self,
         slot: int,
         steps: int,
-        received: dict[int, tuple[Tensor | None, ...]],
+        received: _Gradients,
         rows: list[tuple[int, Tensor, Tensor]],
     ) -> Tensor | None:
         single = [received[t][slot] if t in received else None for t in range(steps)]
@@ -264,55 +279,3 @@ class _Made:
             gradient = given[slot]
             outputs[slot], given[slot] = last, None if gradient is None else gradient[-1]
         return gradients_of(outputs, given, self._leaves, keep=keep)
-
-
-class _Step(torch.autograd.Function):
-    """One call: results that depend on its inputs and states and on the whole loop."""
-
-    @staticmethod
-    def forward(ctx: Any, chain: Chain, step: int, token: Tensor, *tensors: Tensor) -> Any:  # noqa: ARG004
-        ctx.chain, ctx.step = chain, step
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        return chain.copies(step)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        chain: Chain = ctx.chain
-        if chain.goes_step_by_step():
-            tensors = ctx.saved_tensors
-            if all(g is None for g in gradients):
-                return (None,) * (3 + len(tensors))
-            return (None, None, None, *chain.step_back(tensors, gradients))
-        chain.receive(ctx.step, gradients)
-        return (None,) * (3 + len(chain.feeds) + len(chain.kernel.layout.state_slots))
-
-
-class _Whole(torch.autograd.Function):
-    """The whole loop: what it got at its first call, and the token that its steps depend on."""
-
-    @staticmethod
-    def forward(ctx: Any, chain: Chain, mark: Tensor, *edges: Tensor) -> Tensor:  # noqa: ARG004
-        ctx.chain = chain
-        ctx.set_materialize_grads(False)
-        return mark.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> Any:  # noqa: ARG004
-        return (None, None, *ctx.chain.collect())
-
-
-def _hear(node: Any, hook: Any) -> Any:
-    """Register a hook on a step's node, and let its loop's backward go step by step for it."""
-    node.chain.listened_to = True
-    return super(STEP_NODE, node).register_prehook(hook)
-
-
-def _hear_after(node: Any, hook: Any) -> Any:
-    node.chain.listened_to = True
-    return super(STEP_NODE, node).register_hook(hook)
-
-
-STEP_NODE = node_class(_Step)
-STEP_NODE.register_prehook, STEP_NODE.register_hook = _hear, _hear_after
-_REMEMBERED = 16  # backwards of one loop

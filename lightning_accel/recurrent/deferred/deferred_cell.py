@@ -5,6 +5,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -12,26 +13,19 @@ from torch import Tensor, nn
 
 from lightning_accel.recurrent.cell_step import is_torch_cell
 from lightning_accel.recurrent.deferred.call_layout import CallLayout, flatten
+from lightning_accel.recurrent.deferred.call_reader import Found, call_reader, result_writer
 from lightning_accel.recurrent.deferred.cell_key import cell_key, changed_part
 from lightning_accel.recurrent.deferred.chain import GOES_ON, WRITTEN, Chain
-from lightning_accel.recurrent.deferred.feeds import Feed, FeedForm, feed_of, is_listened_to, is_ordinary
+from lightning_accel.recurrent.deferred.circumstances import CLOSE, refusal, unusual
+from lightning_accel.recurrent.deferred.feeds import Feed, FeedForm, feed_of
 from lightning_accel.recurrent.deferred.kernel import SHORTEST, Kernel
 from lightning_accel.recurrent.instance_forward import InstanceForward
-from lightning_accel.torch_private import (
-    active_mode,
-    active_transform,
-    is_jit_tracing,
-    running_backward,
-    saved_tensor_hooks_are_active,
-)
+from lightning_accel.torch_private import nothing_is_around
 
 _SIDE_BY_SIDE = 4  # loops over one cell at a time
 _PATIENCE = 3  # batches in a row in which more steps were computed in vain than used
 _DOUBTS = 3  # changes of the cell, or backwards step by step, until it is plain for good
-_CLOSE = {torch.float32: 1e-4, torch.float64: 1e-9}  # of one step to the plain one, relative to its largest value
 _TO_THE_END = 2  # slices of an input that a loop which runs to its end may leave out: a target, a token
-
-Found = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 @dataclass(eq=False)
@@ -48,7 +42,7 @@ class _Loop:
 
     chain: Chain
     token: Tensor
-    versions: tuple[int, ...]
+    versions: list[int]
     left: float
     order: int
 
@@ -75,6 +69,7 @@ class DeferredCell:
         self.cell, self.kernel, self.forms = cell, kernel, tuple(forms)
         self.layout: CallLayout = kernel.layout
         self.native = is_torch_cell(cell)
+        self._split, self._result = call_reader(self.layout), result_writer(self.layout)
         self.active = self.is_fault = False
         self.reason = self.doubt = self.idle = ""
         self.chains = self.steps = 0
@@ -107,7 +102,7 @@ class DeferredCell:
         """Begin a training step: see whether the cell is what it was."""
         if self.reason:
             return
-        key, tensors = cell_key(self.cell), [*self.cell.parameters(), *self.cell.buffers()]
+        key, tensors = cell_key(self.cell), _tensors(self.cell)
         part = changed_part(self._key, key)
         if part is None and [id(t) for t in tensors] != [id(t) for t in self._tensors]:
             part = "a parameter"
@@ -163,7 +158,7 @@ class DeferredCell:
         except Exception as error:  # the plain loop needs none of this
             self.remove(f"{type(error).__name__} while its steps were computed: {_first_line(error)}", is_fault=True)
         if outputs is not None:
-            return self.layout.result(outputs)
+            return self._result(outputs)
         result = self._forward.original(*args, **kwargs)
         if is_rest:
             leaves: list[Any] = []
@@ -173,24 +168,26 @@ class DeferredCell:
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Tensor] | None, bool]:
         """Return a call's results, ``None`` if it is to be computed plainly; and whether the next ones are, too."""
-        unusual = _unusual()
-        if unusual is not None:
-            self.idle = unusual
+        if not nothing_is_around() and (reason := unusual()):
+            self.idle = reason
             return None, False
         found = self._read(args, kwargs)
         if found is None:
             self.idle = "it is called in another form"
             return None, False
         xs, states = found
-        loop = next((r for r in self._running if r.chain.follows(states)), None)
-        if loop is None:
+        for loop in self._running:
+            if loop.chain.follows(states):
+                break
+        else:
             if any(ref() is state for known in self._plain for ref in known for state in states):
                 return None, True  # the rest of a loop that left the foretold way
-            loop = self._start(xs, states)
-            if loop is None:
+            begun = self._start(xs, states)
+            if begun is None:
                 return None, True
-        else:
-            problem = loop.chain.accepts(xs, states)
+            loop = begun
+        if loop.chain.given:
+            problem = loop.chain.problem(xs, states)
             if problem is None and loop.versions != self._versions():
                 problem = "its weights change between the steps"
             if problem is not None:
@@ -276,7 +273,7 @@ class DeferredCell:
         with torch.no_grad():
             outputs, _ = self.layout(self.cell, xs, states)
         for plain, values in zip(outputs, chain.values, strict=True):
-            first, close = values[0], _CLOSE[values.dtype]
+            first, close = values[0], CLOSE[values.dtype]
             if plain.shape == first.shape and plain.dtype == first.dtype:
                 both_nan = plain.isnan() & first.isnan()
                 if torch.allclose(plain.masked_fill(both_nan, 0), first.masked_fill(both_nan, 0), close, close):
@@ -286,62 +283,37 @@ class DeferredCell:
         return True
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found | None:
-        if self.native:
-            named = dict(zip(("input", "hx"), args, strict=False)) | kwargs
-            if len(named) != len(args) + len(kwargs) or not {"input"} <= set(named) <= {"input", "hx"}:
-                return None
-            x, hx = named["input"], named.get("hx")
-            if not isinstance(x, Tensor) or x.dim() != 2:
-                return None
-            if hx is None:
-                size: Any = self.cell.hidden_size
-                hx = x.new_zeros(x.shape[0], size)
-                return (x,), (hx,) * len(self.layout.state_places)
-            states = tuple(hx) if isinstance(self.cell, nn.LSTMCell) else (hx,)
-            if len(states) != len(self.layout.state_places) or not all(isinstance(s, Tensor) for s in states):
-                return None
-            return (x,), states
-        leaves: list[Any] = []
-        if flatten((args, kwargs), leaves) != self.layout.arguments:
+        found = self._split(args, kwargs)
+        if found is not None or not self.native:
+            return found
+        named = dict(zip(("input", "hx"), args, strict=False)) | kwargs
+        if len(named) != len(args) + len(kwargs) or not {"input"} <= set(named) <= {"input", "hx"}:
             return None
-        return self.layout.split(leaves)
+        x, hx = named["input"], named.get("hx")
+        if not isinstance(x, Tensor) or x.dim() != 2:
+            return None
+        if hx is None:
+            size: Any = self.cell.hidden_size
+            hx = x.new_zeros(x.shape[0], size)
+            return (x,), (hx,) * len(self.layout.state_places)
+        states = tuple(hx) if isinstance(self.cell, nn.LSTMCell) else (hx,)
+        if len(states) != len(self.layout.state_places) or not all(isinstance(s, Tensor) for s in states):
+            return None
+        return (x,), states
 
     def _cannot(self, xs: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> str | None:
         """Say why a loop can not begin with this call."""
-        streams, dtype = xs[0].shape[0] if xs[0].dim() else 0, states[0].dtype
-        if not streams or dtype not in _CLOSE:
-            return "its states are of another type than float32 and float64, or there is no stream"
-        if not all(is_ordinary(t) and t.dim() > 1 and t.shape[0] == streams for t in (*xs, *states)):
-            return "an input or state is no ordinary tensor (B, ...)"
-        if any(s.dtype != dtype for s in states) or any(is_listened_to(x) for x in xs):
-            return "its states differ in type, or an input has a hook"
-        if any(x.requires_grad and not x.dtype.is_floating_point for x in xs):
-            return "an input of whole numbers has a gradient"
-        if any(p.dtype != dtype or not is_ordinary(p) for p in self._parameters):
-            return "its weights are of another type than its states"
-        if any(is_listened_to(p) for p in self._parameters):
-            return "a weight of it has a gradient hook"
-        if torch.is_autocast_enabled(xs[0].device.type):
-            return "autocast is on"
-        if [id(t) for t in (*self.cell.parameters(), *self.cell.buffers())] != [id(t) for t in self._tensors]:
-            return "its weights are other tensors for the time of a call"
-        return None
+        found = refusal(xs, states, self._parameters)
+        if found is None and any(a is not b for a, b in zip_longest(_tensors(self.cell), self._tensors)):
+            found = "its weights are other tensors for the time of a call"
+        return found
 
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(t._version for t in self._tensors)
+    def _versions(self) -> list[int]:
+        return [t._version for t in self._tensors]
 
 
-def _unusual() -> str | None:
-    """Say what is going on in which a call must be just what it says; ``None`` in usual training."""
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return "it is called without gradients"
-    if torch.compiler.is_compiling() or is_jit_tracing():
-        return "it is being compiled"
-    if running_backward() != -1:
-        return "it is called in a backward (checkpointing)"
-    if saved_tensor_hooks_are_active():
-        return "what its steps save for the backward is packed (checkpointing, offloading)"
-    return active_transform() or active_mode()
+def _tensors(cell: nn.Module) -> list[Tensor]:
+    return [*cell.parameters(), *cell.buffers()]
 
 
 def _first_line(error: Exception) -> str:

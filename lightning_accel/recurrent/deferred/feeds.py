@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_accel.recurrent.deferred.step_values import StepValues, same_values
 from lightning_accel.torch_private import part_of, running_backward
 
 if TYPE_CHECKING:
@@ -43,13 +44,6 @@ def is_ordinary(tensor: Any) -> bool:
 def is_listened_to(tensor: Tensor) -> bool:
     """Tell whether somebody wants to know a tensor's gradient: a hook or ``retain_grad``."""
     return bool(tensor._backward_hooks) or tensor.retains_grad
-
-
-def same_values(tensor: Tensor, expected: Tensor) -> bool:
-    """Compare bit for bit; on a GPU, where looking waits for it, only shape and type."""
-    if tensor.shape != expected.shape or tensor.dtype != expected.dtype or tensor.device != expected.device:
-        return False
-    return tensor.device.type != "cpu" or torch.equal(tensor, expected)
 
 
 @dataclass(frozen=True)
@@ -133,7 +127,7 @@ class Slices:
         self._shape, self._strides, self._offset = first.shape, first.stride(), first.storage_offset()
         self.left = self._place.count - self._place.index if stride > 0 else self._place.index + 1
         self.wants_gradient = first.requires_grad
-        self._values: Tensor | None = None
+        self._values: StepValues | None = None
         self._waiting: dict[int, Tensor] = {}
         if self.wants_gradient:
             part = part_of(first)
@@ -150,8 +144,9 @@ class Slices:
         assert self._base is not None
         with torch.no_grad():
             part = self._base.detach().as_strided((steps, *self._shape), (spacing, *self._strides), offset)
-            self._values = (part if self._stride > 0 else part.flip(0)).clone(memory_format=torch.contiguous_format)
-        return self._values
+            copy = (part if self._stride > 0 else part.flip(0)).clone(memory_format=torch.contiguous_format)
+        self._values = StepValues(copy)
+        return copy
 
     def begin(self, first: Tensor) -> None:
         """Let the gradients of all inputs go the way of the first one's."""
@@ -163,7 +158,7 @@ class Slices:
     def accepts(self, step: int, x: Tensor) -> bool:
         """Tell whether ``x`` is the input that was foretold for a step."""
         assert self._values is not None
-        if x.requires_grad != self.wants_gradient or not same_values(x, self._values[step]):
+        if type(x) is not Tensor or x.requires_grad is not self.wants_gradient or not self._values.are_in(x, step):
             return False
         if self._base is not None and (x._base is not self._base or x._version):
             return False
@@ -175,6 +170,10 @@ class Slices:
             self._source_dim,
             self._source_start + self._stride * step,
         )
+
+    def is_written(self, x: Tensor) -> bool:  # noqa: ARG002
+        """Tell nothing: another input may be meant as well."""
+        return False
 
     def bring(self, gradient: Tensor) -> Tensor:
         """Bring the inputs' gradient, of shape (T, ...), to its place; return the part of the first input."""
@@ -221,7 +220,11 @@ class Rows:
     def accepts(self, step: int, x: Tensor) -> bool:
         """Tell whether ``x`` is the input that was foretold for a step."""
         row = self._start + self._stride * step
-        return self.source.gave(x, row, self._slot) and not is_listened_to(x)
+        return self.source.gave(x, row, self._slot) and not (x._backward_hooks or x.retains_grad)
+
+    def is_written(self, x: Tensor) -> bool:  # noqa: ARG002
+        """Tell nothing: another input may be meant as well."""
+        return False
 
     def bring(self, gradient: Tensor) -> Tensor:
         """Bring the inputs' gradient to its place; return the part of the first input."""

@@ -7,11 +7,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import linear
 
-from lightning_accel.recurrent.cell_step import is_torch_cell, run_loop, torch_cell_step
+from lightning_accel.recurrent.cell_step import is_native, is_torch_cell, run_loop, run_native, torch_cell_step
 from lightning_accel.recurrent.compiler.trace import as_function
 from lightning_accel.recurrent.deferred.call_layout import CallLayout
-from lightning_accel.recurrent.schedule_choice import ScheduleChoice
+from lightning_accel.recurrent.exactness.plain_modes import plain_reason
+from lightning_accel.recurrent.exactness.private_copy import private_copy
+from lightning_accel.recurrent.exactness.verification import Run, verify_call
+from lightning_accel.recurrent.schedule_choice import TRIAL_STEPS, ScheduleChoice, kind_of_call, measured_seconds
 
+_LOOKED_AT = 5  # steps
 SHORTEST = 4  # steps; a loop of fewer is not worth a schedule
 
 
@@ -27,6 +31,7 @@ class Kernel:
         self.layout, self.choice = layout, choice
         self.cell = choice.module
         self.native = is_torch_cell(self.cell)
+        self._agrees: dict[str, bool] = {}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -53,11 +58,62 @@ class Kernel:
             return self.choice.run(self.layout, xs, states)[0], {}
         if not isinstance(self.cell, nn.LSTMCell):
             return self.choice.run(torch_cell_step, xs, states)[0], {}
-        if self.choice.schedule in ("auto", "native"):  # torch's kernel is the best, but keeps c_t to itself
-            (hidden,), (_, memory) = self.choice.run(torch_cell_step, xs, states)
-            if "native" in self.choice.choices.values():
-                return [hidden, _memories(self.cell, xs[0], hidden, states)], {1: memory}
+        if self._takes_torchs_kernel(xs, states):
+            return self._run_torchs_kernel(self.cell, xs, states)
         return self.choice.run(self.layout, xs, states)[0], {}
+
+    def _takes_torchs_kernel(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
+        """See whether torch's kernel is the best for an LSTM although it keeps c_t to itself; measured once a kind."""
+        if self.choice.schedule not in ("auto", "native") or not is_native(self.cell):
+            return False
+        if plain_reason(xs, states) is not None:
+            return False
+        kind, choices = kind_of_call(self.layout, xs, states), self.choice.choices
+        if kind not in self._agrees:
+            self._agrees[kind] = self._agrees_with_the_loop(xs, states)
+        if not self._agrees[kind]:
+            if choices.get(kind) == "native":
+                del choices[kind]
+        elif self.choice.schedule == "native":
+            choices[kind] = "native"
+        elif kind not in choices:
+            self._choose(kind, xs, states)
+        return choices.get(kind) == "native"
+
+    def _choose(self, kind: str, xs: Sequence[Tensor], states: Sequence[Tensor]) -> None:
+        """Measure torch's kernel beside the best of all others."""
+        steps = min(len(xs[0]), TRIAL_STEPS)
+        short, start = [x[:steps].detach() for x in xs], [s.detach() for s in states]
+        candidates: dict[str, Run] = {
+            "native": lambda cell, xs, states: (self._run_torchs_kernel(cell, xs, states)[0], []),
+            "another": self.choice.runner(self.layout, xs, states),
+        }
+        seconds = measured_seconds(candidates, self.cell, short, start)
+        faster = seconds["another"] / max(seconds["native"], 1e-9)
+        if faster > 1:
+            self.choice.choices[kind] = "native"
+            self.choice.speed[kind] = faster * self.choice.speed.get(kind, 1.0)
+
+    def _agrees_with_the_loop(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
+        try:
+            verify_call(run_native, self.cell, torch_cell_step, xs, states)
+            with torch.no_grad():
+                few = [x[:_LOOKED_AT] for x in xs]
+                hidden, memories = self._run_torchs_kernel(self.cell, few, states)[0]
+                expected = run_loop(self.layout, private_copy(self.cell), few, states)[0]
+            for found, plain in zip((hidden, memories), expected, strict=True):
+                torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+        except Exception as error:
+            self.choice.refusals["native"] = f"{type(error).__name__}: {error}"
+            return False
+        return True
+
+    def _run_torchs_kernel(
+        self, cell: nn.Module, xs: Sequence[Tensor], states: Sequence[Tensor]
+    ) -> tuple[list[Tensor], dict[int, Tensor]]:
+        (hidden,), (_, memory) = run_native(cell, xs, states)
+        assert isinstance(cell, nn.LSTMCell)
+        return [hidden, _memories(cell, xs[0], hidden, states)], {1: memory}
 
     def run_one_by_one(self, xs: Sequence[Tensor], states: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """Compute what `run` does as the loop does, with other tensors in the parameters' places."""

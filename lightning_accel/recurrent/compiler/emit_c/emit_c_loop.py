@@ -222,6 +222,7 @@ class CLoop:
 
     def _body(self) -> str:
         self.types: dict[str, torch.dtype] = {}
+        self.packed: dict[str, str] = {}
         for node in self.place:
             self.types[node.name] = node.meta["val"].dtype
         steps: list[str] = []
@@ -233,12 +234,14 @@ class CLoop:
             number = "unsigned char" if self.types.get(name) is torch.bool else "real"
             lines.append(f"    {number} *const p_{name} = ({number} *)at[{3 * k}];")
             lines.append(f"    const int64_t t_{name} = at[{3 * k + 1}], b_{name} = at[{3 * k + 2}];")
+        for name, sizes in self.packed.items():
+            lines.append(f"    real *const w_{name} = packed(B, n, {sizes}, p_{name});")
         count = "int64_t t = n - 1; t >= 0; --t" if self.reverse else "int64_t t = 0; t < n; ++t"
         lines.append(f"    for ({count}) {{")
         for name in [*self.blocks, *self.constants]:
             number = "unsigned char" if self.types.get(name) is torch.bool else "real"
             lines.append(f"{_INDENT}{number} *const s_{name} = p_{name} + t * t_{name};")
-        return "\n".join([*lines, *steps, "    }"])
+        return "\n".join([*lines, *steps, "    }", *(f"    free(w_{name});" for name in self.packed)])
 
     def _row_region(self, calls: list[Node]) -> list[str]:
         writer = RowWriter(calls, self.order.begin, self._place_of, self._stored, self.order.resolve)
@@ -264,10 +267,12 @@ class CLoop:
                 if node not in self.over:
                     lines += self._copy(node.args[0], node)
             first = f"s_{a.name} + {a.start + start}"
-            sizes = f"B, {width(node)}, {width(left)}"
+            sizes = f"{width(node)}, {width(left)}"
+            self.packed[w.name] = sizes  # a matrix has one size
             lines.append(
-                f"{_INDENT}product(call, {sizes}, {first}, b_{a.name} > 0 ? b_{a.name} : {width(left)}, s_{w.name}, "
-                f"s_{out} + {self.place[node].start}, b_{out} > 0 ? b_{out} : {width(node)}, {keep});"
+                f"{_INDENT}product(call, B, {sizes}, {first}, b_{a.name} > 0 ? b_{a.name} : {width(left)}, "
+                f"s_{w.name}, w_{w.name}, s_{out} + {self.place[node].start}, "
+                f"b_{out} > 0 ? b_{out} : {width(node)}, {keep});"
             )
         return lines
 
