@@ -28,6 +28,7 @@ from lightning_accel.lightning_private.loops import (
     sync_batch_norm_requested,
     validate_once_more,
     without_launcher,
+    wrapped_optimizer,
 )
 from lightning_accel.lightning_private.modules import (
     RECORDS,
@@ -68,4 +69,5 @@ __all__ = [
     "uncompiled",
     "validate_once_more",
     "without_launcher",
+    "wrapped_optimizer",
 ]

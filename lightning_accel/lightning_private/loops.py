@@ -8,6 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+
 
 def launcher_module(distribution: str) -> Any:
     """Return the module with ``_MultiProcessingLauncher`` and what it is made of.
@@ -152,6 +155,16 @@ def bring_back_progress(trainer: Any, state: dict[str, Any]) -> None:
         loop = loops.pop()
         loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
         loops.extend(child for child in vars(loop).values() if hasattr(child, "_loaded_from_state_dict"))
+
+
+def wrapped_optimizer(optimizer: torch.optim.Optimizer, strategy: Any) -> LightningOptimizer:
+    """Return an optimizer as ``self.optimizers()`` gives it, whose updates go to what stands in for a strategy.
+
+    Lightning wraps the run's own ones for the run's own strategy only; the copy of a training step needs others.
+    """
+    wrapped = LightningOptimizer(optimizer)
+    wrapped._strategy = strategy
+    return wrapped
 
 
 def keep_written_metrics(logger: Any) -> None:

@@ -60,6 +60,11 @@ class Recurrent(nn.Module):
         """Return what chooses and runs the schedule, one a direction."""
         return self._choices
 
+    def ask(self, original: "Recurrent") -> None:
+        """Run as ``original`` does, of which this is a copy, without tracing and measuring again."""
+        pairs = zip(original.schedules, self._cells(), strict=True)
+        self._choices = [choice.for_copy(cell) for choice, cell in pairs]
+
     def forward(self, x: Any, state: Any = None, lengths: Tensor | None = None) -> tuple[Any, Any]:
         """Run the sequence.
 

@@ -68,7 +68,14 @@ class ScheduleChoice:
         self.calls_left = math.inf
         self._forget()
 
+    def for_copy(self, module: nn.Module) -> "ScheduleChoice":
+        """Return a choice for a copy of the module that traces and measures nothing again: it asks this one."""
+        twin = ScheduleChoice(module, self.schedule, name=self.name)
+        twin._asked = self
+        return twin
+
     def _forget(self) -> None:
+        self._asked = self
         self.refusals: dict[str, str] = {}
         self._lock = threading.RLock()
         self._traced: dict[tuple[Any, ...], VerifiedSchedules] = {}
@@ -89,7 +96,7 @@ class ScheduleChoice:
         """
         if self.schedule == "loop" or torch.compiler.is_compiling():
             return run_loop(step, self.module, xs, states)
-        run, notes = self._run_of(step, xs, states)
+        run, notes = self._asked._run_of(step, xs, states)
         for about, text in notes:
             self._say(about, text)
         if run is None:
@@ -100,7 +107,7 @@ class ScheduleChoice:
             results = run_loop(step, self.module, xs, states)  # raises what the user's own code raises
             reason = f"its schedule failed: {type(error).__name__}: {error}"
             with self._lock:
-                for schedules in self._traced.values():
+                for schedules in self._asked._traced.values():
                     schedules.give_up(reason)
             self._say(reason, f"runs the plain loop: {reason}")
             return results
@@ -127,7 +134,7 @@ class ScheduleChoice:
 
     def known_step(self, step: CellStep) -> CellStep:
         """Return the equal step that was used before, which knows how results nest although no call of it runs."""
-        return self._steps.setdefault(step, step)
+        return self._asked._steps.setdefault(step, step)
 
     def refusal(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str | None:
         """Return why a step (``xs`` of shape (B, ...)) has no intra-stream schedule; ``None`` if it has one."""

@@ -1,8 +1,8 @@
 """Modules with loops over cells, drawn at random, trained with and without IntraStreamScheduling.
 
 Losses, all gradients, what the modules note, and the weights at the end must agree within rounding, over several
-batches of changing sizes. One command: ``python tests/fuzz/recurrent_fuzz.py --modules 5000 --workers 2``; ``--start N``
-goes on where another run ended. A seed alone decides a module, so a difference is found again by ``--start SEED --modules 1``.
+batches of changing sizes. One command: ``python tests/fuzz/recurrent_fuzz.py --modules 5000 --workers 2``. A seed alone
+decides a module: ``--start N`` goes on where another run ended, ``--start SEED --modules 1`` shows a difference again.
 Every fiftieth module that ran scheduled is timed, on a longer sequence, with and without.
 """
 

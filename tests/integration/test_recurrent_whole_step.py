@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from recurrent_models import FEATURES, HIDDEN, Body, LSTMLoop, PeepholeLoop, StackedLoop, data, fit, trainer
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_accel.callbacks import IntraStreamScheduling
+from lightning_accel.callbacks.recurrent import intra_stream_scheduling
+from lightning_accel.recurrent import PeepholeLSTMCell, Recurrent
 from lightning_accel.recurrent.deferred import kernel
+from lightning_accel.recurrent.instance_forward import InstanceForward
 
 
 def warned(kind, callback, **settings):
@@ -140,21 +145,83 @@ def test_a_module_that_can_not_be_copied_runs_plain_and_says_so():
     assert "a training step can not be tried on a copy of the module: TypeError" in said[0]
 
 
-def test_manual_optimization_runs_plain_and_says_so():
-    class Manual(LSTMLoop):
-        def build(self):
-            super().build()
-            self.automatic_optimization = False
+class Manual(LSTMLoop):
+    """Manual optimization; ``update(module, loss)`` makes the updates of a step."""
 
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            self.manual_backward(loss)
-            self.optimizers().step()
-            self.optimizers().zero_grad()
+    update = staticmethod(lambda module, loss: one_update(module, loss))
+
+    def build(self):
+        super().build()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        type(self).update(self, super().training_step(batch, batch_idx))
+
+
+def one_update(module, loss):
+    optimizer = module.optimizers()
+    optimizer.zero_grad()
+    module.manual_backward(loss)
+    optimizer.step()
+
+
+def a_closure(module, loss):
+    def closure():
+        module.optimizers().zero_grad()
+        module.manual_backward(loss)
+        return loss
+
+    module.optimizers().step(closure=closure)
+
+
+def toggled_and_clipped(module, loss):
+    optimizer = module.optimizers()
+    with optimizer.toggle_model():
+        module.manual_backward(loss)
+        module.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+        optimizer.optimizer.step()
+    module.optimizers(use_pl_optimizer=False).zero_grad()
+
+
+def with_a_scheduler(module, loss):
+    one_update(module, loss)
+    module.lr_schedulers().step()
+
+
+UPDATES = {u.__name__: u for u in (one_update, a_closure, toggled_and_clipped, with_a_scheduler)}
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_manual_optimization_is_compared_on_copies_and_then_gains(update):
+    class Own(Manual):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
+
+    Own.update = staticmethod(update)
+    callback = IntraStreamScheduling("intra_stream")
+    module, plain = fit(Own, callback), fit(Own)
+    assert len(module.losses) == len(plain.losses)
+    torch.testing.assert_close(module.losses, plain.losses, rtol=1e-10, atol=1e-12)
+    for a, b in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert "chains of" in callback.report[0], callback.report
+
+
+def test_manual_steps_that_would_come_out_otherwise_run_plain():
+    def odd_update(module, loss):
+        optimizer = module.optimizers()
+        optimizer.zero_grad()
+        module.manual_backward(loss * (2.0 if type(module.cell.forward) is InstanceForward else 1.0))
+        optimizer.step()
+
+    class Own(Manual):
+        update = staticmethod(odd_update)
 
     callback = IntraStreamScheduling("intra_stream")
-    assert fit(Manual, callback).losses == fit(Manual).losses
-    assert callback.report == ["cell: plain, a training step of manual optimization can not be tried on a copy"]
+    _, said = warned(Own, callback)
+    assert len(said) == 1
+    assert "the gradient of `update 0: " in said[0]
 
 
 def test_short_fits_run_plain_with_the_numbers():
@@ -221,3 +288,63 @@ def test_the_choice_is_said_once_when_it_is_made(caplog):
         module = fit(Noting, IntraStreamScheduling("intra_stream"))
     assert module.said[0] == 0
     assert module.said[-1] == 1
+
+
+class RecurrentLayer(Body):
+    def build(self):
+        self.rnn, self.out = Recurrent(PeepholeLSTMCell(FEATURES, HIDDEN)), nn.Linear(HIDDEN, 1)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0])
+
+
+class PackedLayer(Body):
+    def build(self):
+        self.rnn, self.out = nn.LSTM(FEATURES, HIDDEN), nn.Linear(HIDDEN, 1)
+
+    def forward(self, x):
+        lengths = torch.arange(len(x), len(x) - x.shape[1], -1)
+        y, _ = pad_packed_sequence(self.rnn(pack_padded_sequence(x, lengths))[0])
+        return self.out(y)
+
+
+@pytest.mark.parametrize("kind", [RecurrentLayer, PackedLayer])
+def test_layers_that_compare_themselves_are_compared_in_a_whole_step_too(kind, monkeypatch):
+    compared = []
+    compare = intra_stream_scheduling.difference
+    monkeypatch.setattr(
+        intra_stream_scheduling,
+        "difference",
+        lambda trainer, module, batch, index, scheduled: (
+            compared.append(index),
+            compare(trainer, module, batch, index, scheduled),
+        )[1],
+    )
+    callback = IntraStreamScheduling("intra_stream")
+    module, plain = fit(kind, callback), fit(kind)
+    assert compared == [0 if kind is RecurrentLayer else 1]
+    assert "plain" not in callback.report[0]
+    torch.testing.assert_close(module.losses, plain.losses, rtol=1e-10, atol=1e-12)
+
+
+def is_scheduled(layer):
+    if isinstance(layer, nn.LSTM):
+        return type(layer.forward) is InstanceForward
+    return any(choice.schedule != "loop" for choice in layer.schedules)
+
+
+@pytest.mark.parametrize("kind", [RecurrentLayer, PackedLayer])
+def test_layers_whose_whole_step_comes_out_otherwise_run_plain(kind):
+    class Looks(kind):
+        """Its loss says whether the layer is scheduled, which no comparison of single calls can see."""
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * 2 if is_scheduled(self.rnn) and type(self.trainer.logger) is DummyLogger else loss
+
+    callback = IntraStreamScheduling("intra_stream")
+    module, said = warned(Looks, callback)
+    assert_trained_plainly(module, fit(kind))
+    assert len(said) == 1
+    assert "runs `rnn` plainly: the loss of a whole training step differs" in said[0]
+    assert callback.report == [f"rnn: plain, {said[0].split('plainly: ')[1].rstrip('.')}"]

@@ -72,17 +72,21 @@ class StepTrial:
         other._compile_like = None
         return other
 
+    def run(self) -> Any:
+        """Run ``training_step`` and return what it returns."""
+        arguments = [copy.deepcopy(self._batch)]
+        if is_param_in_hook_signature(self.module.training_step, "batch_idx", min_args=2):
+            arguments.append(self._batch_idx)
+        with self._trainer.precision_plugin.train_step_context():
+            return self._training_step(*arguments)
+
     def forward(self) -> Tensor:
         """Run ``training_step`` and return its loss.
 
         Raises:
             TypeError: If it returns no loss.
         """
-        arguments = [copy.deepcopy(self._batch)]
-        if is_param_in_hook_signature(self.module.training_step, "batch_idx", min_args=2):
-            arguments.append(self._batch_idx)
-        with self._trainer.precision_plugin.train_step_context():
-            output = self._training_step(*arguments)
+        output = self.run()
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise TypeError("`training_step` returned no loss")

@@ -102,6 +102,7 @@ class IntraStreamScheduling(Callback):
             packed=self.packed,
             deferred_cells=self.deferred_cells,
             calls_left=_batches_left(trainer),
+            checked=self._affords_two_steps(trainer),
         )
         if not self._layers.may_find:
             self._leave()
@@ -118,6 +119,8 @@ class IntraStreamScheduling(Callback):
         self._step.close()
         if self._layers is None:
             return
+        if self._layers.layers_to_compare:
+            self._compare_layers(trainer, pl_module, batch, batch_idx)
         if self._layers.to_compare:
             self._compare(trainer, pl_module, batch, batch_idx)
         self._step.enter_context(self._layers.training_step())
@@ -172,12 +175,23 @@ class IntraStreamScheduling(Callback):
         twin._saved, twin._resumed = dict(self._saved), self._resumed
         return twin
 
+    def _affords_two_steps(self, trainer: "pl.Trainer") -> bool:
+        """Tell whether a comparison may cost its two steps, of layers that compare every kind of call by themselves."""
+        return self.schedule != "auto" or _batches_left(trainer) * self.max_overhead >= STEPS
+
+    def _compare_layers(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, index: int) -> None:
+        """Compare a whole step with `Recurrent` and packed layers scheduled with the plain one."""
+        assert self._layers is not None
+        names = ", ".join(f"`{name}`" for name in self._layers.layers_to_compare)
+        reason = difference(trainer, pl_module, batch, index, self._layers.layers_scheduled)
+        if not _agree(trainer, reason is None):
+            reason = reason or "another process found a difference"
+            rank_zero_warn(f"IntraStreamScheduling runs {names} plainly: {reason}.")
+        self._layers.decide_layers(reason)
+
     def _compare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int) -> None:
         """Compare a whole step with schedules with the plain one, if it is worth its time; leave plain what differs."""
         assert self._layers is not None
-        if not pl_module.automatic_optimization:
-            self._layers.refuse("a training step of manual optimization can not be tried on a copy")
-            return
         if self.schedule == "auto" and not self._is_repeated:
             if not self._seconds:
                 return

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_accel.recurrent.deferred.deferred_cell import DeferredCell
 from lightning_accel.recurrent.deferred.find_cells import DeferredCells
@@ -24,10 +25,22 @@ class ScheduledLayers:
         packed: Whether packed ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` run padded.
         deferred_cells: Whether loops over cells are computed at their first calls.
         calls_left: How many batches are to come; schedules that have to be compiled must pay within them.
+        checked: Whether `Recurrent` layers and packed ones wait until a whole training step with them was compared.
+
+    Attributes:
+        waiting: Whether they still do.
+        reason: Why they run plainly; empty if they do not.
     """
 
     def __init__(
-        self, model: nn.Module, *, schedule: Schedule, packed: bool, deferred_cells: bool, calls_left: float = math.inf
+        self,
+        model: nn.Module,
+        *,
+        schedule: Schedule,
+        packed: bool,
+        deferred_cells: bool,
+        calls_left: float = math.inf,
+        checked: bool = False,
     ) -> None:
         named = dict(model.named_modules())
         self.recurrent = {n: m for n, m in named.items() if isinstance(m, Recurrent)}
@@ -42,6 +55,11 @@ class ScheduledLayers:
                 choice.calls_left = calls_left
                 if choice.schedule == "auto":
                     choice.schedule = schedule
+        self._wanted = {n: [choice.schedule for choice in layer.schedules] for n, layer in self.recurrent.items()}
+        self._packed: set[str] = set()
+        self.waiting, self.reason = False, ""
+        if checked and schedule != "loop":
+            self._wait()
         if packed and schedule != "loop":
             self._forwards = [self._padded(name, layer) for name, layer in self.layers.items()]
         if deferred_cells and schedule != "loop":
@@ -56,6 +74,48 @@ class ScheduledLayers:
             return
         with self.deferred.watch(), self.deferred.active(tuple(self._compared)):
             yield
+
+    def _wait(self) -> None:
+        self.waiting = True
+        for layer in self.recurrent.values():
+            for choice in layer.schedules:
+                choice.schedule = "loop"
+
+    @property
+    def layers_to_compare(self) -> list[str]:
+        """Return the `Recurrent` layers, and those seen to get packed sequences, that wait for a comparison."""
+        if not self.waiting:
+            return []
+        gain = [name for name, wanted in self._wanted.items() if set(wanted) != {"loop"}]
+        return [*gain, *sorted(self._packed)]
+
+    @contextmanager
+    def layers_scheduled(self, copy: nn.Module) -> Iterator[None]:
+        """Run the layers of a copy of the model as those of the model would, compared or not."""
+        for name, layer in self.recurrent.items():
+            for choice, schedule in zip(layer.schedules, self._wanted[name], strict=True):
+                choice.schedule = schedule
+            twin = copy.get_submodule(name)
+            assert isinstance(twin, Recurrent)
+            twin.ask(layer)
+        padded = [self._padded(n, copy.get_submodule(n), apart=True) for n in (self.layers if self._forwards else ())]
+        try:
+            yield
+        finally:
+            for forward in padded:
+                forward.remove()
+            if self.waiting:
+                self._wait()
+
+    def decide_layers(self, reason: str | None) -> None:
+        """Let the layers run scheduled from now on; with a reason, plainly for good."""
+        self.waiting, self.reason = False, reason or ""
+        for name, layer in self.recurrent.items():
+            for choice, schedule in zip(layer.schedules, self._wanted[name], strict=True):
+                choice.schedule = "loop" if reason else schedule
+        if reason:
+            for forward in self._forwards:
+                forward.remove()
 
     @property
     def to_compare(self) -> dict[str, DeferredCell]:
@@ -110,7 +170,9 @@ class ScheduledLayers:
     def state(self) -> dict[str, Any]:
         """Return what was chosen, as plain values."""
         chosen = {n: [dict(c.choices) for c in layer.schedules] for n, layer in self.recurrent.items()}
-        return {"recurrent": chosen, "deferred": None if self.deferred is None else self.deferred.state()}
+        layers = {"waiting": self.waiting, "reason": self.reason}
+        deferred = None if self.deferred is None else self.deferred.state()
+        return {"recurrent": chosen, "layers": layers, "deferred": deferred}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Repeat what was chosen."""
@@ -118,6 +180,11 @@ class ScheduledLayers:
             if name in self.recurrent:
                 for choice, saved in zip(self.recurrent[name].schedules, choices, strict=True):
                     choice.choices.update(saved)
+        layers = state.get("layers", {"waiting": False, "reason": ""})
+        if layers["waiting"]:
+            self._wait()
+        else:
+            self.decide_layers(layers["reason"])
         if self.deferred is not None and state["deferred"] is not None:
             self.deferred.restore(state["deferred"])
 
@@ -125,10 +192,16 @@ class ScheduledLayers:
         """Say what runs how, one line a layer."""
         lines = []
         for name, layer in self.recurrent.items():
+            if self.reason:
+                lines.append(f"{name}: plain, {self.reason}")
+                continue
             for choice in layer.schedules:
                 lines += [f"{name}: {used} ({key})" for key, used in choice.choices.items()]
         for name in self.layers:
             calls = self.padded.get(name, 0)
+            if self.reason and name in self._packed:
+                lines.append(f"{name}: plain, {self.reason}")
+                continue
             lines.append(
                 f"{name}: {calls} packed calls run padded" if calls else f"{name}: torch's kernel, nothing to gain"
             )
@@ -153,11 +226,18 @@ class ScheduledLayers:
             for choice, schedule in zip(self.recurrent[name].schedules, schedules, strict=True):
                 choice.schedule = schedule
 
-    def _padded(self, name: str, layer: nn.Module) -> InstanceForward:
+    def _padded(self, name: str, layer: nn.Module, *, apart: bool = False) -> InstanceForward:
+        """Stand before a layer's forward; ``apart`` neither waits nor counts, for a copy."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
+            if self.waiting and not apart:
+                if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
+                    self._packed.add(name)
+                return forward.original(*args, **kwargs)
             with RunPackedPadded() as mode:
                 result = forward.original(*args, **kwargs)
-            if mode.replaced:
+            if mode.replaced and not apart:
+                self._packed.add(name)
                 self.padded[name] = self.padded.get(name, 0) + mode.replaced
             return result
 

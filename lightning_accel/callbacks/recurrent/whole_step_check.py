@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_accel.callbacks.layer_exchange.step_trial import StepTrial
+from lightning_accel.callbacks.recurrent.manual_step import manual_step
 from lightning_accel.torch_private import own_attributes
 
 STEPS = 2  # what a comparison takes, in training steps without the optimizer's part
@@ -42,7 +43,7 @@ def difference(
 
     Args:
         trainer: Of the run.
-        pl_module: Its module, copied; automatic optimization only.
+        pl_module: Its module, copied; with manual optimization, the gradients of every update count.
         batch: As ``training_step`` gets it.
         batch_idx: As ``training_step`` gets it.
         scheduled: Gives a copy its schedules for the time of a step.
@@ -88,10 +89,14 @@ class _Runner:
         for module in trial.module.modules():
             if "log" in module.__dict__:
                 module.__dict__.update(log=_noting(logged), log_dict=_noting_all(logged))
+        gradients: dict[str, Tensor | None]
         with scheduled(trial.module):
-            loss = trial.forward()
-            trial.module.backward(loss)
-        gradients = {name: p.grad for name, p in trial.module.named_parameters()}
+            if trial.module.automatic_optimization:
+                loss = trial.forward()
+                trial.module.backward(loss)
+                gradients = {name: p.grad for name, p in trial.module.named_parameters()}
+            else:
+                loss, gradients = torch.zeros(()), manual_step(trial, self._arguments[0])
         return _Outcome(loss.detach(), gradients, {**logged, **dict(_noted(trial.module))})
 
 

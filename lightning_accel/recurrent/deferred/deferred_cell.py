@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from lightning_accel.recurrent.cell_step import is_torch_cell
 from lightning_accel.recurrent.deferred.call_layout import CallLayout, flatten
 from lightning_accel.recurrent.deferred.call_reader import Found, call_reader, result_writer
-from lightning_accel.recurrent.deferred.cell_key import cell_key, changed_part
 from lightning_accel.recurrent.deferred.chain import GOES_ON, WRITTEN, Chain
 from lightning_accel.recurrent.deferred.circumstances import CLOSE, refusal, unusual
 from lightning_accel.recurrent.deferred.feeds import Feed, FeedForm, feed_of
 from lightning_accel.recurrent.deferred.kernel import SHORTEST, Kernel
+from lightning_accel.recurrent.exactness.assumptions import assumptions_of, change_between
 from lightning_accel.recurrent.instance_forward import InstanceForward
 from lightning_accel.torch_private import nothing_is_around
 
@@ -74,7 +74,6 @@ class DeferredCell:
         self.reason = self.doubt = self.idle = ""
         self.chains = self.steps = 0
         self.lengths: list[tuple[int, float]] = []
-        self._key = cell_key(cell)
         self._parameters = list(cell.parameters())
         self._tensors = [*self._parameters, *cell.buffers()]
         self._running: deque[_Loop] = deque(maxlen=_SIDE_BY_SIDE)
@@ -84,6 +83,7 @@ class DeferredCell:
         self._traced = False
         self._thread = threading.get_ident()
         self._forward = InstanceForward(cell, self._call)
+        self._key = assumptions_of(cell)
 
     @property
     def choice(self) -> Any:
@@ -102,15 +102,19 @@ class DeferredCell:
         """Begin a training step: see whether the cell is what it was."""
         if self.reason:
             return
-        key, tensors = cell_key(self.cell), _tensors(self.cell)
-        part = changed_part(self._key, key)
-        if part is None and [id(t) for t in tensors] != [id(t) for t in self._tensors]:
-            part = "a parameter"
-        if part is not None:
+        try:
+            key, tensors = assumptions_of(self.cell), _tensors(self.cell)
+            change = change_between(self.cell, self._key, key)
+        except Exception as error:  # a property that fails, more values than can be watched
+            self.remove(f"looking at it failed: {type(error).__name__}: {_first_line(error)}")
+            return
+        if change is None and [id(t) for t in tensors] != [id(t) for t in self._tensors]:
+            change = "a parameter of it changed"
+        if change is not None:
             self._changes += 1
-            self.doubt = f"`{part}` of it changed"
+            self.doubt = change
             if self._changes >= _DOUBTS:
-                self.remove(f"{self.doubt} {self._changes} times")
+                self.remove(f"{self.doubt}, {self._changes} times")
                 return
             self._key, self._tensors, self._parameters = key, tensors, list(self.cell.parameters())
         self.active = not self.doubt

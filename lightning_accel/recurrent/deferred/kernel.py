@@ -102,7 +102,7 @@ class Kernel:
                 hidden, memories = self._run_torchs_kernel(self.cell, few, states)[0]
                 expected = run_loop(self.layout, private_copy(self.cell), few, states)[0]
             for found, plain in zip((hidden, memories), expected, strict=True):
-                torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5, equal_nan=True)
         except Exception as error:
             self.choice.refusals["native"] = f"{type(error).__name__}: {error}"
             return False

@@ -16,8 +16,8 @@ from lightning_accel.recurrent.deferred.call_layout import (
     learn_layout,
     torch_layout,
 )
-from lightning_accel.recurrent.deferred.cell_key import cell_key, changed_part
 from lightning_accel.recurrent.deferred.feeds import FeedForm, Slices, slices_between
+from lightning_accel.recurrent.exactness.assumptions import Assumptions, assumptions_of, first_change
 from lightning_accel.torch_private import running_backward
 
 LOOP = 3  # chained calls in one batch that make a loop
@@ -78,7 +78,7 @@ class Watch:
         self.is_changed = False
         self._recent: deque[_Loop] = deque(maxlen=_SIDE_BY_SIDE)
         self._loops: list[_Loop] = []
-        self._key: dict[str, Any] | None = None
+        self._key: Assumptions | None = None
         self._tensors: list[Tensor] = []
         self._same: dict[int, Tensor] = {}
         self._versions: list[int] = []
@@ -87,7 +87,7 @@ class Watch:
     def before(self, *_: Any) -> None:
         """Look at the module before a call."""
         if self.calls < _LOOKED_AT:
-            self._key = cell_key(self.module)
+            self._key = assumptions_of(self.module)
             self._tensors = [*self.module.parameters(), *self.module.buffers()]
             self._versions = [t._version for t in self._tensors]
         else:
@@ -96,8 +96,8 @@ class Watch:
     def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Look at a call."""
         self.calls += 1
-        if self._key is not None and (part := changed_part(self._key, cell_key(self.module))) is not None:
-            self._object(f"a call of it changes `{part}`")
+        if self._key is not None and self._key.key != assumptions_of(self.module).key:
+            self._object(f"a call of it changes {first_change(self.module, self._key)}")
         elif self._key is not None and [t._version for t in self._tensors] != self._versions:
             self._object("a call of it changes a buffer or a weight in place")
         leaves: list[Any] = []

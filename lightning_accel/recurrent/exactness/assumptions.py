@@ -63,6 +63,13 @@ def first_change(module: nn.Module, before: Assumptions) -> str:
     return "something that its code reads"
 
 
+def change_between(module: nn.Module, before: Assumptions, now: Assumptions) -> str | None:
+    """Say what changed from one moment to the other, which is now; ``None`` if nothing did."""
+    if before.key != now.key:
+        return f"{first_change(module, before)} of it changed"
+    return now.doubt if before.doubt is None else None
+
+
 class _Walk:
     """A walk over everything that a module's code can reach."""
 
