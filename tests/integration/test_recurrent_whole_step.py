@@ -344,7 +344,7 @@ def test_layers_whose_whole_step_comes_out_otherwise_run_plain(kind):
 
     callback = IntraStreamScheduling("intra_stream")
     module, said = warned(Looks, callback)
-    assert_trained_plainly(module, fit(kind))
+    torch.testing.assert_close(module.losses, fit(kind).losses, rtol=1e-10, atol=1e-12)
     assert len(said) == 1
     assert "runs `rnn` plainly: the loss of a whole training step differs" in said[0]
     assert callback.report == [f"rnn: plain, {said[0].split('plainly: ')[1].rstrip('.')}"]

@@ -294,6 +294,24 @@ def test_the_name_of_the_argument_that_holds_hyperparameters(pl):
     assert lightning_private.hparams_name(boring(pl)) == "kwargs"
 
 
+@pytest.mark.parametrize("closure", [None, lambda: torch.ones(())])
+def test_an_optimizer_of_a_copied_step_updates_through_what_stands_in_for_a_strategy(closure):
+    class Stands:
+        def optimizer_step(self, optimizer, closure, **kwargs):
+            self.seen = optimizer
+            return optimizer.step(closure, **kwargs)
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    inner, stands = torch.optim.SGD([weight], lr=0.5), Stands()
+    wrapped = lightning_private.wrapped_optimizer(inner, stands)
+    assert isinstance(wrapped, torch.optim.SGD)
+    assert wrapped.optimizer is inner
+    wrapped.step(closure)
+    assert stands.seen is inner
+    assert weight.tolist() == [0.5, 0.5]
+
+
 def test_every_function_of_the_fence_has_a_canary():
     text = inspect.getsource(inspect.getmodule(test_every_function_of_the_fence_has_a_canary))
     made = [name for name in lightning_private.__all__ if callable(getattr(lightning_private, name))]
