@@ -104,11 +104,11 @@ class Row:
     verdict: str
     acted_on: str = ""
     said: list[str] = field(default_factory=list)
-    step_ratio: dict[str, float] | None = None
-    fit_ratio: dict[str, float] | None = None
+    step_ratio: dict[str, Any] | None = None
+    fit_ratio: dict[str, Any] | None = None
     metric: str = ""
     plain_score: float | None = None
-    score_difference: dict[str, float] | None = None
+    score_difference: dict[str, Any] | None = None
     saved_and_loaded: str = ""
     error: str = ""
 
@@ -215,13 +215,13 @@ def row_of(package: ModuleType, arm: Arm, fits: dict[str, list[Fit]], error: str
     last = mine[-1]
     row.said, row.saved_and_loaded, row.metric = last.said, loaded, package.METRIC
     row.acted_on = acted_on(arm, last)
-    row.fit_ratio = asdict(compare_paired([f.seconds for f in plain], [f.seconds for f in mine]))
+    row.fit_ratio = ratio_of([f.seconds for f in plain], [f.seconds for f in mine])
     if last.step is not None:
-        row.step_ratio = asdict(compare_paired([f.step for f in plain], [f.step for f in mine]))
+        row.step_ratio = ratio_of([f.step for f in plain], [f.step for f in mine])
     row.plain_score = statistics.median(f.score for f in plain)
     difference = subtract_paired([f.score for f in plain], [f.score for f in mine])
     row.score_difference = asdict(difference) | {"verdict": difference.verdict}
-    row.verdict = verdict_of(row, difference.verdict, arm)
+    row.verdict = verdict_of(row)
     return row
 
 
@@ -245,14 +245,22 @@ def acted_on(arm: Arm, fit: Fit) -> str:
     return "recurrent layers" if scheduled else ""
 
 
-def verdict_of(row: Row, score: str, arm: Arm) -> str:
+def ratio_of(plain: list[float], mine: list[float]) -> dict[str, Any]:
+    ratio = compare_paired(plain, mine)
+    return asdict(ratio) | {"verdict": ratio.verdict}
+
+
+def verdict_of(row: Row) -> str:
+    """Say what came of it; six pairs are the fewest that decide anything."""
     if not row.acted_on:
         return "stands aside"
-    ratio = row.step_ratio or row.fit_ratio
+    time_words = {"no difference": "no difference in time", "undecided": "too few pairs for a verdict on time"}
+    score_words = {"higher": "worse", "lower": "better", "undecided": "undecided"}
+    ratio, difference = row.step_ratio or row.fit_ratio, row.score_difference
     assert ratio is not None
-    speed = "faster" if ratio["low"] > 1.0 else "slower" if ratio["high"] < 1.0 else "no difference in time"
-    worse = {"higher": f"{row.metric} worse", "lower": f"{row.metric} better"}.get(score, f"{row.metric} no difference")
-    return f"acts: {speed}, {worse}"
+    assert difference is not None
+    speed = time_words.get(ratio["verdict"], ratio["verdict"])
+    return f"acts: {speed}, {row.metric} {score_words.get(difference['verdict'], 'no difference')}"
 
 
 def main() -> None:

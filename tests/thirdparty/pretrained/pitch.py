@@ -129,6 +129,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--capacity", choices=("full", "tiny"), default="full")
     parser.add_argument("--ratio", type=float, default=2.0)
+    parser.add_argument(
+        "--method", choices=("snapped", "knapsack", "fixed"), default="snapped", help="of choosing ranks"
+    )
     parser.add_argument("--train", type=int, default=640, help="frames")
     parser.add_argument("--test", type=int, default=1500, help="frames")
     parser.add_argument("--batch", type=int, default=16, help="frames")
@@ -141,7 +144,7 @@ def main() -> None:
 
     dense, low_rank = Pitch(given.capacity, given.lr), Pitch(given.capacity, given.lr)
     shipped = dense.is_right(test)
-    quantization = RankQuantization(given.ratio, method="fixed", when="setup", on_loss="keep", min_energy=0.0)
+    quantization = RankQuantization(given.ratio, method=given.method, when="setup", on_loss="keep", min_energy=0.0)
     seconds = {
         "low rank": fine_tune(low_rank, train, [quantization], given.batch),
         "dense": fine_tune(dense, train, [], given.batch),
@@ -189,8 +192,8 @@ def page(result: dict) -> str:
     size = {name: count / 1e6 for name, count in result["parameters"].items()}
     verdict = "within" if gap["low"] >= -gap["margin"] else "not shown to be within"
     lines = [
-        f"{result['package']}, {settings['capacity']} network, ratio {settings['ratio']:g}, {settings['train']} frames "
-        f"of fine-tuning, {settings['test']} of test",
+        f"{result['package']}: {settings['capacity']} network, ratio {settings['ratio']:g}, {settings['method']}, "
+        f"fine-tuned on {settings['train']} frames, tested on {settings['test']}",
         "",
         "| | dense, fine-tuned | low rank, fine-tuned | ratio or difference [95 % interval] |",
         "|---|---:|---:|---:|",
