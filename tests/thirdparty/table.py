@@ -66,8 +66,8 @@ def make_environment(folder: Path, installs: tuple[tuple[str, ...], ...]) -> Pat
     if not (folder / "installed").exists():
         venv.create(folder, clear=True)
         packages = next((folder / "lib").glob("python*")) / "site-packages"
-        below = [path for path in map(str, site.getsitepackages()) if Path(path).is_dir()]
-        (packages / "layer.pth").write_text(f"import site; [site.addsitedir(p) for p in {below!r}]\n")
+        below = [f"site.addsitedir({path!r})" for path in site.getsitepackages() if Path(path).is_dir()]
+        (packages / "layer.pth").write_text(f"import site; {'; '.join(below)}\n")
         constraints = folder / "constraints.txt"
         constraints.write_text("".join(f"{name}=={metadata.version(name).split('+')[0]}\n" for name in KEPT))
         for arguments in installs:
@@ -77,8 +77,8 @@ def make_environment(folder: Path, installs: tuple[tuple[str, ...], ...]) -> Pat
     return python
 
 
-def run(name: str, python: Path, out: Path, pairs: int) -> None:
-    """Measure one package in a process of its own."""
+def run(name: str, python: Path, out: Path, pairs: int) -> bool:
+    """Measure one package in a process of its own; return whether that came to its end."""
     path = MODULES[name]
     what = (
         [str(HERE / "package_run.py"), path.stem, "--pairs", str(pairs)] if path.stem == f"of_{name}" else [str(path)]
@@ -87,7 +87,9 @@ def run(name: str, python: Path, out: Path, pairs: int) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     with (out.with_suffix(".log")).open("w") as log:
         done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
-    print(f"{name}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}", flush=True)
+    is_done = done.returncode == 0
+    print(f"{name}: {'done' if is_done else f'failed, see {log.name}'}", flush=True)
+    return is_done
 
 
 def interval(value: dict | None, digits: int = 2) -> str:
@@ -160,14 +162,18 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     environments = given.environments or given.out / "environments"
+    failed = []
     for name in given.packages or MODULES:
         python = make_environment((environments / name).resolve(), constant_of(MODULES[name], "INSTALL"))
-        run(name, python, (given.out / f"{name}.json").resolve(), given.pairs)
+        if not run(name, python, (given.out / f"{name}.json").resolve(), given.pairs):
+            failed.append(name)
     results = [json.loads(path.read_text()) for path in sorted(given.out.glob("*.json"))]
     results = [result for result in results if "rows" in result]
     experiments = [path.read_text() for path in sorted(given.out.glob("*.md")) if path.stem in MODULES]
     (given.out / "table.md").write_text("\n".join([table(results), *experiments]))
     print(f"{given.out / 'table.md'}: {sum(len(result['rows']) for result in results)} rows", flush=True)
+    if failed:
+        sys.exit(f"no rows of {', '.join(failed)}: see the logs beside the table.")
 
 
 if __name__ == "__main__":

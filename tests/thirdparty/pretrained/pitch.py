@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument(
         "--method", choices=("snapped", "knapsack", "fixed"), default="snapped", help="of choosing ranks"
     )
-    parser.add_argument("--train", type=int, default=640, help="frames")
+    parser.add_argument("--train", type=int, default=960, help="frames")
     parser.add_argument("--test", type=int, default=1500, help="frames")
     parser.add_argument("--batch", type=int, default=16, help="frames")
     parser.add_argument("--lr", type=float, default=2e-4)
