@@ -74,7 +74,7 @@ CELLS = {
 class Case:
     """A cell, a sequence for it, and its schedule."""
 
-    def __init__(self, name, features, hidden, *, steps, streams, dtype=torch.float32, autocast=None):
+    def __init__(self, name, features, hidden, *, steps, streams, dtype=torch.float32, autocast=None, device=None):
         torch.manual_seed(0)
         self.autocast = autocast
         self.cell = CELLS[name](features, hidden).to(dtype)
@@ -84,6 +84,9 @@ class Case:
             self.xs.append(torch.bernoulli(torch.full((steps, streams, 2 * hidden), 0.3, dtype=dtype)))
         kind = dtype if name != "rnn" or autocast is None else autocast  # its step returns what autocast makes of it
         self.states = [torch.randn(streams, hidden, dtype=kind) for _ in range(count)]
+        if device is not None:
+            self.cell = self.cell.to(device)
+            self.xs, self.states = ([t.to(device) for t in part] for part in (self.xs, self.states))
         tree_x = pytree.tree_flatten(tuple(self.xs) if len(self.xs) > 1 else self.xs[0])[1]
         self.step = torch_cell_step
         if not is_torch_cell(self.cell):

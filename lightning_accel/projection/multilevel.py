@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_accel.projection.balls.exact import ExactState, project_exact
 from lightning_accel.projection.balls.norm_pyramid import Level, Norm, Pyramid, check_levels, pyramid
 from lightning_accel.projection.balls.shared_radius import Team, cut, cut_alone
+from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.compiled import Compile, check_compile, compiling
 from lightning_accel.projection.kernels.huge_pages import empty_like_dense
 from lightning_accel.projection.kernels.layout import is_sharded, normalize_dims, overlap
@@ -123,7 +124,8 @@ def project_l1inf(
         joint Newton iteration on :math:`(\theta, \mu)` in float64 over the groups that can still survive.
 
     Complexity: Bi-level as `project_multilevel`. Exact: three passes, and two to eight more over the groups that
-        survive; one host synchronization an iteration.
+        survive. On GPU the exact method sorts instead (four times a float32 tensor's memory) and takes a number of
+        small steps that depends on the shape alone; no host synchronization with ``nonfinite="skip"``, one otherwise.
 
     Example:
         >>> import torch
@@ -252,7 +254,7 @@ def _project_exactly(x: Tensor, radius: float, group: tuple[int, ...], out: Tens
 
 
 def _cut(whole: Pyramid, x: Tensor, limit: float, outer: Norm, nonfinite: Nonfinite) -> None:
-    if x.device.type == "cpu" and outer == "l1":
+    if not placement.is_far(x) and outer == "l1":
         cut_alone(whole, limit, nonfinite=nonfinite)
     else:
         cut([Team([whole], lambda norms: _scalar(limit, norms))], outer=outer, nonfinite=nonfinite)

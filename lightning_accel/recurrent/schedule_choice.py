@@ -16,6 +16,7 @@ from lightning_accel.machine_code.c_functions import start_check
 from lightning_accel.machine_code.toolchain import compile_budget
 from lightning_accel.measure import time_interleaved
 from lightning_accel.recurrent.cell_step import CellStep, Step, run_loop
+from lightning_accel.recurrent.compiler.emit_triton.triton_code import triton_refusal
 from lightning_accel.recurrent.exactness.assumptions import Assumptions, assumptions_of, first_change
 from lightning_accel.recurrent.exactness.plain_modes import plain_reason
 from lightning_accel.recurrent.exactness.private_copy import private_copy
@@ -28,6 +29,7 @@ SCHEDULES: tuple[str, ...] = get_args(Schedule)
 TRIAL_STEPS = 48  # enough for the time of a step to show, few enough that the choice costs less than a batch
 _TRIAL_ROUNDS = 3
 _COMPILE_SECONDS = 1.0  # what a cell's machine code costs once: text, compiler, verification
+_KERNEL_SECONDS = 8.0  # the same of Triton, for which four kernels are compiled, two of them in float64
 _COMPILED_SAVES = 0.3  # at least this share of the best time without it, as measured of all cells here
 # A trace costs as much as some tens of sequences. A cell that changes more often than that is not traced again.
 _CALLS_THAT_PAY = 50
@@ -225,7 +227,8 @@ class ScheduleChoice:
         start = [s.detach() for s in states]
         medians = self._measure(schedules, found, short, start)
         saved = self.calls_left * _COMPILED_SAVES * min(medians.values()) * len(xs[0]) / steps
-        if saved > _COMPILE_SECONDS and "intra_stream" in found:
+        cost = _COMPILE_SECONDS if xs[0].device.type == "cpu" else _KERNEL_SECONDS
+        if saved > cost and "intra_stream" in found:
             compiled = schedules.find("compiled", step, xs, states)
             if compiled is None:
                 notes += _no_compiler(xs[0])
@@ -274,7 +277,7 @@ _said: set[Hashable] = set()
 
 def _no_compiler(x: Tensor) -> list[tuple[Hashable, str]]:
     """Return what to say where machine code was wanted and there is no compiler that works."""
-    reason = no_compiler() if x.device.type == "cpu" else None
+    reason = no_compiler() if x.device.type == "cpu" else triton_refusal()
     if reason is None:
         return []
     return [("no machine code", f"runs without machine code, slower but with the same results: {reason}")]

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.newton import SMALL_RADIUS, Newton, joined
 from lightning_accel.projection.balls.outcome import Cut
+from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.eager import clamp, excess, group_norms, quick_group_norms
 from lightning_accel.projection.kernels.layout import Blocks
 from lightning_accel.projection.kernels.rounding import inner_radius, require_finite, round_bound
@@ -72,6 +73,10 @@ def project_exact(
         Chu, Zhang, Sun, Tao, "Semismooth Newton algorithm for efficient projections onto l1,inf-norm ball", ICML 2020.
         *Deviations*: all groups share a pass; dead groups are dropped; the result is feasible without slack.
     """
+    if placement.is_far(parts[0][0]):
+        from lightning_accel.projection.on_device.sorted_groups import project_exact_on_device
+
+        return project_exact_on_device(parts, radius, nonfinite=nonfinite, dead=dead, name=name, floor=floor)
     blocks = [Blocks.of(x, dims, out) for x, dims, out in parts]
     sources = [b.source for b in blocks]
     clear = _joined_mask(dead, sources)

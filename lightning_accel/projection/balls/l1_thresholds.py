@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.compiled import EVALUATIONS
 from lightning_accel.projection.kernels.rounding import EPSILON, inner_radius
 
@@ -46,7 +47,7 @@ def l1_thresholds(norms: Tensor, radius: Tensor, *, terms: int | None = None) ->
     References:
         Condat, "Fast projection onto the simplex and the l1 ball", Math. Program. 158 (2016); Michelot (1986).
     """
-    if norms.shape[0] == 1 and norms.shape[1] > 0 and norms.device.type == "cpu":
+    if norms.shape[0] == 1 and norms.shape[1] > 0 and not placement.is_far(norms):
         left, shift, size = single_threshold(norms[0], float(radius), terms or norms.shape[-1])
         return Thresholds(left.unsqueeze(0), norms.new_full((1,), shift), norms.new_full((1,), size))
     norm = norms.sum(-1)
@@ -151,7 +152,7 @@ def simplex_threshold(values: Tensor, total: Tensor) -> Tensor:
         values: float64 ``(batch, n)``, any sign, n >= 1.
         total: float64 ``(batch,)``, >= 0.
     """
-    if values.device.type == "cpu" and values.shape[-1] > SORT_UP_TO:
+    if not placement.is_far(values) and values.shape[-1] > SORT_UP_TO:
         return torch.stack([_michelot(v, s) for v, s in zip(values, total, strict=True)])
     descending = values.sort(-1, descending=True).values
     count = torch.arange(1, values.shape[-1] + 1, dtype=values.dtype, device=values.device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.eager import excess
 
 _MAX_ITERATIONS = 100
@@ -140,7 +141,7 @@ class Newton:
         """
         source, kept = self._packed.get(index, (self.sources[index], None))
         place = chosen if kept is None else torch.searchsorted(kept, chosen)
-        if len(source) > 1 and source.device.type == "cpu" and 0 < _FEW * len(chosen) <= source.shape[1]:
+        if len(source) > 1 and not placement.is_far(source) and 0 < _FEW * len(chosen) <= source.shape[1]:
             self._packed[index] = source.index_select(1, place), chosen
             return self._packed[index][0], torch.arange(len(chosen))
         return source, place

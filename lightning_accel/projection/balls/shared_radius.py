@@ -11,6 +11,7 @@ from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.l1_thresholds import Thresholds, l1_thresholds, single_threshold, threshold_near
 from lightning_accel.projection.balls.norm_pyramid import MaxPyramid, Norm, Pyramid, fibre_norms, project_fibres
 from lightning_accel.projection.balls.outcome import Cut, LoneCut
+from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.rounding import inner_radius, require_finite
 
 _LARGE = 1e-20
@@ -61,7 +62,7 @@ def cut(teams: Sequence[Team], *, outer: Norm = "l1", nonfinite: str = "raise") 
         radii = [teams[i].radius(together[i]) for i in members]
         terms = groups + roundings
         near = None
-        if alone and teams[members[0]].start > 0.0 and outer == "l1" and rows.device.type == "cpu":
+        if alone and teams[members[0]].start > 0.0 and outer == "l1" and not placement.is_far(rows):
             near = threshold_near(rows[0], float(radii[0]), terms, teams[members[0]].start)
         if near is not None:
             found[members[0]] = Thresholds(near[0], rows.new_full((), near[1]), rows.sum())
@@ -177,7 +178,7 @@ def _write(team: Team, tops: Sequence[Tensor], found: Thresholds) -> Cut:
         finite = torch.isfinite(found.norm)
         bounds = [b if m is None else b.masked_fill(m & finite, 0.0) for b, m in zip(bounds, team.dead, strict=True)]
     # on GPU, looking would wait for the device; there infinite bounds do the same
-    unchanged = not masked and found.bounds.device.type == "cpu" and float(found.bounds[0]) == math.inf
+    unchanged = not masked and not placement.is_far(found.bounds) and float(found.bounds[0]) == math.inf
     for part, bound in zip(team.pyramids, bounds, strict=True):
         if unchanged:
             part.leave()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.machine_code import CannotCompileError, load
+from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.c_text import MAX_THREADS, passes_text
 
 Compile = bool | Literal["auto"]
@@ -211,7 +212,13 @@ def _give_up(error: Exception) -> None:
 
 def _plain(x: Tensor) -> bool:
     """Whether a tensor is nothing but its memory on CPU: no wrapper of a transform, of a trace or of a subclass."""
-    if type(x) not in _TYPES or not x.is_cpu or not x.is_contiguous() or x.is_neg() or torch.compiler.is_compiling():
+    if (
+        type(x) not in _TYPES
+        or placement.is_far(x)
+        or not x.is_contiguous()
+        or x.is_neg()
+        or torch.compiler.is_compiling()
+    ):
         return False
     try:
         return x.data_ptr() != 0

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.kernels import compiled
+from lightning_accel.projection.kernels import compiled, placement
 
 _CHUNK = 1 << 17  # entries a thread works on at once with a copy beside them: 512 KiB of float32
 _BARE = 1 << 18  # the same without a copy
@@ -34,7 +34,7 @@ def small_matrices(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor, int]
         Source, target and the dimension to reduce.
     """
     before, groups, after = source.shape
-    if source.device.type != "cpu" or source.numel() > _CHUNK or source.dtype in _HALVES:
+    if placement.is_far(source) or source.numel() > _CHUNK or source.dtype in _HALVES:
         return None
     if before == 1 and after >= _SHORT:
         return source[0], target[0], 1
@@ -44,8 +44,8 @@ def small_matrices(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor, int]
 def group_max(x: Tensor) -> Tensor:
     """Return the largest magnitude of each group, ``(groups,)``, in the type of ``x``; NaN where a group has one."""
     before, groups, after = x.shape
-    if x.device.type != "cpu":
-        return x.abs().amax((0, 2))
+    if placement.is_far(x):
+        return torch.linalg.vector_norm(x, math.inf, (0, 2))  # one pass, where magnitudes would be written first
     found = compiled.largest(x)
     if found is not None:
         return found
@@ -70,7 +70,7 @@ def group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     float64 where float32 overflows.
     """
     largest, total = quick_group_norms(x)
-    if x.device.type == "cpu" and bool(torch.isinf(total).any()) and bool(torch.isfinite(largest).all()):
+    if not placement.is_far(x) and bool(torch.isinf(total).any()) and bool(torch.isfinite(largest).all()):
         every = torch.arange(x.shape[1])
         total, _ = excess(x, every, torch.zeros(x.shape[1], dtype=torch.float64), precise=True)
     return largest, total
@@ -79,7 +79,7 @@ def group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
 def quick_group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     """Do what `group_norms` does, but where float32 overflows, so does the l1 norm."""
     before, groups, after = x.shape
-    if x.device.type != "cpu":
+    if placement.is_far(x):
         magnitude = x.abs()
         return magnitude.amax((0, 2)).double(), magnitude.sum((0, 2), dtype=torch.float64)
     if before == 1:
@@ -116,7 +116,7 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
     level = mu.to(wide)
     if len(groups) == 0:
         return mu.clone(), mu.clone()
-    if x.device.type != "cpu":
+    if placement.is_far(x):
         above = (x.index_select(1, groups).to(wide).abs_() - level.view(1, -1, 1)).clamp_min_(0.0)
         return above.sum((0, 2), dtype=torch.float64), (above > 0).sum((0, 2)).double()
     if len(groups) * before * after <= _CHUNK:
@@ -166,7 +166,7 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> None:
     if compiled.clamp(source, bounds, target):
         return
     few = after == 1 and before > 1 and source.numel() <= _FLAT and source.dtype not in _HALVES
-    if few or source.device.type != "cpu":
+    if few or placement.is_far(source):
         high = bounds.view(groups, 1)
         torch.clamp(source, 0.0 - high, high, out=target)
     elif before == 1:

@@ -15,6 +15,7 @@ from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.norm_pyramid import MaxPyramid, Pyramid, check_levels, fibre_norms, pyramid
 from lightning_accel.projection.balls.outcome import Cut, LoneCut
 from lightning_accel.projection.balls.shared_radius import Team, clear_alone, cut, cut_alone
+from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.compiled import Compile, compiling
 from lightning_accel.projection.kernels.rounding import require_finite
 from lightning_accel.projection.sharded import GatheredPyramid, ShardedMaxPyramid, alike, gather, scatter
@@ -94,7 +95,7 @@ class Projector:
     def _project_together(self, chosen: Sequence[Target], part: float) -> None:
         teams = [chosen] if self.ball.scope == "global" else [[target] for target in chosen]
         names = [team[0].name if len(team) == 1 else _ALL for team in teams]
-        waits = all(t.view().device.type == "cpu" for t in chosen)
+        waits = not any(placement.is_far(t.view()) for t in chosen)
         nonfinite = self.ball.nonfinite if waits else "skip"
         if self.ball.method == "exact":
             cuts = [self._cut_exactly(team, name, part, nonfinite) for team, name in zip(teams, names, strict=True)]
@@ -105,7 +106,7 @@ class Projector:
                 nonfinite=nonfinite,
             )
             for team, found in zip(teams, cuts, strict=True):
-                if len(team) == 1 and found.tau.device.type == "cpu":
+                if len(team) == 1 and not placement.is_far(found.tau):
                     self.memory(team[0]).tau = float(found.tau)
         self._last |= zip(names, cuts, strict=True)
         if not waits and self.ball.nonfinite == "raise":
@@ -124,10 +125,10 @@ class Projector:
         whole: Pyramid | None = self._known_layout(target)
         if whole is None:
             x = target.view()
-            if isinstance(x, DTensor) or not x.is_cpu:
+            if isinstance(x, DTensor) or placement.is_far(x):
                 return False
             whole = self._pyramid(x, target)
-        elif isinstance(whole, MaxPyramid) and not whole.blocks.source.is_cpu:
+        elif isinstance(whole, MaxPyramid) and placement.is_far(whole.blocks.source):
             return False
         memory, floor = self.memory(target), self._floor([target], part)
         if clears:

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from lightning_accel.machine_code.c_functions import refusal
 from lightning_accel.recurrent.cell_step import nesting_of, run_loop
+from lightning_accel.recurrent.compiler.captured_blocks import CapturedBlocks
 from lightning_accel.recurrent.compiler.compile_source import compile_source, generalize
 from lightning_accel.recurrent.compiler.emit_python.generator import Generator, Language, Wanted
 from lightning_accel.recurrent.compiler.emit_triton.triton_code import triton_refusal
@@ -49,6 +50,8 @@ class StepSchedule:
     Attributes:
         failure: What went wrong in a backward, which then ran plainly; ``None`` as long as nothing did.
         block_steps: Steps of a block; by default as many as fit the cache.
+        device: Of its tensors.
+        captured: Whether blocks of steps are recorded as CUDA graphs.
         for_any_batch: Whether one text is to serve all batch sizes if it can, for which two are traced.
 
     Raises:
@@ -76,7 +79,7 @@ class StepSchedule:
         self._module, self._step = module, step
         self._xs, self._states = list(xs), list(states)
         self._streams = xs[0].shape[0] if xs and xs[0].shape else 1
-        self._device = xs[0].device
+        self.device = xs[0].device
         self._variants: dict[tuple[Wanted, int | None], dict[str, Any]] = {}
         self._general: dict[Wanted, str | None] = {}
         self._lock = threading.RLock()
@@ -84,13 +87,14 @@ class StepSchedule:
         self.failure: str | None = None
         self.block_steps: int | None = None
         self.for_any_batch = True
-        self.spares = SpareWorkspaces(self._device)
+        self.captured = self.device.type == "cuda" and not (scan or compiled)
+        self.spares = SpareWorkspaces(self.device)
         self.stages = self._stage(EXAMPLE_STREAMS[0])
         nesting = nesting_of(step)
         self._returned = None if nesting is None else (nesting.ys, nesting.states)
         if scan:
             self._find_scans()
-        self._language: Language = language or language_of(self._device)
+        self._language: Language = language or language_of(self.device)
         if compiled:
             reason = self._refusal()
             if reason is not None:
@@ -169,8 +173,8 @@ class StepSchedule:
         """Return why nothing can be compiled here; ``None`` if something can."""
         if self._language == "Triton":
             return triton_refusal()
-        if self._device.type != "cpu":
-            return f"there is no C form for {self._device.type}"
+        if self.device.type != "cpu":
+            return f"there is no C form for {self.device.type}"
         return refusal()
 
     def _find_scans(self) -> None:
@@ -194,7 +198,11 @@ class StepSchedule:
     def _compile(self, wanted: Wanted, streams: int, general: str | None) -> dict[str, Any]:
         generator = self._generator(wanted, streams)
         text = generator.source()
-        functions = compile_source(general or text, generator.step.constants, self._device)
+        functions = compile_source(general or text, generator.step.constants, self.device)
+        if self.captured:
+            for name in ("forward", "backward"):
+                if name in functions:
+                    functions[name] = CapturedBlocks(functions[name], self.device)
         functions["places"] = generator.output_names()
         functions["dependencies"] = generator.step.dependencies
         return functions

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel import torch_private
+from lightning_accel.recurrent.compiler.captured_blocks import CAPTURED_STEPS
 from lightning_accel.recurrent.compiler.emit_python.generator import Wanted
 from lightning_accel.recurrent.compiler.trace import CannotScheduleError, Dependencies
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 # uses again stays in the second-level cache.
 _BLOCK_ROWS = 256
 _SCAN_ROWS = 4096  # scans gain from longer blocks
+_DEVICE_ROWS = 65536  # a device is filled by long blocks only, and has no second-level cache that they had to fit
 
 
 class RunSequence(torch.autograd.Function):
@@ -188,7 +190,9 @@ def _blocks(
     schedule: StepSchedule, phase: str, wanted: Wanted, steps: int, streams: int
 ) -> Iterator[tuple[int, int, Workspace]]:
     """Yield (begin, end, buffers) of blocks of equal length, a shorter one last; the backward starts at the end."""
-    fitting = -(-(_SCAN_ROWS if schedule.scan else _BLOCK_ROWS) // streams)
+    rows = _SCAN_ROWS if schedule.scan else _BLOCK_ROWS
+    fitting = -(-(rows if schedule.device.type == "cpu" else _DEVICE_ROWS) // streams)
+    fitting = CAPTURED_STEPS if schedule.captured else fitting
     length = max(1, min(steps, schedule.block_steps or fitting))
     ranges = [(begin, min(begin + length, steps)) for begin in range(0, steps, length)]
     kind = (wanted, phase, torch.is_inference_mode_enabled())

@@ -1,0 +1,161 @@
+"""What runs for tensors on a GPU, run on tensors of the CPU: the same promises, and no look at a number."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_projection_properties import DTYPES, cases, exact_by_bisection, l1inf, matrices, same_bits
+from torch import nn
+
+from lightning_accel.projection import (
+    project_l1,
+    project_l1inf,
+    project_l11,
+    project_l12,
+    project_multilevel,
+)
+from lightning_accel.projection.kernels import placement
+from lightning_accel.projection.on_device.sorted_groups import newton_steps
+from lightning_accel.projection.training.ball_specification import Ball
+from lightning_accel.projection.training.projector import Projector
+from lightning_accel.projection.training.targets import Target
+
+METHODS = ("bilevel", "exact")
+CHECKS = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _far():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "is_far", lambda x: True)
+        yield
+
+
+def near(function, *args, **kwargs):
+    """Call a function as for tensors of the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "is_far", lambda x: False)
+        return function(*args, **kwargs)
+
+
+@CHECKS
+@given(cases(), st.sampled_from(METHODS), st.booleans())
+def test_feasible_idempotent_and_no_entry_grows(case, method, in_place):
+    x, radius = case
+    p = x.clone()
+    p = project_l1inf(p, radius, method=method, out=p) if in_place else project_l1inf(x, radius, method=method)
+    assert l1inf(p) <= radius
+    assert bool((p.double().abs() <= x.double().abs()).all())
+    assert same_bits(project_l1inf(p, radius, method=method), p)
+    if l1inf(x) <= radius * (1.0 - 1e-14):  # norms are sums in float64
+        assert same_bits(p, x)
+
+
+@CHECKS
+@given(cases(dtype=torch.float64))
+def test_exact_equals_bisection(case):
+    x, radius = case
+    torch.testing.assert_close(
+        project_l1inf(x, radius, method="exact"), exact_by_bisection(x, radius), rtol=1e-9, atol=1e-9 * l1inf(x)
+    )
+
+
+@CHECKS
+@given(cases(), st.sampled_from(METHODS))
+def test_the_same_as_on_the_cpu(case, method):
+    x, radius = case
+    digits = {torch.float64: 1e-9, torch.float32: 1e-5}.get(x.dtype, 2.0 * torch.finfo(x.dtype).eps)
+    expected = near(project_l1inf, x, radius, method=method)
+    torch.testing.assert_close(
+        project_l1inf(x, radius, method=method), expected, rtol=digits, atol=digits * float(x.abs().max())
+    )
+
+
+@CHECKS
+@given(matrices(), st.integers(0, 7))
+def test_as_many_groups_go_as_were_asked_for(x, cleared):
+    groups = len(x)
+    sparsity = min(cleared, groups - 1) / groups
+    for method in METHODS:
+        layer = nn.Linear(x.shape[1], groups).double()
+        layer.weight.data.copy_(x)
+        target = Target("weight", layer, "weight", (0,), tuple(x.shape))
+        zero = int((x.abs().amax(1) == 0).sum())
+        projector = Projector([target], Ball(target_sparsity=sparsity, method=method), freeze_zero_groups=True)
+        projector.project(1)
+        gone = int((layer.weight.abs().amax(1) == 0).sum())
+        assert max(round(sparsity * groups), zero) == gone
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_skipped_numbers_stay_as_they_are(dtype):
+    for bad in (math.nan, math.inf, -math.inf):
+        x = torch.tensor([[1.0, bad], [2.0, 3.0]], dtype=dtype)
+        for method in METHODS:
+            assert same_bits(project_l1inf(x, 1.0, method=method, nonfinite="skip"), x)
+            with pytest.raises(ValueError, match="NaN or infinity"):
+                project_l1inf(x, 1.0, method=method)
+
+
+def test_newton_ends_for_the_worst_of_data():
+    """Norms that halve from group to group, where every step drops few of them."""
+    x = (2.0 ** -torch.arange(1000, dtype=torch.float64)).unsqueeze(1) + torch.zeros(1000, 3, dtype=torch.float64)
+    for radius in (1e-12, 1e-3, 1.0, 1.999):
+        p = project_l1inf(x, radius, method="exact")
+        assert radius * (1.0 - 1e-12) - 3e-14 <= l1inf(p) <= radius  # 2 (n + 16) roundings are left free
+    assert newton_steps(10_000, 10_000) <= 45
+
+
+CALLS = {
+    "l1,inf": lambda x: project_l1inf(x, 1.0, nonfinite="skip"),
+    "columns": lambda x: project_l1inf(x, 1.0, (1,), nonfinite="skip"),
+    "in place": lambda x: project_l1inf(x, 1.0, out=x, nonfinite="skip"),
+    "exact": lambda x: project_l1inf(x, 1.0, method="exact", nonfinite="skip"),
+    "l1": lambda x: project_l1(x, 1.0, nonfinite="skip"),
+    "l1,2": lambda x: project_l12(x, 1.0, nonfinite="skip"),
+    "l1,1": lambda x: project_l11(x, 1.0, nonfinite="skip"),
+    "three levels": lambda x: project_multilevel(
+        x.view(8, 2, 3), 1.0, ("l1", "l2", "linf"), ((0,), (1,), (2,)), nonfinite="skip"
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_projection_looks_at_no_number(name, dtype):
+    """Tensors without numbers raise where one is read."""
+    assert CALLS[name](torch.empty(8, 6, dtype=dtype, device="meta")).device.type == "meta"
+
+
+BALLS = {
+    "radius": {"radius": 1.0},
+    "fraction of groups": {"target_sparsity": 0.5},
+    "one budget": {"target_sparsity": 0.5, "scope": "global"},
+    "one budget with a floor": {"radius": 1.0, "scope": "global", "min_groups": 2},
+    "exact": {"radius": 1.0, "method": "exact"},
+    "exact fraction": {"target_sparsity": 0.5, "method": "exact"},
+    "exact budget": {"radius": 1.0, "method": "exact", "scope": "global"},
+    "l1,2": {"radius": 1.0, "norms": ("l1", "l2")},
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["free", "frozen"])
+@pytest.mark.parametrize("name", BALLS)
+def test_a_projected_step_looks_at_no_number(name, frozen):
+    layers = nn.ModuleList(nn.Linear(a, b, device="meta") for a, b in ((6, 8), (6, 8), (8, 5)))
+    targets = [Target(f"{k}", m, "weight", (0,), tuple(m.weight.shape)) for k, m in enumerate(layers)]
+    projector = Projector(targets, Ball(**BALLS[name]), freeze_zero_groups=frozen)
+    for step in (1, 2):
+        projector.project(step)
+        projector.hold()
+    projector.mask()
+    projector.hold()
+    with pytest.raises(Exception, match="meta"):  # the look that the callback takes at the end of an epoch
+        projector.check_finite()
+
+
+def test_a_look_is_seen():
+    with pytest.raises(Exception, match="meta"):
+        project_l1inf(torch.empty(8, 6, device="meta"), 1.0)
