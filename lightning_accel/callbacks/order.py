@@ -24,6 +24,8 @@ ORDER: tuple[tuple[str, str], ...] = (
 )
 """Pairs (first, later) of class names; pairs that are not listed may stand in any order."""
 
+_NAMES = frozenset(name for pair in ORDER for name in pair)
+
 
 def correct_order(trainer: "pl.Trainer") -> None:
     """Move callbacks so that every pair of `ORDER` holds; the others keep their places.
@@ -34,13 +36,14 @@ def correct_order(trainer: "pl.Trainer") -> None:
     moved = True
     while moved:
         moved = False
+        names = [_name(callback) for callback in callbacks]
         for first, later in ORDER:
-            names = [_name(callback) for callback in callbacks]
             if first not in names or later not in names:
                 continue
             begin, end = names.index(later), len(names) - 1 - names[::-1].index(first)  # of several of a class, too
             if begin < end:
                 callbacks.insert(begin, callbacks.pop(end))
+                names.insert(begin, names.pop(end))
                 moved = True
     if callbacks != callbacks_of(trainer):
         if trainer.is_global_zero:
@@ -50,6 +53,5 @@ def correct_order(trainer: "pl.Trainer") -> None:
 
 def _name(callback: object) -> str:
     """Return the name under which `ORDER` knows a callback, or what it wraps; else that of its class."""
-    names = {name for pair in ORDER for name in pair}
     kinds = (kind.__name__ for held in held_callbacks(callback) for kind in type(held).__mro__)
-    return next((name for name in kinds if name in names), type(callback).__name__)
+    return next((name for name in kinds if name in _NAMES), type(callback).__name__)

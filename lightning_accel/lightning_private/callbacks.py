@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
+_NO_CALLBACKS = frozenset({bool, int, float, complex, str, bytes, type(None), dict, list, tuple, set})
+
 
 def callbacks_of(trainer: "pl.Trainer") -> list["pl.Callback"]:
     """Return the Trainer's list of callbacks: a public attribute, but set where no type checker sees it."""
@@ -49,7 +51,10 @@ def held_callbacks(callback: object) -> list[Any]:
 
 def _is_callback(value: object) -> bool:
     """Say whether a value is a callback of either distribution of Lightning."""
-    return any(kind.__name__ == "Callback" and "lightning" in kind.__module__ for kind in type(value).__mro__)
+    kind = type(value)
+    return kind not in _NO_CALLBACKS and any(
+        base.__name__ == "Callback" and "lightning" in base.__module__ for base in kind.__mro__
+    )
 
 
 def averaged_modules(trainer: "pl.Trainer") -> list[nn.Module]:

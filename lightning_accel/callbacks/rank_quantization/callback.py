@@ -17,6 +17,7 @@ from lightning_accel.callbacks.layer_exchange.exchanged_layers import ExchangedL
 from lightning_accel.callbacks.layer_exchange.holders import why_not_exchanged
 from lightning_accel.callbacks.layer_exchange.structure import (
     FACTORS,
+    SharesLayers,
     can_switch_in_fit,
     exchange_layers_in_fit,
     follows_others,
@@ -37,10 +38,10 @@ from lightning_accel.callbacks.rank_quantization.switch import (
     factor_as_planned,
     keep_held_dense,
 )
-from lightning_accel.callbacks.rank_quantization.verdict import Verdict, dense, ranks_of
+from lightning_accel.callbacks.rank_quantization.verdict import Verdict, ranks_of
 from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import averaged_modules, rename_in_finetuning
-from lightning_accel.low_rank import RankPlan, eligible_layers, low_rank_layers
+from lightning_accel.low_rank import RankPlan, low_rank_layers
 from lightning_accel.low_rank.plan import Method, Weighting
 from lightning_accel.low_rank.rank_search.timing import default_cache_dir
 
@@ -144,6 +145,7 @@ class RankQuantization(pl.Callback):
         self._said = False  # the line of this fit
         self._untried: Sequence[str] = ()  # made low rank in the step under way
         self._exchanged = ExchangedLayers()
+        self._shares = False  # layers with other processes, of which one decides
 
     def structure_state(self) -> str:
         """Return ``"pending"``, ``"low rank"`` or ``"dense"``."""
@@ -188,9 +190,7 @@ class RankQuantization(pl.Callback):
         if self._outcome is None:
             request = self.decision.request
             check_something_to_factor(pl_module, request.include, request.exclude)
-            layers, _ = eligible_layers(pl_module, include=request.include, exclude=request.exclude)
-            if why := why_not_exchanged(trainer, pl_module, list(layers)):
-                self._leave_dense(trainer, pl_module, dense(reasons.NotExchanged(why)))
+        self._shares = isinstance(trainer.strategy, SharesLayers)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -203,8 +203,9 @@ class RankQuantization(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Decide and switch, once, when the time has come; from then on follow layers that become dense."""
-        if self._outcome is not None or follows_others(trainer):
-            self._turn_dense(trainer, pl_module, self._exchanged.at_batch_start(trainer, pl_module))
+        if self._outcome is not None or (self._shares and not trainer.is_global_zero):
+            if self._exchanged.factors:
+                self._turn_dense(trainer, pl_module, self._exchanged.at_batch_start(trainer, pl_module))
             return
         verdict = self.decision.at_batch_start(trainer, pl_module, batch, batch_idx)
         if verdict is not None:
@@ -215,7 +216,8 @@ class RankQuantization(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: torch.optim.Optimizer
     ) -> None:
         """Let weights that were written into in this step be updated in it."""
-        self._turn_dense(trainer, pl_module, self._exchanged.before_update(trainer, pl_module))
+        if self._exchanged.factors:
+            self._turn_dense(trainer, pl_module, self._exchanged.before_update(trainer, pl_module))
 
     def on_structure_change(self, trainer: "pl.Trainer", *_: Any) -> None:
         """Know that another process has decided, where one decides for all."""
@@ -224,10 +226,11 @@ class RankQuantization(pl.Callback):
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
-        """Decide by the step that was watched; nothing is left to do at any batch after the switch."""
+        """Decide by the step that was watched; look at the first steps after the switch."""
         self._untried = ()
         if self._outcome is not None:
-            self._turn_dense(trainer, pl_module, self._exchanged.at_batch_end(trainer, pl_module))
+            if self._exchanged.first is not None:
+                self._turn_dense(trainer, pl_module, self._exchanged.at_batch_end(trainer, pl_module))
             return
         verdict = self.decision.at_batch_end(trainer, pl_module)
         if verdict is not None:
@@ -271,9 +274,16 @@ class RankQuantization(pl.Callback):
         self.plan = None if state_dict["plan"] is None else RankPlan.from_json(state_dict["plan"])
 
     def _switch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", verdict: Verdict) -> None:
+        if isinstance(verdict.reason, reasons.NotExchanged):
+            self._leave_dense(trainer, pl_module, verdict)
+            return
         self.plan = keep_held_dense(verdict.explained(), trainer, pl_module)
         planned = list(ranks_of(self.plan))
-        if planned and (why := why_not_exchanged(trainer, pl_module, planned)):
+        if not planned:
+            self.decision.inputs = None
+            self._settle(trainer, pl_module, verdict, ())
+            return
+        if why := why_not_exchanged(trainer, pl_module, planned):
             refused = reasons.NotExchanged(why)
             plan = dataclasses.replace(self.plan.dense(set(planned), why), reason=str(refused))
             self._leave_dense(trainer, pl_module, Verdict(plan, refused))

@@ -1,6 +1,7 @@
 """From the first batch of a fit to the verdict: wait until the time has come, then decide by steps or by layers."""
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_accel.arguments import check_choice, check_number
+from lightning_accel.callbacks.layer_exchange.holders import why_not_exchanged
 from lightning_accel.callbacks.layer_exchange.recorded_inputs import RecordedInputs
 from lightning_accel.callbacks.layer_exchange.step_trial import StepTrial
 from lightning_accel.callbacks.layer_exchange.structure import RestsFactors
@@ -28,7 +30,7 @@ from lightning_accel.callbacks.rank_quantization.reasons import Reason
 from lightning_accel.callbacks.rank_quantization.request import RankRequest
 from lightning_accel.callbacks.rank_quantization.verdict import Verdict, dense
 from lightning_accel.lightning_private import every_callback, pruned_layers
-from lightning_accel.low_rank import RankPlan
+from lightning_accel.low_rank import RankPlan, eligible_layers
 from lightning_accel.low_rank.plan import UNMEASURED
 
 
@@ -51,6 +53,7 @@ class Decision:
     _progress: Progress = field(default_factory=Progress, compare=False)
     _untriable: Reason | None = None
     _watched_from: float | None = None
+    _wait_until: float = 0.0  # batches; before, only a new epoch can tell anything new
 
     def __post_init__(self) -> None:
         check_when(self.when)
@@ -61,12 +64,16 @@ class Decision:
         """Forget an earlier fit."""
         self.stop()
         self.switch_epoch, self.inputs, self._untriable, self._progress = None, None, None, Progress()
+        self._wait_until = 0.0
 
     def at_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> Verdict | None:
         """Return the verdict; None while the time has not come or a step has to be watched first."""
-        self._progress.note_batch(trainer)
+        if self._progress.note_batch(trainer):
+            self._wait_until = 0.0
+        if self._progress.batches < self._wait_until:
+            return None
         index, window = batch_index(trainer), trainer.accumulate_grad_batches
         if self._untriable is not None and (index + 1) % window == 0:
             self._watch(pl_module)
@@ -75,21 +82,30 @@ class Decision:
         if self.switch_epoch is None:
             if self.when == "auto" and self.given is None:  # weights are looked at where there is time for it
                 left = self._progress.remaining(trainer)
-                if (short := self._too_short(left.at_most)) or self._too_short(left.batches):
-                    return None if short is None else dense(short)
+                if short := self._too_short(left.at_most):
+                    return dense(short)
+                if self._too_short(left.batches):
+                    self._wait()
+                    return None
             self.switch_epoch = first_epoch(self.when, self.given, trainer, pl_module)
         if trainer.current_epoch < self.switch_epoch:
+            self._wait_until = math.inf
             return None
         if self.given is not None:
             if self.given.weighting != "activation":
                 return Verdict(self.given, reasons.AS_PLANNED)
+            if why := self._why_not_exchanged(trainer, pl_module):
+                return dense(why)
             self._expect(reasons.AS_PLANNED, pl_module, index, window)
             return None
         left = self._progress.remaining(trainer)
         if short := self._too_short(left.at_most):
             return dense(short)
         if self._too_short(left.batches):  # nobody knows yet
+            self._wait()
             return None
+        if why := self._why_not_exchanged(trainer, pl_module):
+            return dense(why)
         with isolate_rng():
             return self._decide(self._terms(trainer, pl_module), pl_module, batch, batch_idx)
 
@@ -160,6 +176,17 @@ class Decision:
             request = request.without(pruned)
         remaining = self._progress.remaining(trainer).batches
         return Terms(trainer, request, remaining, self.on_loss == "keep", self.max_overhead)
+
+    def _wait(self) -> None:
+        """Look again in the next epoch, or when training has gone on for long enough to count on as much again."""
+        if not self._progress.by_time:
+            self._wait_until = STEPS_TO_TRY / self.max_overhead if self.max_overhead > 0.0 else math.inf
+
+    def _why_not_exchanged(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Reason | None:
+        """Say what forbids to exchange any layer, before time is spent on finding out which."""
+        layers, _ = eligible_layers(pl_module, include=self.request.include, exclude=self.request.exclude)
+        why = why_not_exchanged(trainer, pl_module, list(layers))
+        return None if why is None else reasons.NotExchanged(why)
 
     def _too_short(self, remaining: float) -> Reason | None:
         return too_short(remaining, keep=self.on_loss == "keep", max_overhead=self.max_overhead)

@@ -44,16 +44,28 @@ class Progress:
         self._index = 0
         self._epoch_length: float = math.inf
         self._timed_from = 0.0
+        self._timers: list[Any] = []
+        self._schedulers: list[Any] = []  # of accumulation
 
-    def note_batch(self, trainer: "pl.Trainer") -> None:
-        """Take note that a training batch begins."""
+    @property
+    def by_time(self) -> bool:
+        """Whether a limit of time counts."""
+        return bool(self._timers)
+
+    def note_batch(self, trainer: "pl.Trainer") -> bool:
+        """Take note that a training batch begins; return whether it is the first of an epoch (or of the fit)."""
         epoch, index = trainer.current_epoch, batch_index(trainer)
+        begins = epoch != self.epoch
+        if begins:
+            self._timers = [timer for timer in _callbacks_named("Timer", trainer) if timer.time_remaining() is not None]
+            self._schedulers = _callbacks_named("GradientAccumulationScheduler", trainer)
         if self.epoch is not None and epoch > self.epoch:
             self._epoch_length = self._index + 1
         self.epoch, self._index = epoch, index
         if self.batches == 1:  # the first batch took what warm-up takes
             self._timed_from = time.monotonic()
         self.batches += 1
+        return begins
 
     def remaining(self, trainer: "pl.Trainer") -> Remaining:
         """Return what remains; the same on all processes."""
@@ -81,7 +93,7 @@ class Progress:
         steps = max(0, trainer.max_steps - trainer.global_step)
         if not trainer.lightning_module.automatic_optimization:
             return steps / max(1, len(trainer.optimizers))
-        window, length = _least_accumulation(trainer), trainer.num_training_batches
+        window, length = self._least_accumulation(trainer), trainer.num_training_batches
         if math.isinf(length):
             return steps * window - self._index % window
         steps_of_epoch = math.ceil(length / window)  # the last batch of an epoch ends a window, however short
@@ -92,38 +104,32 @@ class Progress:
         return length - self._index + epochs * length + min(rest * window, length)
 
     def _by_time(self, trainer: "pl.Trainer") -> float | None:
-        seconds = _seconds_left(trainer)
-        if seconds is None:
+        if not self._timers:
             return math.inf
+        # the strictest counts; `Trainer(max_time=...)` makes one
+        seconds = min(timer.time_remaining() for timer in self._timers)
         if self.batches <= _TIMED_BATCHES:
             return None
         batch_seconds = (time.monotonic() - self._timed_from) / (self.batches - 2)
         remaining: float = trainer.strategy.broadcast(max(0.0, seconds / max(batch_seconds, 1e-9)))
         return remaining
 
+    def _least_accumulation(self, trainer: "pl.Trainer") -> int:
+        """Return the fewest batches a step that are still to come, where a scheduler changes them."""
+        present: int = trainer.accumulate_grad_batches
+        planned = [
+            factor
+            for scheduler in self._schedulers
+            for epoch, factor in scheduler.scheduling.items()
+            if epoch >= trainer.current_epoch
+        ]
+        return min([present, *planned])
+
 
 def batch_index(trainer: Any) -> int:
     """Return the index of the batch that begins; hooks get another one where steps draw their batches themselves."""
     index: int = trainer.fit_loop.epoch_loop.batch_idx
     return index
-
-
-def _least_accumulation(trainer: "pl.Trainer") -> int:
-    """Return the fewest batches a step that are still to come, where a scheduler changes them."""
-    present: int = trainer.accumulate_grad_batches
-    planned = [
-        factor
-        for scheduler in _callbacks_named("GradientAccumulationScheduler", trainer)
-        for epoch, factor in scheduler.scheduling.items()
-        if epoch >= trainer.current_epoch
-    ]
-    return min([present, *planned])
-
-
-def _seconds_left(trainer: "pl.Trainer") -> float | None:
-    """Return what the strictest `Timer` leaves; ``Trainer(max_time=...)`` makes one."""
-    asked = (timer.time_remaining() for timer in _callbacks_named("Timer", trainer))
-    return min((seconds for seconds in asked if seconds is not None), default=None)
 
 
 def _callbacks_named(name: str, trainer: "pl.Trainer") -> list[Any]:

@@ -97,6 +97,8 @@ class SequentialFreezing(pl.Callback):
         self._times: list[float] = []
         self._clock = 0.0
         self._order: RunningOrder | None = None  # looks at one batch of the adaptive mode
+        self._makers: list[ChangesStructure] = []
+        self._looked_at = -1  # epoch in which layers were looked for
 
     def phase_weights(self) -> tuple[float, float] | None:
         """Return the shares of the phases in which group 0 and group 1 rest; None where nobody knows beforehand."""
@@ -114,20 +116,23 @@ class SequentialFreezing(pl.Callback):
         self.turns.begin()
         self._aside, self._steps, self._order = False, 0, None
         self._times.clear()
+        self._makers, self._looked_at = [], -1
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Look for low-rank layers, or for a callback that will make them."""
-        makers = [callback for callback in every_callback(trainer) if isinstance(callback, ChangesStructure)]
-        if not low_rank_layers(pl_module) and not makers:
+        self._makers = [callback for callback in every_callback(trainer) if isinstance(callback, ChangesStructure)]
+        factored = low_rank_layers(pl_module)
+        if not factored and not self._makers:
             raise MisconfigurationException(
                 f"SequentialFreezing found no low-rank layer in {type(pl_module).__name__} (looked for LowRankLinear, "
                 "LowRankConv and TuckerConv). Add RankQuantization() to the callbacks, or decompose the model with "
                 "`lightning_accel.low_rank.decompose`."
             )
         refuse_sharded_states(trainer.optimizers, "SequentialFreezing")
-        acts = low_rank_layers(pl_module) or any(maker.structure_state() == "pending" for maker in makers)
-        if acts and any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+        # layers that are not low rank yet stay dense under L-BFGS
+        lbfgs = any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers)
+        if lbfgs and factored:
             raise MisconfigurationException(
                 "SequentialFreezing can not rest factors under L-BFGS, which moves parameters without gradient along "
                 "its old directions. Use another optimizer, or mode='none'."
@@ -140,8 +145,10 @@ class SequentialFreezing(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Change the frozen group where a phase begins."""
+        if self._aside:
+            return
         self._clock = time.perf_counter()
-        if not self._aside and self._ready(trainer, pl_module):
+        if self._ready(trainer, pl_module):
             if self.turns.follow(trainer, pl_module):
                 self._say(trainer, pl_module)
             if self._adapts and not self.turns.adaptive.order:
@@ -150,6 +157,8 @@ class SequentialFreezing(pl.Callback):
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
         """Take the step's time; watch the factors in adaptive mode."""
+        if self.turns.applied is None and self._order is None:
+            return
         self._times.append(time.perf_counter() - self._clock)
         if self._order is not None:
             self.turns.adaptive.order, self._order = self._order.stop(), None
@@ -187,7 +196,7 @@ class SequentialFreezing(pl.Callback):
 
     def on_structure_change(self, *_: Any) -> None:
         """Begin the phase anew with the new layers."""
-        self.turns.applied = None
+        self.turns.applied, self._looked_at = None, -1
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -207,12 +216,15 @@ class SequentialFreezing(pl.Callback):
         return self.schedule.mode == "adaptive"
 
     def _ready(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
-        if self.turns.applied is not None or low_rank_layers(pl_module):
+        if self.turns.applied is not None:
             return True
-        states = [
-            callback.structure_state() for callback in every_callback(trainer) if isinstance(callback, ChangesStructure)
-        ]
-        if "pending" not in states:
+        pending = any(maker.structure_state() == "pending" for maker in self._makers)
+        if pending and trainer.current_epoch == self._looked_at:
+            return False
+        self._looked_at = trainer.current_epoch  # whoever changes layers says so, or is seen in the next epoch
+        if low_rank_layers(pl_module):
+            return True
+        if not pending:
             self._aside = True
             say_decision(trainer, "SequentialFreezing", "steps aside: RankQuantization left the model dense.")
         return False
