@@ -221,6 +221,26 @@ def gradient_hooks_of(parameter: torch.Tensor) -> str | None:
     return None
 
 
+no_torch_function: Any = torch._C._disabled_torch_function_impl
+"""What makes operations on a subclass of `torch.Tensor` plain ones; `torch.nn.Parameter` uses it, for no public eye."""
+
+
+def move_gradient_hooks(source: torch.Tensor, target: nn.Parameter, after: dict[int, Any]) -> None:
+    """Let the hooks of ``source``, and ``after`` accumulation, act on ``target``; their handles remove them there.
+
+    A handle refers to the dictionary in which its hook lies, so it is that which has to move.
+    """
+    if source._backward_hooks:
+        target._backward_hooks = source._backward_hooks
+    if after:
+        target._post_accumulate_grad_hooks = after
+
+
+def set_gradient(tensor: torch.Tensor, value: torch.Tensor | None) -> None:
+    """Set the gradient of a tensor whose class has another meaning for ``grad``."""
+    torch._C.TensorBase.grad.__set__(tensor, value)  # type: ignore[union-attr]
+
+
 USED_IN_PLACE = {
     "_apply": "what `Module.to` and others call; layers that keep more than their parameters override it",
     "_backward_hooks": "whether a tensor has hooks, asked once a step of a loop, where a call would cost",

@@ -226,18 +226,37 @@ def fit(seed, callbacks=(), *, trace=()):
 
 
 class Moved(Callback):
-    """Keeps every parameter as it was when it was first seen, so that it is known in the end which have moved."""
+    """Keeps every parameter as it was when it was first seen, and notes which have moved since, and their gradients.
+
+    Attributes:
+        gradients: A batch of the fit to name and largest entry of the gradient, None where there is none, of each
+            parameter that might train in it from its start to its end.
+    """
 
     def __init__(self):
         self.first = []  # no dict by names: that is what averages keep, which low rank leaves alone
+        self.gradients = []
+        self._ever, self._names = set(), set()
 
     def on_train_batch_start(self, trainer, pl_module, *_):
         seen = {(name, value.shape) for name, value in self.first}
         new = ((n, p.detach().clone()) for n, p in pl_module.named_parameters() if (n, p.shape) not in seen)
         self.first.extend(new)
+        self._names = {n for n, p in pl_module.named_parameters() if p.requires_grad}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self._ever |= self._moved(pl_module)
+        trainable = ((n, p) for n, p in pl_module.named_parameters() if p.requires_grad and n in self._names)
+        self.gradients.append({n: None if p.grad is None else float(p.grad.abs().max()) for n, p in trainable})
 
     def names(self, module, *, by=0.0):
-        """Names of the parameters of ``module`` that have moved, by more than a share ``by`` of their largest entry."""
+        """Names of the parameters of ``module`` that have moved, by more than a share ``by`` of their largest entry.
+
+        What has moved in some step and is back where it was (an average that was taken in the end) has moved.
+        """
+        return self._moved(module, by) | (set() if by else self._ever)
+
+    def _moved(self, module, by=0.0):
         first = {(name, value.shape): value for name, value in self.first}
         known = {name: p.detach() for name, p in module.named_parameters() if (name, p.shape) in first}
         moved = {name: float((p - first[name, p.shape]).abs().max()) for name, p in known.items()}

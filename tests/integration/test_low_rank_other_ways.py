@@ -307,10 +307,41 @@ class NeverCalled(Net):
         self.unused = nn.Linear(WIDTH, WIDTH)
 
 
-def test_layer_that_gets_no_gradient_in_ten_steps_goes_back_with_all_others():
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_layer_that_no_step_uses_goes_back_alone_and_the_others_keep_their_training(optimizer):
+    class Module(NeverCalled):
+        def configure_optimizers(self):
+            return optimizer(self.parameters(), 1e-2)
+
+    module, without = Module(), Module()
+    unused = module.unused.weight.detach().clone()
+    with warned("put unused back, dense from now on: it got no gradient in 10 steps"):
+        fit(module, low_rank({"fc1": (8,), "unused": (10,)}), epochs=4)
+    fit(without, low_rank({"fc1": (8,)}), epochs=4)
+    assert set(low_rank_layers(module)) == {"fc1"}
+    assert torch.equal(module.unused.weight, unused)
+    assert torch.equal(module.fc1.weight, without.fc1.weight)
+
+
+def test_layers_that_got_no_gradient_since_the_first_step_of_all_go_back_with_the_others():
     module = NeverCalled()
     with warned("the factors of `unused` got no gradient in 10 steps"):
-        fit(module, low_rank({"fc1": (8,), "unused": (10,)}), epochs=4)
+        fit(module, low_rank({"fc1": (8,), "unused": (10,)}, when=0), epochs=4)
+    assert not low_rank_layers(module)
+
+
+class AsksForTheType(Net):
+    """Uses a layer only as long as it is what it was."""
+
+    def forward(self, x):
+        x = torch.relu(self.fc1(x))
+        return self.head(torch.relu(self.fc2(x) if type(self.fc2) is nn.Linear else x))
+
+
+def test_layer_that_was_used_until_it_became_low_rank_goes_back_with_all_others():
+    module = AsksForTheType()
+    with warned("the factors of `fc2` got no gradient in 10 steps"):
+        fit(module, low_rank(), epochs=4)
     assert not low_rank_layers(module)
 
 

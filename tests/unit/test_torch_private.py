@@ -173,6 +173,29 @@ def test_jit_tracing_is_seen():
     assert seen == [True]
 
 
+def test_gradient_hooks_move_with_the_handles_that_remove_them():
+    source, target, seen = torch.ones(2, requires_grad=True) * 1.0, nn.Parameter(torch.ones(2)), []
+    handle = source.register_hook(lambda _: seen.append("gradient"))
+    torch_private.move_gradient_hooks(source, target, {0: lambda _: seen.append("after")})
+    target.sum().backward()
+    assert seen == ["gradient", "after"]
+    handle.remove()
+    target.sum().backward()
+    assert seen == ["gradient", "after", "after"]
+
+
+def test_subclass_of_tensor_without_torch_function_computes_plainly_and_its_gradient_can_be_set():
+    class Own(torch.Tensor):
+        __torch_function__ = torch_private.no_torch_function
+        grad = "another meaning"
+
+    tensor = torch.ones(2)
+    tensor.__class__ = Own
+    assert type(tensor + 1) is torch.Tensor
+    torch_private.set_gradient(tensor, torch.zeros(2))
+    assert torch.equal(torch._C.TensorBase.grad.__get__(tensor), torch.zeros(2))
+
+
 def test_forward_hooks_come_off():
     seen = []
     layer = nn.Linear(2, 2)

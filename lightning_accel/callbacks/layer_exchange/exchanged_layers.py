@@ -14,8 +14,10 @@ from lightning_accel.low_rank import low_rank_layers
 from lightning_accel.low_rank.factors.layers import LOW_RANK_TYPES
 from lightning_accel.low_rank.in_place import become
 from lightning_accel.low_rank.optimizers.exchange import put_weight, undo_replacement
+from lightning_accel.torch_private import gradient_hooks_of
 
 WRITTEN = "its weight was written into, which factors can not follow"
+HOOKED = "a gradient hook was put on its weight, which factors can not follow"
 
 
 @dataclass
@@ -63,12 +65,37 @@ class ExchangedLayers:
             return {}
         judged = self._judged(trainer, pl_module, self.first.at_batch_end(trainer, pl_module))
         if not judged and self.first is not None and self.first.over(trainer):
+            judged = self._idle(trainer, pl_module, self.first)
             self.first = None
         return judged
+
+    def _idle(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", first: FirstSteps) -> dict[str, str]:
+        """Put back layers that no step uses: what they are changes nothing, so the others keep their training.
+
+        Processes may use different layers; one that was used by any stays.
+        """
+        idle = first.unused(pl_module)
+        alike = [
+            name
+            for name in first.exchange.names
+            if trainer.strategy.reduce_boolean_decision(name in idle and name in self.factors, all=True)
+        ]
+        for name in alike:
+            place = pl_module.get_submodule(name)
+            training = place.training
+            become(place, first.exchange.dense[name])
+            place.train(training)
+        self._now_dense(trainer, pl_module, alike)
+        return dict.fromkeys(alike, f"it got no gradient in {first.steps} steps")
 
     def _written(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[str, str]:
         """Give the optimizers the weights of layers that became dense by themselves."""
         names = [name for name in self.factors if not _is_low_rank(pl_module.get_submodule(name))]
+        hooked = {name for name in names if gradient_hooks_of(weight_of(pl_module.get_submodule(name)))}
+        self._now_dense(trainer, pl_module, names)
+        return {name: HOOKED if name in hooked else WRITTEN for name in names}
+
+    def _now_dense(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: list[str]) -> None:
         for name in names:
             weight = weight_of(pl_module.get_submodule(name))
             for optimizer in trainer.optimizers:
@@ -78,7 +105,6 @@ class ExchangedLayers:
             if self.first is not None:
                 self.first.forget(names)
             _let_others_follow(trainer, pl_module, names)
-        return dict.fromkeys(names, WRITTEN)
 
     def _judged(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", why: str | None) -> dict[str, str]:
         """Put all layers back if something is wrong with one, on any process."""

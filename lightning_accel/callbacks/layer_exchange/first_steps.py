@@ -1,4 +1,4 @@
-"""The first steps with exchanged layers: every one must be trained, by nobody but the optimizers, else all go back."""
+"""The first steps with exchanged layers: they must be trained by nobody but the optimizers, else all go back."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,11 +22,13 @@ class Exchange:
         dense: Name to a module that is what the layer was; holds the dense weight.
         factors: Name to the factors that took the weight's place.
         replacements: What was done to the optimizers.
+        trained: Layers whose weights had a gradient or a state before; none where nobody knows, as in a first step.
     """
 
     dense: Mapping[str, nn.Module]
     factors: Mapping[str, tuple[nn.Parameter, ...]]
     replacements: list[Replacement] = field(default_factory=list)
+    trained: frozenset[str] = frozenset()
 
     @property
     def names(self) -> list[str]:
@@ -86,12 +88,24 @@ class FirstSteps:
                 self._values[f"{name}.{key}"] = factor.detach().clone()
         if self._steps < _STEPS * trainer.accumulate_grad_batches:
             return None
-        idle = [n for n in layers if n not in self._trained and weight_of(self.exchange.dense[n]).requires_grad]
+        idle = self._idle(module) - self.unused(module)
         if idle:
-            return (
-                f"the factors of {', '.join(f'`{name}`' for name in idle[:3])} got no gradient in {self._steps} steps"
-            )
+            names = ", ".join(f"`{name}`" for name in sorted(idle)[:3])
+            return f"the factors of {names} got no gradient in {self._steps} steps"
         return None
+
+    def unused(self, module: nn.Module) -> set[str]:
+        """Return the layers that no step has trained, neither before the exchange, when others were, nor since."""
+        return self._idle(module) - self.exchange.trained if self.exchange.trained else set()
+
+    def _idle(self, module: nn.Module) -> set[str]:
+        wanted = (name for name in self._layers(module) if weight_of(self.exchange.dense[name]).requires_grad)
+        return {name for name in wanted if name not in self._trained}
+
+    @property
+    def steps(self) -> int:
+        """Batches since the exchange."""
+        return self._steps
 
     def forget(self, names: list[str]) -> None:
         """Look no more at layers that are dense again."""

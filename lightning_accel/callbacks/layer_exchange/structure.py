@@ -176,7 +176,9 @@ def exchange_layers(
     }
     names = list(change(module))
     factored = low_rank_layers(module)
-    exchange = Exchange({name: before[name] for name in names}, {name: factors_of(factored[name]) for name in names})
+    dense = {name: before[name] for name in names}
+    trained = frozenset(name for name, layer in dense.items() if _was_trained(weight_of(layer), optimizers))
+    exchange = Exchange(dense, {name: factors_of(factored[name]) for name in names}, trained=trained)
     replaced = {weight_of(dense): factored[name] for name, dense in exchange.dense.items()}
     for weight in replaced:
         weight.grad = None  # of the step before; what comes now comes by another way than the new layer
@@ -185,6 +187,13 @@ def exchange_layers(
         for line in exchange.replacements[-1].fresh:
             _log.info("the optimizer's moments start fresh for a weight of shape %s", line)
     return exchange
+
+
+def _was_trained(weight: nn.Parameter, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Say whether a step has reached a weight, as far as its gradient and the optimizers' states tell."""
+    if weight.grad is not None and bool(weight.grad.any()):
+        return True
+    return any(optimizer.state.get(weight) for optimizer in optimizers)
 
 
 def exchange_layers_in_fit(

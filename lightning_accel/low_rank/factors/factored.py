@@ -1,6 +1,5 @@
 """What all factored layers share: the dense weight as it is read and written, and how they are made."""
 
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,57 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel import torch_private
+from lightning_accel.low_rank.factors.dense_weight import HandedOut
 from lightning_accel.low_rank.in_place import become
 
 DenseLayer = nn.Linear | nn.Conv1d | nn.Conv2d
-
-
-class _HandedOut:
-    """The memory of the product that was handed out as ``weight``, and a copy of it that nobody else has."""
-
-    def __init__(self, product: Tensor) -> None:
-        self.buffer = product.detach()
-        self.pristine = self.buffer.clone()
-        self.given = [product]
-
-    def give(self, product: Tensor) -> Tensor:
-        """Return the product anew, in the memory in which it was handed out."""
-        self.given.append(_SameMemory.apply(product, self) if product.requires_grad else self.alias())
-        return self.given[-1]
-
-    def alias(self) -> Tensor:
-        """Return a tensor in the same memory; no view, for autograd."""
-        return self.buffer.new_empty(0).set_(self.buffer)  # type: ignore[call-overload]
-
-    def has(self, value: object) -> bool:
-        """Say whether a tensor lies in the memory."""
-        return isinstance(value, Tensor) and value.data_ptr() == self.buffer.data_ptr()
-
-    def written(self) -> Tensor | None:
-        """Return what was written into the memory, or put in its place by ``weight.data = ...``; None if nothing."""
-        replaced = [tensor.detach() for tensor in self.given if not self.has(tensor)]
-        if replaced:
-            return replaced[-1].clone()
-        same = torch.equal(self.buffer.view(torch.uint8), self.pristine.view(torch.uint8))  # NaN equals itself
-        return None if same else self.buffer.clone()
-
-    def is_over(self) -> bool:
-        """Say whether nobody else holds the memory, so that nobody can write into it any more."""
-        # what only this list, the loop and the counting function refer to is ours alone
-        self.given = [tensor for tensor in self.given if sys.getrefcount(tensor) > 3]
-        return not self.given and torch_private.storage_users(self.buffer) == 1
-
-
-class _SameMemory(torch.autograd.Function):
-    """Give a product the memory in which it was handed out before."""
-
-    @staticmethod
-    def forward(_: Any, __: Tensor, handed: _HandedOut) -> Tensor:
-        return handed.alias()
-
-    @staticmethod
-    def backward(_: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
 
 
 class FactoredLayer(nn.Module):
@@ -68,24 +20,28 @@ class FactoredLayer(nn.Module):
     ``weight`` is that product. Reading it is right wherever a dense weight may be read: gradients reach the factors.
     What is *written* into it (a constraint, a merged adapter, an initialization) can in general be no product of such
     factors, so the layer then becomes the dense layer with what was written, the same object as before, and warns. It
-    does so when it is next used: called, read, saved, copied or moved.
+    does so when it is next used: called, read, saved, copied or moved. Gradient hooks on it, and what is written into
+    its ``grad``, make it dense as well; ``weight.grad`` by itself is what the factors' gradients tell of the dense one.
 
     Attributes:
         place: Name of the layer in its model, for messages; empty if unknown.
         followed: Whether somebody looks after the layer, and will say so when it becomes dense.
+        gradient_read: Whether it was said what ``weight.grad`` is.
     """
 
     factor_names: tuple[str, ...] = ()
-    own_attributes: tuple[str, ...] = ("place", "followed", "_handed_out")
+    own_attributes: tuple[str, ...] = ("place", "followed", "gradient_read", "_handed_out")
     bias: nn.Parameter | None
     place: str
     followed: bool
+    gradient_read: bool
 
     def __init__(self) -> None:
         super().__init__()
         self.place = ""
         self.followed = False
-        self._handed_out: _HandedOut | None = None
+        self.gradient_read = False
+        self._handed_out: HandedOut | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -99,7 +55,7 @@ class FactoredLayer(nn.Module):
         product = product.contiguous()
         handed = self._handed_out
         if handed is None or not torch.equal(handed.pristine, product.detach()):
-            self._handed_out = _HandedOut(product)
+            self._handed_out = HandedOut(self, product)
             return product
         handed.is_over()  # forgets what nobody holds
         return handed.give(product)
@@ -121,22 +77,30 @@ class FactoredLayer(nn.Module):
         handed = self._handed_out
         if handed is None:
             return True
-        value = handed.written()
-        if value is None:
+        value, hooked, gradient = handed.written(), handed.hooked(), handed.gradient()
+        if value is None and not hooked and gradient is None:
+            del hooked
             if handed.is_over():
                 self._handed_out = None
             return True
         with torch.no_grad():
             now = self.product({name: getattr(self, name) for name in self.factor_names}).detach()
-            if not torch.equal(now, handed.pristine):  # the factors have moved on meanwhile
+            if value is None:
+                value = now
+            elif not torch.equal(now, handed.pristine):  # the factors have moved on meanwhile
                 value += now - handed.pristine
         name = f"`{self.place}`" if self.place else f"a {type(self).__name__} of shape {tuple(value.shape)}"
         followed = self.followed
         trainable = any(getattr(self, factor).requires_grad for factor in self.factor_names)
-        become(self, self.dense_layer(nn.Parameter(value, requires_grad=trainable)))
+        weight = nn.Parameter(value, requires_grad=trainable)
+        become(self, self.dense_layer(weight))
+        handed.move(hooked, weight)
+        weight.grad = gradient
         if not followed:
+            what = "was written into" if not hooked else "got a gradient hook"
+            what = what if gradient is None else "got another gradient"
             warnings.warn(
-                f"the `weight` of the low-rank layer {name} was written into, which its factors can not follow: it is "
+                f"the `weight` of the low-rank layer {name} {what}, which its factors can not follow: it is "
                 "dense again, with what was written. If it goes on training, give the new weight to the optimizer; "
                 "keep layers whose weight is constrained or merged dense (`exclude`).",
                 stacklevel=3,
