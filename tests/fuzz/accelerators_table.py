@@ -20,6 +20,7 @@ from lightning_accel.callbacks import (
     enable_low_rank_loading,
 )
 from lightning_accel.low_rank import low_rank_layers, make_plan
+from lightning_accel.strategies import AsyncSGDStrategy
 
 FACTORS = ("factor_in", "core", "factor_out")
 CACHE = tempfile.mkdtemp()
@@ -34,12 +35,24 @@ class Entry:
         real: Callbacks that act.
         problems: Gets the plain and the real fit and returns what is wrong with the real one.
         acted: Says of the real module whether anything happened.
+        workers: Of the neutral and of the real fit under the asynchronous strategy; None trains in this process.
+        every: Of how many modules one is looked at, where that takes long.
+        within: By how much a parameter may differ from plain training, gets the plain fit.
     """
 
     neutral: Callable[[int], list[Any]]
     real: Callable[[int], list[Any]]
     problems: Callable[["Fit", "Fit"], list[str]]
     acted: Callable[[Any], bool]
+    workers: tuple[int, int] | None = None
+    every: int = 1
+    within: Callable[["Fit"], float] = lambda _: 0.0
+
+    def settings(self, *, real: bool) -> dict[str, Any]:
+        """Return what the Trainer of a fit gets."""
+        if self.workers is None:
+            return {}
+        return {"strategy": AsyncSGDStrategy(), "devices": self.workers[real]}
 
 
 @dataclass
@@ -161,6 +174,34 @@ def training_problems(plain: Fit, real: Fit) -> list[str]:
     return found
 
 
+def no_callbacks(_seed: int) -> list[Any]:
+    """The strategy alone."""
+    return []
+
+
+def products_in_half_precision(plain: Fit) -> float:
+    """Bound what a server's steps may differ by.
+
+    Under manual optimization in mixed precision a plain Trainer calls the optimizer inside of autocast, so that
+    products of matrices in its step, as Adafactor has them, are of half precision. The server is in no autocast.
+    """
+    inside = plain.trainer.precision == "bf16-mixed" and not plain.module.automatic_optimization
+    return 1e-3 if inside and plain.module.optimizer == "adafactor" else 0.0
+
+
+def trained_by_others_problems(plain: Fit, real: Fit) -> list[str]:
+    """Say which parameters several workers do not train, or make infinite; what each did was seen by none but it."""
+    torch.manual_seed(0)
+    fresh = dict(RandomModule(real.seed).named_parameters())
+    found, wanted = [], plain.moved.names(plain.module, by=1e-3)
+    for name, p in real.module.named_parameters():
+        if not torch.isfinite(p).all():
+            found.append(f"`{name}` is not finite")
+        if name in wanted and torch.equal(p, fresh[name]):
+            found.append(f"`{name}` did not move")
+    return found
+
+
 def has_zero_groups(module: Any) -> bool:
     """Whether a weight has a row or a column of zeros."""
     weights = [p for p in module.parameters() if p.dim() > 1]
@@ -183,4 +224,13 @@ TABLE = {
     ),
     "projection": Entry(infinite_radius, sparse, training_problems, has_zero_groups),
     "scheduling": Entry(schedules, schedules, training_problems, is_recurrent),
+    "async_sgd": Entry(
+        no_callbacks,
+        no_callbacks,
+        trained_by_others_problems,
+        lambda _: True,
+        workers=(1, 2),
+        every=20,
+        within=products_in_half_precision,
+    ),
 }

@@ -184,13 +184,14 @@ def _can_be_copied(module):
     return True
 
 
-def fit(seed, callbacks=(), *, trace=()):
+def fit(seed, callbacks=(), *, trace=(), **settings):
     """Build and fit the module of a seed.
 
     Args:
         seed: Says module, data, Trainer options and Lightning's own callbacks beside ``callbacks``.
         callbacks: Of ours.
         trace: Further callbacks, last in the list.
+        **settings: Of the Trainer, such as its strategy.
 
     Returns:
         Module and Trainer.
@@ -219,7 +220,7 @@ def fit(seed, callbacks=(), *, trace=()):
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     ours = list(callbacks)
     both = [*ours, *theirs] if draw.random() < 0.5 else [*theirs, *ours]
-    trainer = Trainer(max_epochs=EPOCHS, accelerator="cpu", callbacks=[*both, *trace], **quiet, **options)
+    trainer = Trainer(max_epochs=EPOCHS, accelerator="cpu", callbacks=[*both, *trace], **quiet, **options, **settings)
     torch.manual_seed(seed + 1)
     trainer.fit(module, data)
     return module, trainer
