@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def is_native(module: nn.Module) -> bool:
     own = module.__dict__.get("forward")
     while isinstance(own, InstanceForward):
         own = own.own
+    if isinstance(own, MethodType) and own.__self__ is module and own.__func__ is type(module).forward:
+        own = None  # what `InstanceForward` leaves in a copy
     return is_torch_cell(module) and own is None
 
 

@@ -26,6 +26,13 @@ class InstanceForward:
         """Make the call."""
         return self.call(*args, **kwargs)
 
+    def stands_first(self) -> bool:
+        """Tell whether nobody but others of this kind stands before it: what a user put there calls it for a part."""
+        top = self.module.__dict__.get("forward")
+        while top is not self and isinstance(top, InstanceForward):
+            top = top.own
+        return top is self
+
     def remove(self) -> None:
         """Put back what was there; under another one, pass calls through until that one goes."""
         self.call, self._removed = self.original, True

@@ -73,7 +73,9 @@ class ScheduleChoice:
     def for_copy(self, module: nn.Module) -> "ScheduleChoice":
         """Return a choice for a copy of the module that traces and measures nothing again: it asks this one."""
         twin = ScheduleChoice(module, self.schedule, name=self.name)
-        twin._asked = self
+        twin._asked = self._asked
+        twin.choices, twin.speed, twin.refusals = self.choices, self.speed, self.refusals
+        twin.calls_left = self.calls_left
         return twin
 
     def _forget(self) -> None:
@@ -116,7 +118,7 @@ class ScheduleChoice:
 
     def runner(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> Run:
         """Return what `run` would call, for a module that is given: to measure it beside something else."""
-        found = None if self.schedule == "loop" else self._run_of(step, xs, states)[0]
+        found = None if self.schedule == "loop" else self._asked._run_of(step, xs, states)[0]
         return found or (lambda module, xs, states: run_loop(step, module, xs, states))
 
     def _run_of(
@@ -140,6 +142,8 @@ class ScheduleChoice:
 
     def refusal(self, step: Step, xs: Sequence[Tensor], states: Sequence[Tensor]) -> str | None:
         """Return why a step (``xs`` of shape (B, ...)) has no intra-stream schedule; ``None`` if it has one."""
+        if self._asked is not self:
+            return self._asked.refusal(step, xs, states)
         sequences = [x[None] for x in xs]
         try:
             reason = plain_reason(sequences, states)
@@ -175,7 +179,8 @@ class ScheduleChoice:
             notes += _no_compiler(xs[0])
             chosen = "intra_stream"
             run = schedules.find(chosen, step, xs, states)
-        self.refusals = {**schedules.refusals, **self.refusals}
+        for name, refusal in schedules.refusals.items():
+            self.refusals.setdefault(name, refusal)
         if run is None:
             why = schedules.refusals.get(chosen, "it has no such form")
             notes.append(((chosen, why), f"runs the plain loop: {why}"))

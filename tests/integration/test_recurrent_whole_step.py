@@ -290,6 +290,25 @@ def test_the_choice_is_said_once_when_it_is_made(caplog):
     assert module.said[-1] == 1
 
 
+class WeightDrop(LSTMLoop):
+    """Its recurrent weights are made anew in every step, past autograd."""
+
+    def build(self):
+        super().build()
+        self.register_buffer("raw", self.cell.weight_hh.detach().clone())
+
+    def forward(self, x):
+        self.cell.weight_hh.data = self.raw * (torch.rand_like(self.raw) > 0.3)
+        return super().forward(x)
+
+
+def test_the_comparison_computes_with_the_weights_of_the_copy():
+    callback = IntraStreamScheduling("native")
+    module, plain = fit(WeightDrop, callback), fit(WeightDrop)
+    torch.testing.assert_close(module.losses, plain.losses, rtol=1e-10, atol=1e-12)
+    assert "chains of" in callback.report[0], callback.report
+
+
 class RecurrentLayer(Body):
     def build(self):
         self.rnn, self.out = Recurrent(PeepholeLSTMCell(FEATURES, HIDDEN)), nn.Linear(HIDDEN, 1)

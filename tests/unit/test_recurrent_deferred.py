@@ -261,6 +261,20 @@ def test_a_state_whose_memory_is_exchanged_ends_the_loop_with_the_values_of_the_
     assert "written to past autograd" in cells.cells["cell"].reason
 
 
+def test_a_forward_that_is_replaced_within_a_step_counts():
+    def replaced(cell, x):
+        inner = cell.forward
+        cell.forward = lambda x, hx=None: tuple(value * 0.5 for value in inner(x, hx))
+        return torch.stack(unroll(cell, x))
+
+    model, cells = deferred(replaced)
+    x, plain = sequence(), Model(replaced)
+    with cells.active():
+        y = model(x)
+    torch.testing.assert_close(y, plain(x))
+    assert not cells.cells["cell"].reason
+
+
 def test_cells_with_backward_hooks_are_left_alone():
     model = Model(lambda cell, x: torch.stack(unroll(cell, x)))
     model.cell.register_full_backward_hook(lambda *_: None)

@@ -83,7 +83,10 @@ class DeferredCell:
         self._traced = False
         self._thread = threading.get_ident()
         self._forward = InstanceForward(cell, self._call)
-        self._key = assumptions_of(cell)
+        try:
+            self._key = assumptions_of(cell)
+        except Exception as error:  # a property that fails, more values than can be watched
+            self.remove(f"looking at it failed: {type(error).__name__}: {_first_line(error)}")
 
     @property
     def choice(self) -> Any:
@@ -154,7 +157,7 @@ class DeferredCell:
             self.kernel.run([x.expand(steps, *x.shape).contiguous() for x in xs], states)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.active or threading.get_ident() != self._thread:
+        if not self.active or threading.get_ident() != self._thread or not self._forward.stands_first():
             return self._forward.original(*args, **kwargs)
         outputs, is_rest = None, False
         try:

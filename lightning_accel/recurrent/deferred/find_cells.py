@@ -112,7 +112,8 @@ class DeferredCells:
         twin = DeferredCells(root, self.schedule, self._apart_from)
         for name, cell in self.cells.items():
             if not cell.reason:
-                twin.cells[name] = DeferredCell(root.get_submodule(name), cell.kernel, cell.forms)
+                copied = root.get_submodule(name)
+                twin.cells[name] = DeferredCell(copied, cell.kernel.for_copy(copied), cell.forms)
                 twin.cells[name].lengths = list(cell.lengths)
         return twin
 

@@ -33,6 +33,12 @@ class Kernel:
         self.native = is_torch_cell(self.cell)
         self._agrees: dict[str, bool] = {}
 
+    def for_copy(self, cell: nn.Module) -> "Kernel":
+        """Return the same for a copy of the cell, with that one's weights."""
+        twin = Kernel(self.layout, self.choice.for_copy(cell))
+        twin._agrees = self._agrees
+        return twin
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Return the cell's parameters."""

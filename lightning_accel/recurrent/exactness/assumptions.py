@@ -118,6 +118,8 @@ class _Walk:
 
     def value(self, value: Any, path: str) -> None:
         """Write down any value."""
+        while isinstance(value, InstanceForward):
+            value = value.own
         kind = type(value)
         if kind is float:
             self._note(path, ("float", value.hex()))
