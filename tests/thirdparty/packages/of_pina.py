@@ -13,7 +13,7 @@ from packages import trainer_settings
 DISTRIBUTION, FIELD, MODEL, METRIC = "pina-mathlab", "physics", "feed-forward network of a PDE", "RMSE"
 INSTALL = (("pina-mathlab",),)
 NO_STRATEGY = ""
-EPOCHS = 250
+EPOCHS = 120
 
 PROBLEM = Poisson2DSquareProblem()
 PROBLEM.discretise_domain(n=100, mode="random")
