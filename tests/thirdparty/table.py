@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 KEPT = ("torch", "lightning", "pytorch-lightning")  # as they are here
 MODULES = {path.stem.removeprefix("of_"): path for path in sorted((HERE / "packages").glob("of_*.py"))}
 MODULES["pitch"] = HERE / "pretrained" / "pitch.py"  # an experiment with a table of its own
+DECIDING = 6  # pairs, the fewest that a verdict can be made of
 SAID = 200  # characters of a reason
 HEAD = """# Models of other packages
 
@@ -124,7 +125,14 @@ def table(results: list[dict]) -> str:
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     packages = list(dict.fromkeys(row["package"] for row in rows))
     found = {(row["package"], row["arm"]): row for row in rows}
-    lines = [HEAD, "## In short: steps, or whole fits where workers train", ""]
+    pairs = [row["fit_ratio"]["pairs"] for row in rows if row["fit_ratio"]]
+    lines = [HEAD]
+    if pairs and min(pairs) < DECIDING:
+        lines += [
+            f"**Pairs: {min(pairs)} to {max(pairs)}. Under {DECIDING} they show what runs, and not how fast.**",
+            "",
+        ]
+    lines += ["## In short: steps, or whole fits where workers train", ""]
     lines += ["| package | field, model | " + " | ".join(f"`{arm}`" for arm in arms) + " |"]
     lines.append("|---|---|" + "---|" * len(arms))
     for package in packages:

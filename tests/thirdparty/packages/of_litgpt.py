@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from lightning_accel import load_from_checkpoint
 from packages import trainer_settings
 
-DISTRIBUTION, FIELD, MODEL, METRIC = "litgpt", "language models", "Pythia, 4 x 128", "cross-entropy"
+DISTRIBUTION, FIELD, MODEL, METRIC = "litgpt", "language models", "Pythia, 2 x 128", "cross-entropy"
 INSTALL = (("litgpt",),)
 NO_STRATEGY = ""
 EPOCHS, LENGTH, WORDS = 3, 64, 128
@@ -25,14 +25,14 @@ def _text(length):
     return torch.tensor(words)
 
 
-TRAIN = _text(LENGTH * 160).unfold(0, LENGTH + 1, LENGTH)
+TRAIN = _text(LENGTH * 112).unfold(0, LENGTH + 1, LENGTH)
 HELD_OUT = _text(LENGTH * 32).unfold(0, LENGTH + 1, LENGTH)
 
 
 class LitLLM(pl.LightningModule):
     def __init__(self):
         super().__init__()
-        sizes = {"n_layer": 4, "padded_vocab_size": WORDS, "block_size": LENGTH}
+        sizes = {"n_layer": 2, "padded_vocab_size": WORDS, "block_size": LENGTH}
         self.model = litgpt.GPT(litgpt.Config.from_name("pythia-14m", **sizes))
         self.model.apply(self.model._init_weights)
 
