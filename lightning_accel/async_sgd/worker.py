@@ -24,6 +24,7 @@ from lightning_accel.async_sgd.policy.leases import LeaseId
 from lightning_accel.async_sgd.policy.optimizer_copy import copy_optimizers
 from lightning_accel.async_sgd.policy.server import ASSIGN, NO_UPDATE, OUTER, OVERWRITE
 from lightning_accel.async_sgd.recompute import Recomputation
+from lightning_accel.async_sgd.replicas.shards import put, whole
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.store import Membership, Opening, ParameterStore, Snapshot
 
@@ -110,12 +111,11 @@ class Worker:
 
     def opening(self, *, version: int = 0, steps: Sequence[int] = (), epochs: Sequence[dict[str, Any]] = ()) -> Opening:
         """Return what opens a run: copies of parameters, buffers and optimizers on CPU."""
-        tensors = [nn.Parameter(p.detach().cpu().clone(), p.requires_grad) for p in self._tensors]
+        tensors = [nn.Parameter(whole(p.detach()).cpu().clone(), p.requires_grad) for p in self._tensors]
         copies: dict[int, Tensor] = {id(p): copied for p, copied in zip(self._tensors, tensors, strict=True)}
         optimizers = copy_optimizers(self.optimizers, copies)
-        for optimizer in optimizers:
-            for state in optimizer.state.values():
-                state.update({k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()})
+        for state in (state for optimizer in optimizers for state in optimizer.state.values()):
+            state.update({k: whole(v).cpu() if isinstance(v, Tensor) else v for k, v in state.items()})
         return Opening(
             names=list(self.parameters),
             parameters=tensors,
@@ -160,7 +160,7 @@ class Worker:
 
     def attach(self) -> None:
         """Make ``step`` of every optimizer ours."""
-        if self._has_hooks() and self.settings.compression.name != "none":
+        if self.has_step_hooks and self.settings.compression.name != "none":
             raise ValueError(
                 "a step hook of the optimizer may change parameters, which go to the server as they are: "
                 "use `compression='none'`, or remove the hook."
@@ -180,10 +180,8 @@ class Worker:
 
     def step(self, index: int, closure: Closure | None) -> Any:
         """Make one step of optimizer ``index``: run the closure, push, pull."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         self.send_changes()
         if self.settings.local_steps:
             self._step_locally(index)
@@ -208,7 +206,7 @@ class Worker:
             wanted = [p if i in chosen else None for i, p in enumerate(self._tensors)]
         self.version, self.steps = self.store.pull(wanted, shared)
         self._since_pull = 0
-        if self.settings.local_steps or self._has_hooks() or (self.watch and self.store.is_coordinator):
+        if self.settings.local_steps or self.has_step_hooks or (self.watch and self.store.is_coordinator):
             self._remember()
 
     def begin_batch(self) -> None:
@@ -244,7 +242,9 @@ class Worker:
                 hook(optimizer, (), {})
             self.settle(optimizer)
 
-    def _has_hooks(self) -> bool:
+    @property
+    def has_step_hooks(self) -> bool:
+        """Whether anything is called after an optimizer's step."""
         return any(post_hooks(optimizer) for optimizer in self.optimizers)
 
     @torch.no_grad()
@@ -254,7 +254,7 @@ class Worker:
         With ``buffers="recompute"`` batch-norm statistics are computed for these parameters, and put into the cut.
         """
         for parameter, value in zip(self._tensors, snapshot.parameters, strict=True):
-            parameter.copy_(value)
+            put(parameter, value)
         if self.watch:
             self._remember()
         for buffer, value in self.shared_buffers(snapshot):

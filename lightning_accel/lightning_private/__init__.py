@@ -32,6 +32,7 @@ from lightning_accel.lightning_private.loops import (
 )
 from lightning_accel.lightning_private.modules import (
     RECORDS,
+    give_device_mesh,
     has_compiled_parts,
     hparams_name,
     load_checkpoint_file,
@@ -50,6 +51,7 @@ __all__ = [
     "count_steps_of_others",
     "every_callback",
     "expect_uncertain_end",
+    "give_device_mesh",
     "go_into_epoch",
     "go_to_epoch",
     "has_compiled_parts",

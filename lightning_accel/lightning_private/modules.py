@@ -62,3 +62,8 @@ def load_checkpoint_file(
 def hparams_name(module: "pl.LightningModule") -> str:
     """Return the constructor's argument that ``hparams`` are saved under, which only `load_from_checkpoint` reads."""
     return str(getattr(module, "_hparams_name", None) or "kwargs")
+
+
+def give_device_mesh(module: "pl.LightningModule", mesh: Any) -> None:
+    """Let a module's ``configure_model`` find its mesh as ``self.device_mesh``, for which there is no public setter."""
+    module._device_mesh = mesh

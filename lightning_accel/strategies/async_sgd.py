@@ -11,7 +11,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.optim import Optimizer
 
 from lightning_accel.arguments import check_choice, check_integer, check_switch
@@ -24,6 +23,7 @@ from lightning_accel.async_sgd.shared_memory.spawn import StartMethod
 from lightning_accel.lightning_private import attach_launcher, keep_written_metrics
 from lightning_accel.strategies.collectives import NobodyWaits
 from lightning_accel.strategies.refusals import refuse_lock_step
+from lightning_accel.strategies.replicas import Places
 from lightning_accel.strategies.rescue import Rescue
 from lightning_accel.strategies.worker_process.leased_data import lease_training_data
 from lightning_accel.strategies.worker_process.random_states import draw_apart
@@ -37,7 +37,7 @@ else:
 _CHECKPOINT_KEY = "async_sgd"
 
 
-class AsyncSGDBody(NobodyWaits, _Base):
+class AsyncSGDBody(NobodyWaits, Places, _Base):
     """Train with workers that do not wait for each other, around a parameter server in the parent process.
 
     ``Trainer(strategy="async_sgd", devices=N)`` starts N worker processes. Each takes batches on lease, computes
@@ -72,6 +72,10 @@ class AsyncSGDBody(NobodyWaits, _Base):
         snapshot_every_n_steps: Write ``async_sgd.ckpt`` into the Trainer's ``default_root_dir`` each time that the
             server took so many steps, so that a killed parent loses no more; None for never.
         live: Show a table with one row a worker while training.
+        devices_per_replica: Processes that make up one worker, >= 1. With more than 1 the module's ``configure_model``
+            finds a mesh in ``self.device_mesh`` (dimensions ``data_parallel``, of 1, and ``tensor_parallel``) and
+            spreads its layers over it, as with Lightning's `ModelParallelStrategy`; ``devices`` is a multiple of it.
+            CPU only.
         start_method: ``fork`` from this process, ``forkserver``, ``spawn``, or ``auto``, see `resolve_start_method`.
         accelerator: As of any strategy of Lightning, here and below.
         parallel_devices: The workers' devices.
@@ -128,6 +132,7 @@ class AsyncSGDBody(NobodyWaits, _Base):
         deterministic_replay: bool = False,
         snapshot_every_n_steps: int | None = None,
         live: bool = False,
+        devices_per_replica: int = 1,
         start_method: StartMethod = "auto",
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
@@ -164,6 +169,9 @@ class AsyncSGDBody(NobodyWaits, _Base):
         check_choice("start_method", start_method, get_args(StartMethod))
         self.snapshot_every_n_steps = snapshot_every_n_steps
         self.live = live
+        check_integer("devices_per_replica", devices_per_replica, at_least=1)
+        self.devices_per_replica = devices_per_replica
+        self.check_replicas(self.settings)
         self.start_method: StartMethod = start_method
         self.statistics = Statistics()  # in the parent, after (and during) `fit`
         self.ending: Any = None
@@ -181,52 +189,6 @@ class AsyncSGDBody(NobodyWaits, _Base):
             precision_plugin=precision_plugin,
         )
 
-    # --- who is who
-
-    def enter(self, store: ParameterStore, trainer: Any) -> None:
-        """Become one worker of a run; called in the worker's process before anything else."""
-        self._store = store
-        self._trainer = trainer
-        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
-
-    @property
-    def num_processes(self) -> int:
-        """Number of workers."""
-        return len(self.parallel_devices or [None])
-
-    @property
-    def global_rank(self) -> int:
-        """0 for the coordinator, another number for every other worker."""
-        if self._store is None or self._store.is_coordinator:
-            return 0
-        return self._store.worker or self.num_processes
-
-    @property
-    def local_rank(self) -> int:
-        """The same on one machine."""
-        return self.global_rank
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this process validates, checkpoints and logs."""
-        return self.global_rank == 0
-
-    @property
-    def world_size(self) -> int:
-        """Workers of the run; 1 in the parent process, where evaluations run."""
-        return self.num_processes if self._store is not None else 1
-
-    @property
-    def is_distributed(self) -> bool:
-        """False: Lightning must neither split the data nor shuffle it, leases do."""
-        return False
-
-    @property
-    def root_device(self) -> torch.device:
-        """This worker's device."""
-        devices = self.parallel_devices or [torch.device("cpu")]
-        return devices[self._store.worker % len(devices)] if self._store is not None else devices[0]
-
     @property
     def _module(self) -> Any:
         assert self.lightning_module is not None
@@ -238,6 +200,7 @@ class AsyncSGDBody(NobodyWaits, _Base):
     def setup_environment(self) -> None:
         """Set the device up; workers that do not coordinate put validating and checkpointing callbacks aside."""
         super().setup_environment()
+        self.make_mesh()
         if self._store is not None:
             self._session = session = Session(self, self._trainer, self._store, self.settings, self.num_processes)
             callbacks = import_module(f"{self.distribution}.callbacks")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lightning_accel.async_sgd import ParameterStore, run_workers
+from lightning_accel.async_sgd.replicas.shards import whole
 from lightning_accel.async_sgd.shared_memory.memory import anonymous_file
 from lightning_accel.async_sgd.shared_memory.spawn import resolve_start_method
 from lightning_accel.async_sgd.shared_memory.supervisor import Remains
@@ -43,6 +44,7 @@ class AsyncSGDLauncherBody:
             with without_launcher(strategy):  # which Lightning takes for a reason to return no predictions
                 return function(*args, **kwargs)
         refuse_other_launchers(strategy)
+        strategy.check_devices()
         parts = launcher_module(strategy.distribution)
         prepare_to_come_back(trainer)
         make_averages_picklable(trainer)
@@ -50,7 +52,7 @@ class AsyncSGDLauncherBody:
         strategy.rescue = None
         states = parts._GlobalStateSnapshot.capture()
         # sums in another number of threads have other last bits; several workers share what this process may use
-        threads = max(1, torch.get_num_threads() // strategy.num_processes)
+        threads = max(1, torch.get_num_threads() // (strategy.num_processes * strategy.devices_per_replica))
         start_method = resolve_start_method(
             strategy.start_method, threads=threads, on_cpu=strategy.root_device.type == "cpu"
         )
@@ -77,6 +79,7 @@ class AsyncSGDLauncherBody:
                 on_tick=on_tick,
                 start_method=start_method,
                 on_failure=rescue,
+                ranks=strategy.devices_per_replica,
             )
         remove_part(trainer.default_root_dir)
         strategy.statistics, strategy.ending = ending.statistics, ending
@@ -102,6 +105,7 @@ class AsyncSGDLauncherBody:
         """
         parts = launcher_module(self._strategy.distribution)  # type: ignore[attr-defined]
         weights = trainer.lightning_module.state_dict()  # in every process, as in any other strategy
+        weights.update({key: whole(value) for key, value in weights.items() if isinstance(value, torch.Tensor)})
         if not store.is_coordinator:
             return None
         file = anonymous_file()

@@ -24,7 +24,8 @@ def refuse_lock_step(strategy: Any, module: nn.Module) -> None:
             f"wait ({', '.join(synchronized) or 'sync_batchnorm=True'}); use plain batch norm: `buffers='mean'` "
             "averages its statistics."
         )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    alone = strategy.devices_per_replica == 1  # the ranks of a replica are such a group, and go in step
+    if alone and torch.distributed.is_available() and torch.distributed.is_initialized():
         raise error(
             "a default process group exists: Lightning would synchronize all workers in every batch; do not call "
             "`torch.distributed.init_process_group` with this strategy."

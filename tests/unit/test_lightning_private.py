@@ -312,6 +312,13 @@ def test_an_optimizer_of_a_copied_step_updates_through_what_stands_in_for_a_stra
     assert weight.tolist() == [0.5, 0.5]
 
 
+def test_a_module_finds_its_mesh(pl):
+    module, mesh = boring(pl), object()
+    assert module.device_mesh is None
+    lightning_private.give_device_mesh(module, mesh)
+    assert module.device_mesh is mesh
+
+
 def test_every_function_of_the_fence_has_a_canary():
     text = inspect.getsource(inspect.getmodule(test_every_function_of_the_fence_has_a_canary))
     made = [name for name in lightning_private.__all__ if callable(getattr(lightning_private, name))]

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 
+from lightning_accel.async_sgd.replicas.processes import start_ranks
+from lightning_accel.async_sgd.replicas.work import work_as_rank
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.channel import ChannelClosedError
 from lightning_accel.async_sgd.shared_memory.client import SharedMemoryStore
@@ -38,6 +40,7 @@ def run_workers(
     on_tick: Callable[[Statistics], None] | None = None,
     start_method: StartMethod = "spawn",
     on_failure: Callable[[Remains], None] | None = None,
+    ranks: int = 1,
 ) -> tuple[Any, Ending]:
     """Run ``function(store, *args)`` in ``workers`` spawned processes around a parameter server in this one.
 
@@ -53,6 +56,7 @@ def run_workers(
             at once. ``auto``: see `resolve_start_method`.
         on_failure: Called with what the server has when the run does not end well, before the exception (or Ctrl-C)
             goes on to the caller. All processes have ended then.
+        ranks: Processes of each worker: a model-parallel replica, whose ranks share a default process group.
 
     Returns:
         What the coordinator returned, and how the run ended.
@@ -61,7 +65,9 @@ def run_workers(
         WorkerFailedError: If a worker raised.
         RuntimeError: If all of them died for good.
     """
-    supervisor = Supervisor(workers, settings, starter(function, args, settings, start_method), on_tick=on_tick)
+    supervisor = Supervisor(
+        workers, settings, starter(function, args, settings, start_method, ranks=ranks), on_tick=on_tick
+    )
     try:
         ending = supervisor.run()
     except BaseException:
@@ -72,9 +78,14 @@ def run_workers(
 
 
 def starter(
-    function: WorkerFunction, args: tuple[Any, ...], settings: Settings, start_method: StartMethod = "spawn"
+    function: WorkerFunction,
+    args: tuple[Any, ...],
+    settings: Settings,
+    start_method: StartMethod = "spawn",
+    *,
+    ranks: int = 1,
 ) -> StartWorker:
-    """Return what starts one worker process for a `Supervisor`."""
+    """Return what starts one worker process (or the ``ranks`` of one) for a `Supervisor`."""
     method = resolve_start_method(start_method)
     context: Any = multiprocessing.get_context(method)  # a context without processes, says its type
     task = Task(function, args)
@@ -82,14 +93,21 @@ def starter(
     def start(worker: int, incarnation: int, sock: socket.socket) -> WorkerProcess:
         if method == "fork":
             rest_threads()  # a worker that is started again comes from a process which has computed
-        process = context.Process(
-            target=_work,
-            args=(task, worker, incarnation, sock, settings, method == "fork"),
-            name=f"async-sgd-worker-{worker}",
+        given = task, worker, incarnation
+        if ranks == 1:
+            return begin(_work, *given, sock, settings, method == "fork")
+        return start_ranks(
+            ranks,
+            lambda rank, places: begin(
+                work_as_rank, *given, sock if rank == 0 else None, settings, method == "fork", rank, places
+            ),
         )
+
+    def begin(target: Callable[..., None], *values: Any) -> WorkerProcess:
+        process: WorkerProcess = context.Process(target=target, args=values, name=f"async-sgd-worker-{values[1]}")
         with _interrupts_ignored():
             try:
-                process.start()
+                process.start()  # type: ignore[attr-defined]
             except (EOFError, ConnectionError) as error:
                 raise RuntimeError(
                     "the process that starts workers has ended; its traceback is above. A script that trains when "

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lightning_accel.async_sgd import Snapshot, Worker
+from lightning_accel.async_sgd.replicas.shards import local
 
 
 def with_values_of(cut: Snapshot, state: dict[str, Any], worker: Worker) -> dict[str, Any]:
@@ -17,10 +18,10 @@ def with_values_of(cut: Snapshot, state: dict[str, Any], worker: Worker) -> dict
     theirs = cut.parameters
     shared = worker.shared_buffers(cut)
     mine, theirs = [*mine, *(own for own, _ in shared)], [*theirs, *(value for _, value in shared)]
-    fresh = {(t.data_ptr(), t.shape): value for t, value in zip(mine, theirs, strict=True) if t.numel()}
+    fresh = {(local(t).data_ptr(), t.shape): value for t, value in zip(mine, theirs, strict=True) if t.numel()}
     for key, value in state.items():  # in place: a state dict carries metadata
         if isinstance(value, Tensor):
-            state[key] = fresh.get((value.data_ptr(), value.shape), value)
+            state[key] = fresh.get((local(value).data_ptr(), value.shape), value)
     return state
 
 

@@ -56,7 +56,7 @@ class Watchers:
         if self._limits is None:
             return False
         trainer, module = self._trainer, self._trainer.lightning_module
-        rank_zero_only.rank = 0  # type: ignore[attr-defined]
+        rank_zero_only.rank = self._strategy.global_rank  # type: ignore[attr-defined]
         trainer.limit_val_batches, trainer.num_sanity_val_steps = self._limits
         self._limits = None
         trainer.callbacks.extend(self._aside)  # checkpoints go last, as Lightning orders them

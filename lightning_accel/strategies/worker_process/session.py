@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_accel.async_sgd import ParameterStore, Settings, Snapshot, Worker
 from lightning_accel.async_sgd.policy.stepping import set_groups
+from lightning_accel.async_sgd.replicas.shards import whole
 from lightning_accel.lightning_private import (
     checkpoint_periods,
     count_steps_of_others,
@@ -21,6 +22,7 @@ from lightning_accel.lightning_private import (
     restart_fetching,
     validate_once_more,
 )
+from lightning_accel.strategies.replicas import is_replica, refuse_in_replica
 from lightning_accel.strategies.worker_process.checkpoints import rewind_loops, with_values_of
 from lightning_accel.strategies.worker_process.coordination import Watchers, log_statistics
 from lightning_accel.strategies.worker_process.layer_exchange import follow_layers
@@ -82,12 +84,15 @@ class Session:
         trainer, store, module = self._trainer, self.store, self._trainer.lightning_module
         parameters, buffers = _tensors_of(module)
         optimizers = self._strategy.optimizers
-        worker = Worker(store, self.settings, parameters, buffers, optimizers, watch=True, module=module)
+        worker = Worker(
+            store, self.settings, parameters, buffers, optimizers, watch=not is_replica(store), module=module
+        )
         membership = store.join(lambda: worker.opening(version=trainer.global_step, epochs=epochs))
         if store.parameter_names != list(parameters):
             follow_layers(trainer, store)  # the run has exchanged layers before this worker was started
             worker.follow(*_tensors_of(module))
         store.check(list(worker.parameters.values()), list(worker.buffers.values()))
+        refuse_in_replica(trainer, store, worker)
         worker.begin()
         worker.attach()
         self._worker = worker
@@ -265,7 +270,7 @@ class Session:
     def _take_result(self) -> None:
         """Take what the module holds for the result: callbacks may have changed what the server had."""
         if self._cut is not None:
-            parameters = [p.detach().cpu().clone() for p in self.worker.parameters.values()]
+            parameters = [whole(p.detach()).cpu().clone() for p in self.worker.parameters.values()]
             buffers = [b.detach().cpu().clone() for b in self.worker.buffers.values()]
             self._cut = replace(self._cut, parameters=parameters, buffers=buffers)
 

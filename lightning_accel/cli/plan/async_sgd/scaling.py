@@ -214,11 +214,10 @@ def _conclusion(made: Sequence[Cell], learnt: Sequence[Cell], reach: float) -> s
         cells = {cell.rule: cell.run.throughput for cell in made if cell.workers == most}
         first = max(cells, key=lambda rule: cells[rule])
         return f"One server holds workers up from {reach:.0f} on; of {most} workers, {first} makes the most of them."
-    winners = {
-        count: best_of([c for c in learnt if c.workers == count]) for count in sorted({c.workers for c in learnt})
-    }
     parts: dict[str, list[str]] = {}
-    for count, cell in winners.items():
-        parts.setdefault(cell.rule, []).append(str(count))
+    for count in sorted({cell.workers for cell in learnt}):
+        best = best_of([cell for cell in learnt if cell.workers == count])
+        learns = best.seconds is not None and math.isfinite(best.seconds)
+        parts.setdefault(best.rule if learns else "nothing as well as one process", []).append(str(count))
     text = ", ".join(f"{rule} with {' and '.join(counts)}" for rule, counts in parts.items())
     return f"One server holds workers up from {reach:.0f} on; what learns fastest: {text} workers."
