@@ -11,11 +11,13 @@ import yaml
 from torch import Tensor, nn
 
 from lightning_accel.machine_code.c_functions import MachineCode, refusal
+from lightning_accel.machine_code.large_products import are_worth_it, multiply
 from lightning_accel.recurrent.cells import PeepholeLSTMCell
 from lightning_accel.recurrent.graph_rnn import GraphRNN
 from lightning_accel.recurrent.schedule_choice import Schedule
 
 INPUT, HIDDEN = 128, 256
+_product = multiply if are_worth_it() else torch.mm
 
 _PRODUCTS = """
 void forth(int64_t n, int64_t B, const int64_t *at, product_t call) {
@@ -165,19 +167,19 @@ def _layer_floor(steps: int, batch: int, device: str, rows: int, size: int) -> C
         machine = MachineCode(text, torch.float32)
 
     def products() -> None:
-        torch.mm(x, w_ih.t(), out=made_gates.view(-1, rows))
+        _product(x, w_ih.t(), out=made_gates.view(-1, rows))
         if machine is not None:
             machine.run("forth", steps, batch, [hidden, made_gates], [across])
             machine.run("back", steps, batch, [gates, made_hidden], [w_hh])
         else:
             for h, gate in zip(hidden, made_gates, strict=True):
-                torch.mm(h, across, out=gate)
+                _product(h, across, out=gate)
             for gate, h in zip(gates, made_hidden, strict=True):
-                torch.mm(gate, w_hh, out=h)
+                _product(gate, w_hh, out=h)
         flat = gates.view(-1, rows)
-        torch.mm(flat.t(), x, out=sums[0])
-        torch.mm(flat.t(), hidden.view(-1, HIDDEN), out=sums[1])
-        torch.mm(flat, w_ih, out=d_x)
+        _product(flat.t(), x, out=sums[0])
+        _product(flat.t(), hidden.view(-1, HIDDEN), out=sums[1])
+        _product(flat, w_ih, out=d_x)
 
     return products
 
@@ -201,9 +203,9 @@ def floor_in_one_piece(cell: nn.Module, steps: int, batch: int, device: str) -> 
 
     def run() -> None:
         for weight, x, y, d_x, made, d_weight in products:
-            torch.mm(x, weight.t(), out=made)
-            torch.mm(y, weight, out=d_x)
-            torch.mm(y.t(), x, out=d_weight)
+            _product(x, weight.t(), out=made)
+            _product(y, weight, out=d_x)
+            _product(y.t(), x, out=d_weight)
 
     return run
 

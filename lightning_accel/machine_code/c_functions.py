@@ -89,7 +89,7 @@ class MachineCode:
     """
 
     def __init__(self, source: str, dtype: torch.dtype) -> None:
-        self._library = _load(source, dtype)
+        self._library = compiled_library(source, dtype)
         self._product = product_address(dtype)
 
     def run(self, name: str, steps: int, streams: int, blocks: Sequence[Tensor], constants: Sequence[Tensor]) -> None:
@@ -141,7 +141,7 @@ def _refusal() -> str | None:
     if any(not hasattr(_torch_library(), name) for name in _PRODUCTS.values()):
         return "torch's library exports no products of matrices"
     try:
-        _load("int64_t answer(void) { return 42; }", torch.float32)
+        compiled_library("int64_t answer(void) { return 42; }", torch.float32)
     except CannotCompileError as error:
         return str(error)
     return None
@@ -162,7 +162,12 @@ def _torch_library() -> ctypes.CDLL | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _load(source: str, dtype: torch.dtype) -> ctypes.CDLL:
+def compiled_library(source: str, dtype: torch.dtype) -> ctypes.CDLL:
+    """Compile functions behind the prelude, once a process.
+
+    Raises:
+        CannotCompileError: If there is no compiler, or the text does not compile.
+    """
     return load(f"typedef {REALS[dtype]} real;\n{_PRELUDE}\n{PRODUCTS_IN_C}\n{source}\n")
 
 

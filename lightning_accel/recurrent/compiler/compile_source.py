@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_accel.machine_code import large_products
 from lightning_accel.machine_code.c_functions import MachineCode
 from lightning_accel.machine_code.toolchain import CannotCompileError
 from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
@@ -58,6 +59,9 @@ def compile_source(source: str, constants: dict[str, Tensor], device: torch.devi
         "add_to": _add_to,
         "add_product": _add_product,
     }
+    if "MachineCode" in source and device.type == "cpu" and large_products.are_worth_it():
+        space["t_mm"], space["t_addmm"] = large_products.multiply, large_products.add_multiplied
+        space["add_product"] = large_products.add_product
     try:
         exec(compile(source, "<recurrent schedule>", "exec"), space)
     except CannotCompileError as error:
