@@ -246,18 +246,22 @@ def test_weight_that_a_callback_holds_stays_dense_and_constrained():
     assert float(module.fc2.weight.detach().abs().max()) < 0.1001
 
 
-HIDDEN = {}
+class Shelf:
+    """Something far from any module."""
+
+
+HIDDEN = {"shelf": Shelf()}
 
 
 class OutOfSight(Net):
-    """Uses a weight that a global variable holds: only the steps after the switch show it."""
+    """Uses a weight that is held too far from any name to be seen: only the steps after the switch show it."""
 
     def __init__(self):
         super().__init__()
-        HIDDEN["weight"] = self.fc2.weight
+        HIDDEN["shelf"].weight = self.fc2.weight
 
     def forward(self, x):
-        return self.head(torch.relu(F.linear(torch.relu(self.fc1(x)), HIDDEN["weight"], self.fc2.bias)))
+        return self.head(torch.relu(F.linear(torch.relu(self.fc1(x)), HIDDEN["shelf"].weight, self.fc2.bias)))
 
 
 @pytest.mark.parametrize("manual", [False, True])
@@ -277,12 +281,52 @@ def test_dense_weight_that_is_still_used_is_put_back_after_the_first_step(manual
     module, callback = Module(), low_rank()
     with warned("reaches the dense weight of `fc2` by another way"):
         trainer = fit(module, callback, epochs=4)
-    assert module.fc2.weight is HIDDEN["weight"]
+    assert module.fc2.weight is HIDDEN["shelf"].weight
     assert not low_rank_layers(module)
     held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in module.parameters()}
     assert all(trainer.optimizers[0].state[p]["step"] > 12 for p in module.parameters())
     assert "another way" in {layer.name: layer.reason for layer in callback.plan.layers}["fc2"]
+
+
+VARIABLES, SHELF = {}, Shelf()
+
+
+def in_a_container(weight):
+    VARIABLES["weight"] = weight
+    return "`VARIABLES` of `test_low_rank_other_ways` holds its weight"
+
+
+def in_an_object(weight):
+    SHELF.weight = weight
+    return "`SHELF` of `test_low_rank_other_ways` holds its weight"
+
+
+def in_a_variable(weight):
+    globals()["_KEPT"] = weight
+    return "a global variable of `test_low_rank_other_ways` holds its weight"
+
+
+def in_a_closure(weight):
+    VARIABLES["function"] = lambda: weight
+    return "a closure holds its weight"
+
+
+@pytest.mark.parametrize("hold", [in_a_container, in_an_object, in_a_variable, in_a_closure])
+def test_weight_that_is_held_out_of_sight_and_not_read_in_time_stays_dense_by_name(hold):
+    plain, module, callback = Net(), Net(), low_rank()
+    words = hold(module.fc2.weight)
+    try:
+        with warned(f"leaves `fc2` dense: {words}"):
+            fit(module, callback)
+    finally:
+        VARIABLES.clear()
+        SHELF.__dict__.clear()
+        globals().pop("_KEPT", None)
+    fit(plain, low_rank({"fc1": (8,)}))
+    assert set(low_rank_layers(module)) == {"fc1"}
+    assert words in {layer.name: layer.reason for layer in callback.plan.layers}["fc2"]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), module.parameters(), strict=True))
 
 
 class Clipped(Net):

@@ -16,7 +16,7 @@ from lightning_accel.torch_private import own_attributes
 
 _DEPTH = 5
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_LIBRARIES = ("torch.", "lightning.", "lightning_", "pytorch_lightning.", "torchmetrics.", "numpy.", "logging.")
+LIBRARIES = ("torch.", "lightning.", "lightning_", "pytorch_lightning.", "torchmetrics.", "numpy.", "logging.")
 _LINKS = ("_trainer", "_fabric", "trainer")  # from a module back to the run
 
 
@@ -52,7 +52,7 @@ def _places(trainer: "pl.Trainer", module: nn.Module) -> Iterator[tuple[str, Any
     if getattr(trainer, "datamodule", None) is not None:
         others.append(trainer.datamodule)  # type: ignore[attr-defined]
     for other in others:
-        if isinstance(other, nn.Module) or type(other).__module__.startswith(_LIBRARIES):
+        if isinstance(other, nn.Module) or type(other).__module__.startswith(LIBRARIES):
             continue
         for attribute, value in vars(other).items():
             if attribute not in _LINKS and attribute not in RECORDS:
@@ -133,7 +133,7 @@ def _parts(value: Any) -> Iterator[Any]:
         with contextlib.suppress(ValueError):  # a cell that is not filled yet
             for cell in value.__closure__ or ():
                 yield cell.cell_contents
-    elif hasattr(value, "__dict__") and not type(value).__module__.startswith(_LIBRARIES):
+    elif hasattr(value, "__dict__") and not type(value).__module__.startswith(LIBRARIES):
         yield from vars(value).values()
 
 

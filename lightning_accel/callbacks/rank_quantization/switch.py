@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_accel.callbacks.layer_exchange.globals_and_closures import held_out_of_sight
 from lightning_accel.callbacks.layer_exchange.recorded_inputs import RecordedInputs
 from lightning_accel.lightning_private import pruned_layers
 from lightning_accel.low_rank import RankPlan, decompose, eligible_layers, low_rank_layers
@@ -50,7 +52,28 @@ def keep_held_dense(plan: RankPlan, trainer: "pl.Trainer", module: nn.Module) ->
     if orphans:
         _log.warning("no optimizer holds the weights of %s: these layers stay dense.", sorted(orphans))
     plan = plan.dense(pruned, "a pruning callback holds its weight")
-    return plan.dense(orphans, "its weight is in no optimizer's groups")
+    plan = plan.dense(orphans, "its weight is in no optimizer's groups")
+    return _keep_hidden_dense(plan, trainer, module)
+
+
+def _keep_hidden_dense(plan: RankPlan, trainer: "pl.Trainer", module: nn.Module) -> RankPlan:
+    """Return the plan without layers whose weights something holds that no search through the module finds."""
+    # no variable may hold a weight by itself here: one that a comprehension assigns to is a closure's
+    planned = [layer.name for layer in plan.layers if layer.ranks is not None]
+    eligible, _ = eligible_layers(module)
+    weights = {name: eligible[name]._parameters["weight"] for name in planned if name in eligible}
+    if not weights:
+        return plan
+    known: list[object] = [part._parameters for part in module.modules()]
+    for optimizer in trainer.optimizers:
+        known += [optimizer.state, *(group["params"] for group in optimizer.param_groups)]
+    hidden = held_out_of_sight(weights, known)
+    for name, why in hidden.items():
+        plan = plan.dense({name}, why)
+    if hidden:
+        layers, why = ", ".join(f"`{name}`" for name in hidden), next(iter(hidden.values()))
+        rank_zero_warn(f"RankQuantization leaves {layers} dense: {why}, and would go on with the dense one.")
+    return plan
 
 
 def factor_as_planned(plan: RankPlan, inputs: RecordedInputs | None, module: nn.Module) -> list[str]:
