@@ -105,7 +105,8 @@ class _Job:
         # Lightning starts the other processes of a distributed run with `sys.argv`: they must see this command, and
         # inside a sweep this job of it.
         argv = [self.argv[0], self.name, *_job_overrides()]
-        with _set(sys, "argv", argv), _environment(_TRACEBACK_VARIABLE, self.tracebacks), _ranks_forgotten():
+        traceback = _environment(_TRACEBACK_VARIABLE, self.tracebacks)
+        with _set(sys, "argv", argv), traceback, _ranks_forgotten(), _tracking_ended():
             try:
                 return self._run(cfg)
             except Exception as error:
@@ -134,6 +135,19 @@ def _ranks_forgotten() -> Iterator[None]:
             distributed.destroy_process_group()
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _tracking_ended() -> Iterator[None]:
+    """End a run of Weights & Biases, which Lightning leaves open: the next job of a sweep would write into it."""
+    failed = 1
+    try:
+        yield
+        failed = 0
+    finally:
+        wandb = sys.modules.get("wandb")
+        if getattr(wandb, "run", None) is not None:  # a folder `wandb` may have been taken for the package
+            sys.modules["wandb"].finish(exit_code=failed)
 
 
 def _job_overrides() -> list[str]:
