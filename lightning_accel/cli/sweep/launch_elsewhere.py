@@ -153,7 +153,7 @@ def run_with_ray(
         init: More arguments of ``ray.init``.
 
     Raises:
-        UsageError: If a number is out of range, Ray is missing, or no machine has what a job asks for.
+        UsageError: If a number is out of range, Ray is missing, or this machine has not what a job asks for.
     """
     if not cpus_per_job > 0 or gpus_per_job < 0:
         raise UsageError(
@@ -165,7 +165,8 @@ def run_with_ray(
         raise UsageError("hydra/launcher=ray needs Ray: pip install 'lightning-accel[ray]'") from error
     if not ray.is_initialized():
         ray.init(address=address, **{"include_dashboard": None if address else False, **(init or {})})
-    _check_room(ray.nodes(), cpus_per_job, gpus_per_job)
+    if address is None:  # others may grow
+        _check_room(ray.nodes(), cpus_per_job, gpus_per_job)
     remote = ray.remote(num_cpus=cpus_per_job, num_gpus=gpus_per_job, max_retries=0)(run)
     waiting = [remote.remote(job) for job in jobs]
 
@@ -180,13 +181,16 @@ def run_with_ray(
 
 
 def _check_room(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> None:
-    """Refuse what Ray would wait for in vain."""
+    """Refuse what Ray would wait for in vain on this machine alone."""
     machines = [node["Resources"] for node in nodes if node["Alive"]]
-    if not any(each.get("CPU", 0) >= cpus and each.get("GPU", 0) >= gpus for each in machines):
-        held = ", ".join(f"{each.get('CPU', 0):g} cores and {each.get('GPU', 0):g} GPUs" for each in machines)
+    if len(machines) != 1:  # RAY_ADDRESS names a cluster
+        return
+    (held,) = machines
+    if held.get("CPU", 0) < cpus or held.get("GPU", 0) < gpus:
         raise UsageError(
-            f"a job asks for {cpus:g} cores and {gpus:g} GPUs, no machine of the cluster has them (there are: {held}). "
-            "Lower hydra.launcher.cpus_per_job or hydra.launcher.gpus_per_job."
+            f"a job asks for {cpus:g} cores and {gpus:g} GPUs, this machine has {held.get('CPU', 0):g} and "
+            f"{held.get('GPU', 0):g}: lower hydra.launcher.cpus_per_job or hydra.launcher.gpus_per_job, or name a "
+            "cluster by hydra.launcher.address."
         )
 
 
