@@ -227,11 +227,27 @@ def test_compiled_models_are_sorted_out_in_one_eager_step():
     assert zero_rows(net) == [8, 4, 0]
 
 
-def test_data_without_a_length_has_a_rise_all_the_same():
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(TensorDataset(x, x[:, :3].argmax(1)))
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(TensorDataset(x, x[:, :3].argmax(1)))
 
+
+@pytest.mark.parametrize(
+    "options", [{"start_step": 2}, {"end_step": 8}, {"every_n_steps": 2}, {"radius_fraction": 0.5}]
+)
+def test_a_request_is_no_complaint_where_the_length_of_the_fit_is_unknown(options, caplog):
+    target = {} if "radius_fraction" in options else {"target_sparsity": 0.5}
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    net, callback = Net(), L1InfProjection(**target, **options)
+    with caplog.at_level(logging.WARNING, logger="lightning_accel"):
+        trainer = Trainer(max_epochs=4, accelerator="cpu", callbacks=[callback], **off)
+        trainer.fit(net, DataLoader(Stream(), 8), DataLoader(Stream(), 8))
+    assert "optimizer steps" not in caplog.text
+    if target:
+        assert zero_rows(net)[0] > 0
+
+
+def test_data_without_a_length_has_a_rise_all_the_same():
     net = Net()
     trainer = Trainer(
         max_epochs=4,

@@ -92,6 +92,7 @@ class Timing:
                 f"{_UNKNOWN[0]} to {_UNKNOWN[1]}. Pass `start_step` and `end_step`, or the Trainer `max_steps`."
             )
         steps = trainer.estimated_stepping_batches if trainer.lightning_module.automatic_optimization else math.inf
+        steps = math.inf if steps < 0 else steps  # no limit of steps, and data without a length
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
         if math.isfinite(steps) and math.isfinite(trainer.num_training_batches):
             in_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
