@@ -80,6 +80,9 @@ class Pitch(pl.LightningModule):
                 module.eval()
         return self
 
+    def on_fit_start(self) -> None:
+        self.train()  # Lightning keeps the modes that it finds
+
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         frames, pitch = batch
         wanted = torch.exp(-((self.cents - pitch[:, None]) ** 2) / (2 * 25.0**2))  # as CREPE was trained
