@@ -196,7 +196,8 @@ class Worker:
         buffers the others read, reads but the averages, or all of them with ``whole``.
         """
         shared: list[Tensor | None] = []
-        if whole or self.settings.buffers == "mean":
+        alone = self.store.is_coordinator and self.store.live_workers == 1  # what callbacks make of buffers stays
+        if whole or (self.settings.buffers == "mean" and not alone):
             every = whole or not self.store.is_coordinator
             pairs = zip(self.buffers.values(), self._buffers.roles, strict=True)
             shared = [buffer if every or role != "own" else None for buffer, role in pairs]
@@ -300,7 +301,7 @@ class Worker:
                 total.div_(count)
         if not sums:
             # torch skips parameters without a gradient; with none at all there is no step to make
-            if self.pending:
+            if self.pending or self.buffers:  # which a forward pass may have changed all the same
                 self.store.wait_for(self._send([None] * len(self._tensors), NO_UPDATE))
             return
         self.store.wait_for_slack()
@@ -312,16 +313,15 @@ class Worker:
 
     def _send(self, gradients: Sequence[Tensor | None], index: int) -> int:
         update = index not in (NO_UPDATE, ASSIGN, OVERWRITE)
-        leases: list[LeaseId] = []
-        if index != OVERWRITE:  # which comes before the gradients of these batches
-            leases, self.pending = self.pending, []
+        # what is overwritten comes before the gradients of the batches that are pending
+        leases, self.pending = ([], self.pending) if index == OVERWRITE else (self.pending, [])
         base = self._tensors if update and self.settings.staleness == "delay_compensation" else []
         return self.store.push(
             gradients,
             optimizer=index,
             leases=leases,
             groups=self._groups[index].take() if index >= 0 and self.store.is_coordinator else None,
-            buffers=list(self.buffers.values()) if update else [],
+            buffers=[] if index in (ASSIGN, OVERWRITE) else list(self.buffers.values()),
             base=base,
         )
 

@@ -41,6 +41,11 @@ def without_launcher(strategy: Any) -> Iterator[None]:
         strategy._launcher = launcher
 
 
+def only_tunes(trainer: Any) -> bool:
+    """Whether this `fit` is a `Tuner`'s, which ends it when its callback has found what it looks for."""
+    return any(getattr(callback, "_early_exit", False) for callback in trainer.callbacks)
+
+
 def prepare_data_of(trainer: Any) -> None:
     """Call ``prepare_data`` of module and data module as a Trainer does, where this process is the first."""
     trainer._data_connector.prepare_data()

@@ -25,9 +25,10 @@ from lightning_accel.strategies.collectives import NobodyWaits
 from lightning_accel.strategies.refusals import refuse_lock_step
 from lightning_accel.strategies.replicas import Places
 from lightning_accel.strategies.rescue import Rescue
+from lightning_accel.strategies.worker_process.coordination import stop_first
 from lightning_accel.strategies.worker_process.leased_data import lease_training_data
 from lightning_accel.strategies.worker_process.random_states import draw_apart
-from lightning_accel.strategies.worker_process.session import Session, stop_first
+from lightning_accel.strategies.worker_process.session import Session
 
 if TYPE_CHECKING:  # the real base comes from the distribution at hand
     from lightning.pytorch.strategies import ParallelStrategy as _Base
@@ -240,16 +241,16 @@ class AsyncSGDBody(NobodyWaits, Places, _Base):
     def on_train_start(self) -> None:
         """Join the run: the coordinator opens it with what it has, the others read."""
         super().on_train_start()
-        assert self._session is not None
-        assert self._store is not None
+        if self._session is None or self._store is None:
+            return  # a tuner, which trains in the caller's process
         draw_apart(self._store)
         self._session.join(self._resumed.get("epochs", []))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Take note of what the others did since the last batch, and of which batch this is."""
+        """Take note of what the others did since the last batch."""
         super().on_train_batch_start(batch, batch_idx)
-        assert self._session is not None
-        self._session.begin_batch(batch_idx, snapshot_every=self.snapshot_every_n_steps)
+        if self._session is not None:
+            self._session.begin_batch(batch_idx, snapshot_every=self.snapshot_every_n_steps)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step as any strategy does (the optimizers' own ``step`` pushes), then count what the others did."""

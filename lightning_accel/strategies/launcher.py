@@ -23,9 +23,9 @@ from lightning_accel.async_sgd.shared_memory.memory import anonymous_file
 from lightning_accel.async_sgd.shared_memory.spawn import resolve_start_method
 from lightning_accel.async_sgd.shared_memory.supervisor import Remains
 from lightning_accel.decision_line import say_decision
-from lightning_accel.lightning_private import launcher_module, make_averages_picklable, without_launcher
+from lightning_accel.lightning_private import launcher_module, make_averages_picklable, only_tunes, without_launcher
 from lightning_accel.strategies.live import live_table
-from lightning_accel.strategies.refusals import refuse_other_launchers
+from lightning_accel.strategies.refusals import refuse_other_launchers, refuse_tuning_callbacks
 from lightning_accel.strategies.rescue import Rescue, load_values
 from lightning_accel.strategies.results import bring_back, bring_back_buffers, bring_back_optimizers, collect
 from lightning_accel.strategies.worker_process.layer_exchange import prepare_to_come_back
@@ -38,13 +38,14 @@ class AsyncSGDLauncherBody:
     """What this launcher does its own way; the rest is ``_MultiProcessingLauncher``'s."""
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Run ``fit`` in worker processes, anything else right here: evaluations are one process's work."""
+        """Run ``fit`` in worker processes, anything else right here: evaluations and tuners are one process's work."""
         strategy = self._strategy  # type: ignore[attr-defined]
-        if trainer is None or trainer.state.fn != "fit":
+        if trainer is None or trainer.state.fn != "fit" or only_tunes(trainer):
             with without_launcher(strategy):  # which Lightning takes for a reason to return no predictions
                 return function(*args, **kwargs)
         refuse_other_launchers(strategy)
         strategy.check_devices()
+        refuse_tuning_callbacks(strategy, trainer.callbacks)
         parts = launcher_module(strategy.distribution)
         prepare_to_come_back(trainer)
         make_averages_picklable(trainer)

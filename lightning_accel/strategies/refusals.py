@@ -1,6 +1,7 @@
 """What workers that do not wait for each other cannot do, refused before training starts."""
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -52,3 +53,20 @@ def refuse_other_launchers(strategy: Any) -> None:
         "`async_sgd` starts its workers itself, on one machine. Start the script once (one task, no torchrun), and say "
         "`devices=` how many workers there are to be."
     )
+
+
+def refuse_tuning_callbacks(strategy: Any, callbacks: Sequence[Any]) -> None:
+    """Refuse callbacks that train on their own when a fit begins, which every worker would do for itself.
+
+    Raises:
+        MisconfigurationException: For `LearningRateFinder` and `BatchSizeFinder`.
+    """
+    known = import_module(f"{strategy.distribution}.callbacks")
+    ways = {known.LearningRateFinder: "lr_find", known.BatchSizeFinder: "scale_batch_size"}
+    for callback in callbacks:
+        if (way := next((way for kind, way in ways.items() if isinstance(callback, kind)), None)) is not None:
+            error = import_module(f"{strategy.distribution}.utilities.exceptions").MisconfigurationException
+            raise error(
+                f"`{type(callback).__name__}` trains when a fit begins, and every asynchronous worker would do so for "
+                f"itself, with another result; leave it out and call `Tuner(trainer).{way}(model)` before `fit`."
+            )

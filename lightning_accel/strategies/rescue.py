@@ -9,7 +9,7 @@ from lightning_accel.async_sgd.policy.stepping import get_groups
 from lightning_accel.async_sgd.shared_memory.supervisor import Remains
 from lightning_accel.async_sgd.store import Opening
 from lightning_accel.lightning_private import bring_back_progress, count_steps_of_others, go_into_epoch
-from lightning_accel.strategies.results import bring_back_optimizers
+from lightning_accel.strategies.results import bring_back_optimizers, load_callbacks
 from lightning_accel.strategies.worker_process.checkpoints import rewind_loops
 from lightning_accel.strategies.worker_process.coordination import PROGRESS_KEY
 
@@ -47,9 +47,7 @@ class Rescue:
         trainer.lightning_module.trainer = trainer  # as after any other fit
         bring_back_progress(trainer, progress["fit_loop"])
         trainer.callback_metrics.update(progress["metrics"])
-        for callback in trainer.callbacks:
-            if found := progress["callbacks"].get(callback.state_key):
-                callback.load_state_dict(found)
+        load_callbacks(trainer, progress["callbacks"])
         steps = state.version if settings.local_steps else sum(state.steps)
         made = (steps - progress["steps"]) * max(settings.n_push, settings.local_steps)
         count_steps_of_others(trainer, progress["global_step"] + max(0, made) - trainer.global_step)

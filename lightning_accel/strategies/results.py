@@ -9,6 +9,7 @@ from lightning_accel.async_sgd.policy.optimizer_copy import copy_optimizers
 from lightning_accel.async_sgd.policy.stepping import get_groups, set_groups
 from lightning_accel.async_sgd.store import Opening
 from lightning_accel.lightning_private import bring_back_progress
+from lightning_accel.strategies.worker_process.random_states import get_states, set_states
 
 
 def collect(trainer: Any) -> dict[str, Any]:
@@ -19,6 +20,8 @@ def collect(trainer: Any) -> dict[str, Any]:
         "loggers": pickled_loggers(trainer),
         "groups": _changed_groups(trainer),
         "buffers": _buffers_outside_state(trainer),
+        "should_stop": trainer.should_stop,
+        "random": get_states() if trainer.strategy.num_processes == 1 else None,
     }
 
 
@@ -66,10 +69,21 @@ def bring_back(trainer: Any, collected: dict[str, Any]) -> None:
     """Load what `collect` returned: a second `fit`, a `test` and the caller's callbacks go on from there."""
     trainer.lightning_module.trainer = trainer  # as after any other fit
     bring_back_progress(trainer, collected["fit_loop"])
-    for callback in trainer.callbacks:
-        if state := collected["callbacks"].get(callback.state_key):
-            callback.load_state_dict(state)
+    load_callbacks(trainer, collected["callbacks"])
+    trainer.should_stop = collected["should_stop"]
+    if collected["random"] is not None:  # one worker has drawn what a plain fit would have drawn here
+        set_states(collected["random"])
     follow_loggers(trainer, collected["loggers"])
+
+
+def load_callbacks(trainer: Any, states: dict[str, dict[str, Any]]) -> None:
+    """Give the callbacks of the caller's Trainer, which were never set up, the states that the workers' came to."""
+    for callback in trainer.callbacks:
+        if not (state := states.get(callback.state_key)):
+            continue
+        if getattr(callback, "dirpath", "") is None:
+            callback.dirpath = state.get("dirpath")  # resolved there; paths of another folder are not taken
+        callback.load_state_dict(state)
 
 
 def pickled_loggers(trainer: Any) -> list[bytes | None]:

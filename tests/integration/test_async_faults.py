@@ -16,6 +16,7 @@ from async_workers import PUSH_STAGES, SETTINGS, Killed, check_ending, run_threa
 from lightning_accel.async_sgd import Settings, WorkerFailedError, run_workers
 from lightning_accel.bench.async_chaos import chaos
 from lightning_accel.bench.async_faults import kill_sweep, send, shared_memory
+from lightning_accel.bench.suites import async_accuracy
 from lightning_accel.bench.suites import async_sgd as bench
 
 BOTH = ("here 0 0", "here 1 0")
@@ -153,6 +154,11 @@ def test_chaos_loses_no_gradient_and_counts_none_twice():
     assert sum(found.steps) > 0
     assert len(found.steps) == len(found.worker_seconds)
     assert (damage.torn, damage.lost, damage.twice, damage.left) == (0, 0, 0, 0)
+
+
+def test_the_benchmark_of_accuracy_refuses_a_seed_below_zero():
+    with pytest.raises(ValueError, match="`first_seed` must be >= 0"):
+        next(async_accuracy.rows(quick=True, first_seed=-1))
 
 
 @pytest.mark.parametrize(("name", "value"), [("kills", 0), ("chaos_minutes", 0.0)])

@@ -209,6 +209,18 @@ def test_what_cannot_be_pickled_is_named_by_class_and_path():
     assert what_cannot_be_pickled(model) == "Model.cached (Tensor)"
 
 
+def test_the_search_for_what_cannot_be_pickled_leaves_ways_that_lead_back():
+    class Local:
+        pass
+
+    owner = Model()
+    owner.connector = Model()
+    owner.connector.owner = owner  # cannot be pickled for its owner's sake alone
+    owner.callbacks = [Local()]
+    found = "Local (test_the_search_for_what_cannot_be_pickled_leaves_ways_that_lead_back.<locals>.Local)"
+    assert what_cannot_be_pickled(owner) == found
+
+
 def test_workers_are_forked_where_that_is_safe_only(monkeypatch):
     assert resolve_start_method("spawn") == "spawn"
     assert resolve_start_method("auto", on_cpu=False) == "forkserver"

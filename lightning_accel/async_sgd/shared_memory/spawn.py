@@ -133,9 +133,18 @@ def resolve_start_method(wanted: StartMethod, *, threads: int = 1, on_cpu: bool 
     """
     if wanted != "auto":
         return wanted
+    _rest_progress_bars()
     alone = threading.active_count() == 1 and threading.current_thread() is threading.main_thread()
     safe = sys.platform == "linux" and alone and on_cpu and not torch.cuda.is_initialized()
     return "fork" if safe and (threads == 1 or rest_threads()) else "forkserver"
+
+
+def _rest_progress_bars() -> None:
+    """Let the thread end that `tqdm` leaves behind to look after slow bars; the next bar starts it anew."""
+    bars: Any = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+    if (monitor := getattr(bars, "monitor", None)) is not None:
+        monitor.exit()
+        bars.monitor = None
 
 
 @contextlib.contextmanager

@@ -34,16 +34,26 @@ def what_cannot_be_pickled(value: Any) -> str | None:
     """
     if _can_be_pickled(value):
         return None
-    path, seen = type(value).__name__, {id(value)}
-    while True:
-        for name, part, begins in _parts(value):
-            if id(part) not in seen and not _can_be_pickled(part):
-                path = type(part).__name__ if begins else path + name
-                value = part
-                seen.add(id(part))
-                break
-        else:
-            return f"{path} ({type(value).__name__})"
+    return _search(value, type(value).__name__, {id(value)}) or f"{type(value).__name__} ({_type_name(value)})"
+
+
+def _search(value: Any, path: str, seen: set[int]) -> str | None:
+    """Return the path to a part all of whose own parts can be pickled; None where all ways lead back."""
+    parts = [found for found in _parts(value) if not _can_be_pickled(found[1])]
+    if not parts:
+        return f"{path} ({_type_name(value)})"
+    for name, part, begins in parts:
+        if id(part) not in seen:
+            seen.add(id(part))
+            if (found := _search(part, type(part).__name__ if begins else path + name, seen)) is not None:
+                return found
+    return None
+
+
+def _type_name(value: Any) -> str:
+    """Return the name of a type; of one that was made in a function, which is why it cannot go, with that function."""
+    kind = type(value)
+    return kind.__qualname__ if "<locals>" in kind.__qualname__ else kind.__name__
 
 
 def _can_be_pickled(value: Any) -> bool:

@@ -65,10 +65,22 @@ REAL = [
 ]
 
 
-def rows(*, quick: bool) -> Iterator[BenchRow]:
-    """Yield the accuracy of each cell, relative to that of one process."""
-    seeds = range(1 if quick else 6)
-    for cell in CELLS[4:6] if quick else CELLS:
+def rows(*, quick: bool, simulated: bool = True, first_seed: int = 0) -> Iterator[BenchRow]:
+    """Yield the accuracy of each cell, relative to that of one process.
+
+    Args:
+        quick: One seed, few cells.
+        simulated: Whether to run the cells on the virtual clock, too, or real processes alone.
+        first_seed: Of those that follow one another, >= 0.
+
+    Raises:
+        ValueError: If ``first_seed < 0``.
+    """
+    if first_seed < 0:
+        raise ValueError(f"`first_seed` must be >= 0, got {first_seed}.")
+    seeds = range(first_seed, first_seed + (1 if quick else 6))
+    cells = CELLS[4:6] if quick else CELLS
+    for cell in cells if simulated else []:
         alone = [alone_accuracy(cell.model, cell.optimizer, seed) for seed in seeds]
         yield _row(cell, "simulated", alone, [simulated_accuracy(cell, seed) for seed in seeds])
     for cell in REAL[:1] if quick else REAL:

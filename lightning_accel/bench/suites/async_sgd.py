@@ -57,8 +57,8 @@ def rows(*, quick: bool, device: str, kills: int = 200, chaos_minutes: float = 1
         raise ValueError(f"`chaos_minutes` must be > 0, got {chaos_minutes}.")
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "sklearn.datasets"])  # a slow import
     yield _transfer(rounds=15 if quick else 60)
-    yield from _starts(1 if quick else 3)
-    yield from _training(*((2, 1.0) if quick else (8, 3.0)), device=device)
+    yield from _starts(1 if quick else 2)
+    yield from _training(*((2, 1.0) if quick else (6, 2.5)), device=device)
     with _silent():
         yield _killed(min(kills, 20) if quick else kills)
         yield _chaotic(6.0 if quick else 60.0 * chaos_minutes, calm=3.0 if quick else _CALM_SECONDS)

@@ -148,3 +148,21 @@ def log_statistics(trainer: Any, store: ParameterStore, *, always: bool = False)
     metrics["async_sgd/pull_milliseconds"] = found.pull_milliseconds
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def stop_first(session: Any, callback_class: type[Any]) -> Any:
+    """Return a callback that, first in the list, stops all workers before any other callback's ``on_train_end``.
+
+    What callbacks make of the parameters there (a last projection, an average) is then made of the result itself. It
+    ends each batch before theirs, too: what they do then may take any time.
+    """
+
+    def on_train_end(self: Any, trainer: Any, pl_module: Any) -> None:  # noqa: ARG001  # Lightning's signature
+        session.stop_together()
+
+    def on_train_batch_end(self: Any, trainer: Any, pl_module: Any, *rest: Any) -> None:  # noqa: ARG001
+        session.store.rest()
+
+    return type(
+        "StopFirst", (callback_class,), {"on_train_end": on_train_end, "on_train_batch_end": on_train_batch_end}
+    )()

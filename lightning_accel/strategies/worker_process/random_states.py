@@ -25,7 +25,7 @@ def set_up_alike(trainer: Any, store: ParameterStore) -> None:
     while not prepared:
         found = store.kv(_KEY, wait=False)
         if found is not None:
-            _set_states(pickle.loads(found))
+            set_states(pickle.loads(found))
             return
         if store.stopped:
             return
@@ -34,9 +34,9 @@ def set_up_alike(trainer: Any, store: ParameterStore) -> None:
             prepared = True
         else:
             time.sleep(_LOOK_SECONDS)
-    first = store.kv(_KEY, pickle.dumps(_get_states()))
+    first = store.kv(_KEY, pickle.dumps(get_states()))
     if store.incarnation > 0 and first is not None:
-        _set_states(pickle.loads(first))  # those that the others have
+        set_states(pickle.loads(first))  # those that the others have
 
 
 def draw_apart(store: ParameterStore) -> None:
@@ -50,7 +50,8 @@ def draw_apart(store: ParameterStore) -> None:
         numpy.random.seed(seed % 2**32)
 
 
-def _get_states() -> dict[str, Any]:
+def get_states() -> dict[str, Any]:
+    """Return where the random numbers of torch, Python and numpy (if anyone has imported it) are."""
     numpy = sys.modules.get("numpy")
     return {
         "torch": torch.get_rng_state(),
@@ -59,7 +60,8 @@ def _get_states() -> dict[str, Any]:
     }
 
 
-def _set_states(states: dict[str, Any]) -> None:
+def set_states(states: dict[str, Any]) -> None:
+    """Let random numbers go on from there."""
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     numpy = sys.modules.get("numpy")

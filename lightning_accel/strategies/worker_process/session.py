@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_accel.async_sgd import ParameterStore, Settings, Snapshot, Worker
-from lightning_accel.async_sgd.policy.stepping import set_groups
 from lightning_accel.async_sgd.replicas.shards import whole
 from lightning_accel.lightning_private import (
     checkpoint_periods,
@@ -26,6 +25,12 @@ from lightning_accel.strategies.replicas import is_replica, refuse_in_replica
 from lightning_accel.strategies.worker_process.checkpoints import rewind_loops, with_values_of
 from lightning_accel.strategies.worker_process.coordination import Watchers, log_statistics
 from lightning_accel.strategies.worker_process.layer_exchange import follow_layers
+from lightning_accel.strategies.worker_process.optimizer_groups import (
+    follow_groups,
+    layout,
+    layout_of_server,
+    thaw_again,
+)
 from lightning_accel.strategies.worker_process.schedules import SharedPace, catch_up, follow_pace, step_to_show
 from lightning_accel.strategies.worker_process.shared_epochs import SharedEpochs
 from lightning_accel.strategies.worker_process.snapshots import save_snapshot
@@ -88,6 +93,9 @@ class Session:
             store, self.settings, parameters, buffers, optimizers, watch=not is_replica(store), module=module
         )
         membership = store.join(lambda: worker.opening(version=trainer.global_step, epochs=epochs))
+        if membership.incarnation > 0:
+            thaw_again(trainer, range(trainer.current_epoch, membership.epoch))
+            worker.follow(parameters, buffers)
         if store.parameter_names != list(parameters):
             follow_layers(trainer, store)  # the run has exchanged layers before this worker was started
             worker.follow(*_tensors_of(module))
@@ -96,6 +104,7 @@ class Session:
         worker.begin()
         worker.attach()
         self._worker = worker
+        self._layout = layout(optimizers)
         self.data.join(worker)
         self._first_steps = self._steps_of_all
         self._others_shown = 0
@@ -124,8 +133,8 @@ class Session:
         if progress is None or self.settings.local_steps:
             return
         for optimizer, state in zip(self.worker.optimizers, self.store.snapshot().optimizer_states, strict=True):
-            values = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
-            set_groups(optimizer, values)
+            for group, values in zip(optimizer.param_groups, state["param_groups"], strict=False):  # one may be added
+                group.update({k: v for k, v in values.items() if k != "params"})
         self.worker.know_groups()
         made = [now - then for now, then in zip(self.worker.steps, progress["steps_of"], strict=True)]
         steps_of = {id(optimizer): steps for optimizer, steps in zip(self.worker.optimizers, made, strict=True)}
@@ -167,12 +176,16 @@ class Session:
             self._trainer.should_stop = True
             self._trainer.fit_loop.min_epochs = 0
         elif self.store.is_coordinator:
-            self.watchers.take_over()
+            if self.watchers.take_over():
+                self._layout = layout_of_server(self.store.snapshot())
             self.watchers.publish_progress(self._steps_of_all, self.worker.steps)
             self._save_snapshot(snapshot_every)
             log_statistics(self._trainer, self.store)
         if not self.store.is_current and batch_idx % self._trainer.accumulate_grad_batches == 0:
             self._follow_exchange()
+        if layout(self.worker.optimizers) != self._layout:
+            self._layout = layout(self.worker.optimizers)
+            follow_groups(self.worker, *_tensors_of(self._trainer.lightning_module))
         self.worker.begin_batch()
         if (lease := self.data.begin_batch()) is not None:
             self.worker.pending.append(lease)
@@ -327,21 +340,3 @@ def _tensors_of(module: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     # a sparse buffer has no place in shared memory: it stays each worker's own
     buffers = {name: b for name, b in module.named_buffers() if b is not None and b.layout == torch.strided}
     return dict(module.named_parameters()), buffers
-
-
-def stop_first(session: Session, callback_class: type[Any]) -> Any:
-    """Return a callback that, first in the list, stops all workers before any other callback's ``on_train_end``.
-
-    What callbacks make of the parameters there (a last projection, an average) is then made of the result itself. It
-    ends each batch before theirs, too: what they do then may take any time.
-    """
-
-    def on_train_end(self: Any, trainer: Any, pl_module: Any) -> None:  # noqa: ARG001  # Lightning's signature
-        session.stop_together()
-
-    def on_train_batch_end(self: Any, trainer: Any, pl_module: Any, *rest: Any) -> None:  # noqa: ARG001
-        session.store.rest()
-
-    return type(
-        "StopFirst", (callback_class,), {"on_train_end": on_train_end, "on_train_batch_end": on_train_batch_end}
-    )()
