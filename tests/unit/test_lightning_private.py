@@ -319,6 +319,23 @@ def test_a_module_finds_its_mesh(pl):
     assert module.device_mesh is mesh
 
 
+def test_a_fit_of_a_tuner_is_told_from_others(pl):
+    seen = []
+
+    class Notes(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            seen.append(lightning_private.only_tunes(trainer))
+
+    trainer = trainer_of(pl, Notes())
+    module = boring(pl)
+    module.lr = 0.1
+    import_module(f"{pl.__name__}.tuner").Tuner(trainer).lr_find(
+        module, num_training=2, early_stop_threshold=None, update_attr=False
+    )
+    trainer.fit(module)
+    assert seen == [True, False]
+
+
 def test_every_function_of_the_fence_has_a_canary():
     text = inspect.getsource(inspect.getmodule(test_every_function_of_the_fence_has_a_canary))
     made = [name for name in lightning_private.__all__ if callable(getattr(lightning_private, name))]
