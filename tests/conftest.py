@@ -1,5 +1,6 @@
 """Settings of every test: one thread a process, no network, quiet Lightning."""
 
+import importlib.util
 import logging
 import os
 import signal
@@ -9,6 +10,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+
+# the engine for clusters is an extra
+collect_ignore_glob = [] if importlib.util.find_spec("ray") else ["*/test_ray_*.py"]
 
 # Programs started in the background of a script ignore Ctrl-C, and so would everything they start; tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -90,6 +90,7 @@ class Statistics:
         pull_milliseconds: Median time of a worker's pull.
         worker_pushes: Applied pushes of each worker.
         lost_batches: Batches of the last epoch that nobody was left to train on.
+        lost_versions: Steps that shards which died took with them, each of its own parameters; on one machine none.
     """
 
     version: int = 0
@@ -105,6 +106,7 @@ class Statistics:
     pull_milliseconds: float = 0.0
     worker_pushes: tuple[int, ...] = ()
     lost_batches: int = 0
+    lost_versions: int = 0
 
 
 Activity = Literal["load", "step"]

@@ -18,10 +18,13 @@ from lightning_accel.async_sgd import Compression, ParameterStore, Settings, Sta
 from lightning_accel.async_sgd.compression import CompressionName
 from lightning_accel.async_sgd.optimizer_steps import refuse_unsupported
 from lightning_accel.async_sgd.policy.rules import StalenessRule
+from lightning_accel.async_sgd.ray_engine.options import RayOptions
 from lightning_accel.async_sgd.settings import Buffers, Outer, Validate
 from lightning_accel.async_sgd.shared_memory.spawn import StartMethod
 from lightning_accel.lightning_private import attach_launcher, keep_written_metrics
 from lightning_accel.strategies.collectives import NobodyWaits
+from lightning_accel.strategies.engines import Engine, checked_engine, refuse_replicas_elsewhere
+from lightning_accel.strategies.one_cut import SavesOneCut
 from lightning_accel.strategies.refusals import refuse_lock_step
 from lightning_accel.strategies.replicas import Places
 from lightning_accel.strategies.rescue import Rescue
@@ -35,10 +38,8 @@ if TYPE_CHECKING:  # the real base comes from the distribution at hand
 else:
     _Base = object
 
-_CHECKPOINT_KEY = "async_sgd"
 
-
-class AsyncSGDBody(NobodyWaits, Places, _Base):
+class AsyncSGDBody(NobodyWaits, SavesOneCut, Places, _Base):
     """Train with workers that do not wait for each other, around a parameter server in the parent process.
 
     ``Trainer(strategy="async_sgd", devices=N)`` starts N worker processes. Each takes batches on lease, computes
@@ -78,6 +79,14 @@ class AsyncSGDBody(NobodyWaits, Places, _Base):
             spreads its layers over it, as with Lightning's `ModelParallelStrategy`; ``devices`` is a multiple of it.
             CPU only.
         start_method: ``fork`` from this process, ``forkserver``, ``spawn``, or ``auto``, see `resolve_start_method`.
+        engine: ``shared_memory``: processes of this machine; ``ray``: actors, on one machine or many, see `RayOptions`,
+            which the next six belong to.
+        address: See there.
+        shards: See there.
+        shard_snapshot_steps: See there.
+        cpus_per_worker: See there.
+        allow_without_token: See there.
+        runtime_env: See there.
         accelerator: As of any strategy of Lightning, here and below.
         parallel_devices: The workers' devices.
         cluster_environment: As of any strategy.
@@ -87,11 +96,12 @@ class AsyncSGDBody(NobodyWaits, Places, _Base):
     Raises:
         TypeError: If a setting is of another kind, such as text for a number.
         ValueError: If a setting is out of range; in ``setup`` for LBFGS.
+        ModuleNotFoundError: With ``engine="ray"``, if Ray is not installed.
 
     References:
         Paine, Jin, Yang, Lin, Huang, arXiv:1312.6186. *Deviations*: optimizers run on the server (the paper's clients
         push gradients only, too, but momentum is not discussed); pushes of ``n_push`` steps carry the mean of the
-        gradients; data are leased by blocks; one machine.
+        gradients; data are leased by blocks.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -135,6 +145,13 @@ class AsyncSGDBody(NobodyWaits, Places, _Base):
         live: bool = False,
         devices_per_replica: int = 1,
         start_method: StartMethod = "auto",
+        engine: Engine = "shared_memory",
+        address: str | None = RayOptions.address,
+        shards: int = RayOptions.shards,
+        shard_snapshot_steps: int = RayOptions.shard_snapshot_steps,
+        cpus_per_worker: float = RayOptions.cpus_per_worker,
+        allow_without_token: bool = RayOptions.allow_without_token,
+        runtime_env: dict[str, Any] | None = RayOptions.runtime_env,
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
@@ -174,6 +191,11 @@ class AsyncSGDBody(NobodyWaits, Places, _Base):
         self.devices_per_replica = devices_per_replica
         self.check_replicas(self.settings)
         self.start_method: StartMethod = start_method
+        self.engine: Engine = checked_engine(engine)
+        refuse_replicas_elsewhere(engine, devices_per_replica)
+        self.ray = RayOptions(
+            address, shards, shard_snapshot_steps, cpus_per_worker, allow_without_token, runtime_env=runtime_env
+        )
         self.statistics = Statistics()  # in the parent, after (and during) `fit`
         self.ending: Any = None
         self.rescue: Rescue | None = None  # in the parent, after a `fit` that did not end well
@@ -282,33 +304,3 @@ class AsyncSGDBody(NobodyWaits, Places, _Base):
         if self._session is None or not self._session.joined:
             return contextlib.nullcontext()
         return self._session.exchanging_layers()
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the module's state with the server's parameters and buffers, of one cut with the optimizers."""
-        state: dict[str, Any] = super().lightning_module_state_dict()
-        if self._session is None or not self._session.joined:
-            return state
-        return self._session.model_state(state)
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the server's state of an optimizer, of the same cut as the module's state."""
-        state: dict[str, Any] | None = None
-        if self._session is not None and self._session.joined:
-            state = self._session.optimizer_state(optimizer)
-        return super().optimizer_state(optimizer) if state is None else state
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write an ordinary checkpoint; unfinished epochs go under a key that a plain Trainer does not read."""
-        if self._session is not None and self._session.joined:
-            unfinished = self._session.unfinished_epochs(checkpoint)
-        else:
-            unfinished = None if self.rescue is None else self.rescue.complete(checkpoint)
-        if unfinished is not None:
-            checkpoint[_CHECKPOINT_KEY] = unfinished
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, of this or any other strategy."""
-        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
-        self._resumed = dict(checkpoint.pop(_CHECKPOINT_KEY, {}))
-        return checkpoint

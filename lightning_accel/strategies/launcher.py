@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from lightning_accel.async_sgd import ParameterStore, run_workers
+from lightning_accel.async_sgd import ParameterStore
 from lightning_accel.async_sgd.replicas.shards import whole
 from lightning_accel.async_sgd.shared_memory.memory import anonymous_file
-from lightning_accel.async_sgd.shared_memory.spawn import resolve_start_method
+from lightning_accel.async_sgd.shared_memory.spawn import StartMethod, resolve_start_method
 from lightning_accel.async_sgd.shared_memory.supervisor import Remains
 from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import launcher_module, make_averages_picklable, only_tunes, without_launcher
+from lightning_accel.strategies.engines import devices_here, run_on_engine
 from lightning_accel.strategies.live import live_table
 from lightning_accel.strategies.refusals import refuse_other_launchers, refuse_tuning_callbacks
 from lightning_accel.strategies.rescue import Rescue, load_values
@@ -54,17 +55,7 @@ class AsyncSGDLauncherBody:
         states = parts._GlobalStateSnapshot.capture()
         # sums in another number of threads have other last bits; several workers share what this process may use
         threads = max(1, torch.get_num_threads() // (strategy.num_processes * strategy.devices_per_replica))
-        start_method = resolve_start_method(
-            strategy.start_method, threads=threads, on_cpu=strategy.root_device.type == "cpu"
-        )
-        if start_method != "fork":
-            parts._check_missing_main_guard()
-        # the first optimizer of a process imports `torch._dynamo`, which takes seconds: once for all workers
-        if start_method == "forkserver":
-            modules = [type(strategy).__module__, "lightning_accel.strategies.worker_process.session", "torch._dynamo"]
-            multiprocessing.set_forkserver_preload(["__main__", *modules])
-        elif start_method == "fork":
-            import_module("torch._dynamo")
+        start_method = self._prepare_start(strategy, threads)
         say_decision(trainer, "AsyncSGDStrategy", _decision(strategy))
 
         def rescue(remains: Remains) -> None:
@@ -72,15 +63,13 @@ class AsyncSGDLauncherBody:
             strategy.rescue = Rescue(trainer, remains)
 
         with live_table(strategy) as on_tick, _termination_as_exception(strategy.distribution):
-            output, ending = run_workers(
+            output, ending = run_on_engine(
+                strategy,
                 _fit_in_worker,
                 (trainer, function, args, kwargs, states, threads),
-                workers=strategy.num_processes,
-                settings=strategy.settings,
-                on_tick=on_tick,
                 start_method=start_method,
+                on_tick=on_tick,
                 on_failure=rescue,
-                ranks=strategy.devices_per_replica,
             )
         remove_part(trainer.default_root_dir)
         strategy.statistics, strategy.ending = ending.statistics, ending
@@ -98,6 +87,24 @@ class AsyncSGDLauncherBody:
         if not strategy.settings.local_steps:  # else each worker's optimizer has a state of its own
             bring_back_optimizers(trainer, ending.state, output.extra["async_sgd"]["groups"])
         return output.trainer_results
+
+    def _prepare_start(self, strategy: Any, threads: int) -> StartMethod:
+        """Make ready what workers of this machine start from; returns how they start."""
+        parts = launcher_module(strategy.distribution)
+        start_method = resolve_start_method(
+            strategy.start_method, threads=threads, on_cpu=strategy.root_device.type == "cpu"
+        )
+        if strategy.engine == "ray":
+            return start_method  # which Ray does not ask
+        if start_method != "fork":
+            parts._check_missing_main_guard()
+        # the first optimizer of a process imports `torch._dynamo`, which takes seconds: once for all workers
+        if start_method == "forkserver":
+            modules = [type(strategy).__module__, "lightning_accel.strategies.worker_process.session", "torch._dynamo"]
+            multiprocessing.set_forkserver_preload(["__main__", *modules])
+        elif start_method == "fork":
+            import_module("torch._dynamo")
+        return start_method
 
     def collect_results(self, store: ParameterStore, trainer: Any, results: Any) -> Any:
         """Return what the coordinator hands over; its weights go in a file without a name, which cannot be left behind.
@@ -137,10 +144,8 @@ def _decision(strategy: Any) -> str:
     settings, workers = strategy.settings, strategy.num_processes
     who = "1 asynchronous worker pushes" if workers == 1 else f"{workers} asynchronous workers push"
     pushed = f"what {settings.local_steps} local steps changed" if settings.local_steps else "gradients"
-    return (
-        f"{who} {pushed} to a server in this process "
-        f"(staleness={settings.staleness}, at most {settings.lease_batches} batches a lease)."
-    )
+    where = "to a server in this process" if strategy.engine == "shared_memory" else "to shards on Ray"
+    return f"{who} {pushed} {where} (staleness={settings.staleness}, at most {settings.lease_batches} batches a lease)."
 
 
 def _fit_in_worker(  # noqa: PLR0917  # a process is started with a flat list of arguments
@@ -154,6 +159,7 @@ def _fit_in_worker(  # noqa: PLR0917  # a process is started with a flat list of
 ) -> Any:
     strategy = trainer.strategy
     parts = launcher_module(strategy.distribution)
+    strategy.parallel_devices = devices_here(strategy)
     strategy.enter(store, trainer)
     states.restore()
     args, kwargs = parts._disable_module_memory_sharing((args, kwargs))

@@ -8,6 +8,7 @@ from async_modules import QUICK, Classifier, WaitForAll, fit, seeded
 
 from lightning_accel import AsyncSGDStrategy
 from lightning_accel.async_sgd import ParameterStore, SharedMemoryStore
+from lightning_accel.async_sgd.ray_engine.client import RayStore
 
 NAMES = {name for name in vars(ParameterStore) if not name.startswith("_")}
 
@@ -42,9 +43,10 @@ def test_a_fit_needs_nothing_of_a_store_but_what_the_protocol_names(tmp_path, se
     assert trainer.callback_metrics["val/count"] == 32
 
 
+@pytest.mark.parametrize("store", [SharedMemoryStore, RayStore])
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_the_store_of_one_machine_has_what_the_protocol_names(name):
-    ours, theirs = getattr(SharedMemoryStore, name, None), getattr(ParameterStore, name)
+def test_the_store_of_each_engine_has_what_the_protocol_names(name, store):
+    ours, theirs = getattr(store, name, None), getattr(ParameterStore, name)
     if inspect.isfunction(theirs):
         assert inspect.signature(ours).parameters.keys() == inspect.signature(theirs).parameters.keys()
         for given, wanted in zip(

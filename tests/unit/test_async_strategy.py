@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 import lightning_accel
 from lightning_accel.async_sgd import Lease, Settings, Statistics, Worker
 from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.ray_engine.options import RayOptions
 from lightning_accel.async_sgd.shared_memory.client import SharedMemoryStore
 from lightning_accel.async_sgd.shared_memory.memory import ParameterPage
 from lightning_accel.async_sgd.shared_memory.supervisor import Supervisor
@@ -72,6 +73,13 @@ def test_defaults_of_core_strategy_and_command_line_are_the_same():
     assert {name: taken[name].default for name in chosen} == chosen
     wanted = {field.name for field in dataclasses.fields(Settings)} - {"record_log"}
     assert wanted <= set(chosen)
+    with initialize_config_module("lightning_accel.conf", version_base="1.3"):
+        on_ray = dict(compose("train", overrides=["strategy=async_sgd_ray"]).trainer.strategy)
+    assert on_ray.pop("engine") == "ray"
+    del on_ray["_target_"]
+    assert {name: taken[name].default for name in on_ray} == on_ray
+    only_ray = {field.name for field in dataclasses.fields(RayOptions)} - {"gpus_per_worker"}
+    assert set(on_ray) == set(chosen) | only_ray
 
 
 def test_collectives_in_training_are_refused_and_harmless_in_evaluation():

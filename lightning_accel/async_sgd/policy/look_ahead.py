@@ -87,6 +87,14 @@ class LookAhead:
             weight = (1.0 + self._staleness[optimizer]) ** -exponent
         return weight, self._bound(optimizer, [g for g in gradients if g is not None])
 
+    def mean_staleness(self, optimizer: int) -> float:
+        """Return the running mean of an optimizer's staleness, in steps of its own."""
+        return self._staleness[optimizer]
+
+    def told(self, optimizer: int, staleness: float) -> None:
+        """Take the mean staleness of an optimizer from somebody else, who observes its pushes."""
+        self._staleness[optimizer] = staleness
+
     def _bound(self, optimizer: int, gradients: list[Tensor]) -> float:
         wide = [g.float() if g.dtype == torch.float16 else g for g in gradients]  # whose norm may overflow
         norm = float(torch.stack([n.double() for n in torch._foreach_norm(wide)]).norm()) if wide else 0.0

@@ -250,7 +250,7 @@ class Service:
     def _answer_join(self, peer: Peer, request: Message) -> Message | None:
         if request.payload and self.server is None:
             opening = pickle.loads(request.payload)
-            self.server = ParameterServer(opening, self.settings)
+            self.server = self._new_server(opening)
             self._sharing = Sharing(self.server.leases, self.settings, self._workers)
             self._first_version = opening.version
             self._open_page()
@@ -261,6 +261,9 @@ class Service:
         self.server.admit(peer.worker, peer.incarnation)
         self.count_live()
         return self._admitted(peer)
+
+    def _new_server(self, opening: Opening) -> ParameterServer:
+        return ParameterServer(opening, self.settings)
 
     def _open_page(self) -> None:
         assert self.server is not None

@@ -252,7 +252,7 @@ def _transfer(rounds: int) -> BenchRow:
 def _asynchronous(window: float, delay: float, device: str, settings: Settings) -> Outcome:
     outcome: Outcome
     outcome, _ = run_workers(
-        _async_worker,
+        async_worker,
         (window, delay, device, settings),
         workers=_WORKERS,
         settings=settings,
@@ -261,9 +261,8 @@ def _asynchronous(window: float, delay: float, device: str, settings: Settings) 
     return outcome
 
 
-def _async_worker(
-    store: ParameterStore, window: float, delay: float, device: str, settings: Settings
-) -> Outcome | None:
+def async_worker(store: ParameterStore, window: float, delay: float, device: str, settings: Settings) -> Outcome | None:
+    """Train one of two workers for so many seconds; returns what the run came to, in the coordinator."""
     task = Task(device)
     buffers = dict(task.net.named_buffers())
     worker = Worker(store, settings, dict(task.net.named_parameters()), buffers, [task.optimizer])
