@@ -95,12 +95,15 @@ class NotesItsNode(pl.Callback):
             return
         if trainer.current_epoch >= 1 and 1 not in self.waited:
             self.waited.add(1)
-            store.rest()  # what follows may take any time
-            deadline = time.monotonic() + 120.0
-            while not self.go_on.exists():
-                assert time.monotonic() < deadline, "nothing happened"
-                time.sleep(0.05)
-            store.begin("step")
+            self.wait(store, self.go_on.exists)
         if trainer.current_epoch >= self.hold_epoch and self.hold_epoch not in self.waited:
             self.waited.add(self.hold_epoch)
-            store.kv("somebody came back")
+            self.wait(store, lambda: store.kv("somebody came back", wait=False) is not None)
+
+    def wait(self, store, condition):
+        store.rest()  # what follows may take any time
+        deadline = time.monotonic() + 120.0
+        while not condition():
+            assert time.monotonic() < deadline, "nothing happened"
+            time.sleep(0.05)
+        store.begin("step")

@@ -84,10 +84,11 @@ def merge(parts: Sequence[Opening], layout: Layout, order: Sequence[Sequence[Seq
             names[place], parameters[place] = name, parameter
     optimizers = parts[0].optimizers
     for which, optimizer in enumerate(optimizers):
-        for part in parts[1:]:
-            optimizer.state.update(part.optimizers[which].state)
+        found = {id(p): state for part in parts for p, state in part.optimizers[which].state.items()}
+        optimizer.state.clear()
         for group, of_group in zip(optimizer.param_groups, order[which], strict=True):
             group["params"] = [parameters[place] for place in of_group]
+            optimizer.state.update({p: found[id(p)] for p in group["params"] if id(p) in found})  # in this order
     return replace(parts[0], names=names, parameters=parameters, optimizers=optimizers)
 
 
