@@ -83,7 +83,9 @@ def test_rhythms_rules_and_compressions_work_on_ray(tmp_path, settings):
     leases = Counter(lease for entry in strategy.ending.log for lease in entry.leases)
     if "local_steps" not in settings:
         assert leases == Counter((epoch, i) for epoch in range(2) for i in range(16))
-    assert all(torch.isfinite(p).all() and not torch.equal(p, before[n]) for n, p in module.named_parameters())
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    weights = {name: p for name, p in module.named_parameters() if p.dim() > 1}  # a bias before batch norm may rest
+    assert not any(torch.equal(p, before[name]) for name, p in weights.items())
 
 
 @pytest.mark.parametrize("stage", ["half-way", "before the flag", "after the flag"])

@@ -40,6 +40,7 @@ from lightning_accel.async_sgd.ray_engine.shards.layout import (
 from lightning_accel.async_sgd.ray_engine.shards.shard import Shard, Step
 from lightning_accel.async_sgd.shared_memory.channel import Message
 from lightning_accel.async_sgd.store import Opening, Snapshot
+from lightning_accel.strategies.engines import refuse_replicas_elsewhere
 
 # --- messages
 
@@ -300,6 +301,12 @@ def test_without_ray_the_error_names_the_extra(monkeypatch):
         AsyncSGDStrategy(engine="ray")
     with pytest.raises(ValueError, match="`engine` must be one of"):
         AsyncSGDStrategy(engine="mpi")
+
+
+def test_replicas_of_several_processes_are_refused_on_ray():
+    with pytest.raises(ValueError, match="`devices_per_replica` must be 1 with `engine='ray'`"):
+        refuse_replicas_elsewhere("ray", 2)
+    refuse_replicas_elsewhere("shared_memory", 2)
 
 
 def test_ray_is_not_imported_unless_asked_for():
