@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -71,39 +70,3 @@ class KillsAShard(pl.Callback):
         if store.worker == self.worker and batch_idx == self.batch and not Path(self.flag).exists():
             Path(self.flag).write_text("killed", encoding="utf-8")
             ray.kill(store._sender._actors[0])
-
-
-class NotesItsNode(pl.Callback):
-    """Writes down on which node each worker trains; all of them wait for what happens to the cluster meanwhile.
-
-    Before the second epoch until ``go_on`` is there, before the epoch ``hold_epoch`` until a worker was started again.
-    """
-
-    def __init__(self, folder, go_on, hold_epoch):
-        self.folder, self.go_on, self.hold_epoch = Path(folder), Path(go_on), hold_epoch
-        self.waited = set()
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        import ray
-
-        store = trainer.strategy._store
-        note = self.folder / f"{store.worker} {store.incarnation} {ray.get_runtime_context().get_node_id()}"
-        if not note.exists():
-            note.write_text(str(os.getpid()), encoding="utf-8")
-        if store.incarnation > 0:
-            store.kv("somebody came back", b"yes")
-            return
-        if trainer.current_epoch >= 1 and 1 not in self.waited:
-            self.waited.add(1)
-            self.wait(store, self.go_on.exists)
-        if trainer.current_epoch >= self.hold_epoch and self.hold_epoch not in self.waited:
-            self.waited.add(self.hold_epoch)
-            self.wait(store, lambda: store.kv("somebody came back", wait=False) is not None)
-
-    def wait(self, store, condition):
-        store.rest()  # what follows may take any time
-        deadline = time.monotonic() + 120.0
-        while not condition():
-            assert time.monotonic() < deadline, "nothing happened"
-            time.sleep(0.05)
-        store.begin("step")

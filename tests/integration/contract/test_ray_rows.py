@@ -7,15 +7,11 @@ import test_row_01_resume as resume
 import test_row_02_neutral as neutral
 import test_row_05_composition as composition
 import test_row_06_trainer_features as features
-import test_row_07_nothing_to_act_on as frozen
-import test_row_08_both_distributions as distributions
-import test_row_14_lengths as lengths
 from accelerators import by_name
 
 from lightning_accel.async_sgd.ray_engine.cluster import connected
 from lightning_accel.async_sgd.ray_engine.options import RayOptions
 from lightning_accel.strategies.for_lightning import AsyncSGDStrategy
-from lightning_accel.strategies.for_pytorch_lightning import AsyncSGDStrategy as OtherAsyncSGDStrategy
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +19,6 @@ ON_RAY = {"engine": "ray", "shards": 2, "heartbeat_seconds": 300.0}
 ENTRY = replace(
     by_name("async_sgd"),
     strategy=lambda: AsyncSGDStrategy(**ON_RAY),
-    other_strategy=lambda: OtherAsyncSGDStrategy(**ON_RAY),
     neutral_strategy=lambda: AsyncSGDStrategy(**ON_RAY),
 )
 
@@ -50,15 +45,3 @@ def test_layers_are_exchanged_while_it_trains(tmp_path):
 def test_neutral_setting_changes_nothing(name, tmp_path):
     feature = next(feature for feature in features.FEATURES if feature.name == name)
     features.test_neutral_setting_changes_nothing(ENTRY, feature, tmp_path)
-
-
-def test_frozen_by_the_user_stays_frozen(tmp_path):
-    frozen.test_frozen_by_the_user_stays_frozen(ENTRY, tmp_path)
-
-
-def test_pytorch_lightning_trains_to_the_same_weights(tmp_path):
-    distributions.test_pytorch_lightning_trains_to_the_same_weights(ENTRY, tmp_path)
-
-
-def test_data_without_a_length(tmp_path):
-    lengths.test_data_without_a_length(ENTRY, {"max_steps": 24}, tmp_path)
