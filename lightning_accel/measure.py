@@ -24,6 +24,7 @@ Verdict = Literal["faster", "slower", "no difference", "undecided"]
 
 _EXACT_SIGN_FLIPS = 16  # up to here all 2**n sign patterns are enumerated
 _RESAMPLES = 4000
+_CACHE_BYTES = 128 * 2**20  # more than any device's second-level cache holds
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ def time_interleaved(
         candidates: Name to callable.
         rounds: How often each is timed, >= 1.
         warmup: Untimed calls of each beforehand, >= 0.
-        device: Where the work runs; a CUDA device is synchronized around each call.
+        device: Where the work runs. On a CUDA device the time is that between two events around the call, after the
+            caches were filled with something else; with another clock the device is synchronized around each call.
         budget_seconds: Stop after the round that passes this wall time, warm-up included.
         min_rounds: Rounds that run whatever the budget says.
         seed: Of the order; the global random state is not touched.
@@ -222,17 +224,38 @@ def time_interleaved(
     start = time.perf_counter()
     for name in order * warmup:
         candidates[name]()
+    timed = _between_events(device) if torch.device(device).type == "cuda" and clock is time.perf_counter else None
     for done in range(rounds):
         if done >= min_rounds and time.perf_counter() - start > budget_seconds:
             break
         rng.shuffle(order)
         for name in order:
+            if timed is not None:
+                seconds[name].append(timed(candidates[name]))
+                continue
             synchronize(device)
             begin = clock()
             candidates[name]()
             synchronize(device)
             seconds[name].append(clock() - begin)
     return seconds
+
+
+def _between_events(device: torch.device | str) -> Callable[[Callable[[], object]], float]:
+    """Return what takes the seconds of a call on a CUDA device, from caches that hold nothing of it."""
+    other = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=device)
+
+    def seconds_of(call: Callable[[], object]) -> float:
+        with torch.cuda.device(device):
+            other.zero_()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+        return max(float(begin.elapsed_time(end)), 1e-6) / 1000.0
+
+    return seconds_of
 
 
 def synchronize(device: torch.device | str) -> None:

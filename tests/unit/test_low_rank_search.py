@@ -14,7 +14,7 @@ from lightning_accel import measure
 from lightning_accel.low_rank import RankPlan, decompose, make_plan, theoretical_ranks
 from lightning_accel.low_rank.calls import record_calls
 from lightning_accel.low_rank.plan import LayerPlan
-from lightning_accel.low_rank.rank_search.candidates import every_rank, plateau_below, plateau_candidates
+from lightning_accel.low_rank.rank_search.candidates import every_rank, plateau_below, plateau_candidates, rank_unit
 from lightning_accel.low_rank.rank_search.timing import DiskCache, default_cache_dir, time_layer
 
 
@@ -506,3 +506,11 @@ def test_a_model_without_layers_to_factor_is_refused():
         make_plan(nn.Sequential(nn.ReLU()), run, ratio=2.0)
     with pytest.raises(ValueError, match=r"can be factored; found: .'0': 'not matched by `include`'"):
         make_plan(nn.Sequential(nn.Linear(4, 4)), run, ratio=2.0, include=("head*",))
+
+
+@pytest.mark.parametrize("shape", [(256, 512), (96, 64, 3, 3), (1000, 384)])
+def test_ranks_for_tensor_cores_are_multiples_of_eight(shape):
+    found = plateau_candidates(shape, 2.0, unit=rank_unit("cuda"))
+    assert found
+    assert all(rank % 8 == 0 for ranks in found for rank in ranks if rank < min(shape[:2]))
+    assert rank_unit("cpu") == 1

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import random
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_accel import measure
 from lightning_accel.measure import environment, synchronize, time_interleaved, undisturbed
 
 
@@ -145,3 +147,31 @@ def test_environment_names_hardware_and_versions_but_nobody():
     text = " ".join(map(str, block.values()))
     assert "/" not in text
     assert not {platform.node(), getpass.getuser()} & set(text.split())
+
+
+def test_times_on_a_device_lie_between_two_events_after_the_caches_were_filled(monkeypatch):
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append("event")
+
+        def synchronize(self):
+            happened.append("wait")
+
+        def elapsed_time(self, end):
+            return 3.0  # milliseconds
+
+    class Memory:
+        def zero_(self):
+            happened.append("fill")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(measure.torch, "empty", lambda *args, **kwargs: Memory())
+    found = measure.time_interleaved({"a": lambda: happened.append("call")}, rounds=2, device="cuda")
+    assert found == {"a": [0.003, 0.003]}
+    assert happened == ["call", *["fill", "event", "call", "event", "wait"] * 2]

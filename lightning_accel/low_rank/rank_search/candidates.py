@@ -45,7 +45,7 @@ def theoretical_ranks(shape: tuple[int, ...], ratio: float) -> tuple[int, ...]:
     return (max(1, min(int(beta * fan_in), fan_in)), max(1, min(int(beta * out), out)))
 
 
-def plateau_candidates(shape: tuple[int, ...], ratio: float | None = None) -> list[tuple[int, ...]]:
+def plateau_candidates(shape: tuple[int, ...], ratio: float | None = None, *, unit: int = 1) -> list[tuple[int, ...]]:
     """Return ranks on multiples of the coarsest power of two that leaves enough of them, smallest first.
 
     They reach from the rank of ratio 8 (twice ``ratio``, if that is deeper) up to where the factors would have as many
@@ -56,10 +56,12 @@ def plateau_candidates(shape: tuple[int, ...], ratio: float | None = None) -> li
     Args:
         shape: (out, in, *kernel) of the dense weight.
         ratio: Compression ratio the caller aims at, or None.
+        unit: Power of two of which ranks are multiples wherever the weight has room for it: `rank_unit` of a device.
     """
     deepest = max(_DEEPEST, 2.0 * ratio if ratio is not None else 0.0)
     low, high = min(theoretical_ranks(shape, deepest)), min(theoretical_ranks(shape, 1.0))
     granularity = next((g for g in _GRANULARITIES if high // g - (low - 1) // g >= _ENOUGH), 1)
+    granularity = max(granularity, unit if high >= unit else 1)
     small = set(range(granularity, high + 1, granularity)) - set(range(low))
     if ratio is not None:
         step = min(granularity, 32)
@@ -68,8 +70,17 @@ def plateau_candidates(shape: tuple[int, ...], ratio: float | None = None) -> li
     candidates = [_scaled(shape, rank, granularity) for rank in sorted(small) if rank >= 1]
     out, fan_in, *kernel = shape
     if math.prod(kernel) != 1:  # the same plateaus for the two-factor form
-        candidates += plateau_candidates((out, fan_in * math.prod(kernel)), ratio)
+        candidates += plateau_candidates((out, fan_in * math.prod(kernel)), ratio, unit=unit)
     return _smaller_than_dense(shape, candidates)
+
+
+def rank_unit(device_type: str) -> int:
+    """Return what ranks are to be multiples of: 8 on CUDA, 1 elsewhere.
+
+    Tensor cores take 8 numbers of half precision (4 of float32) at a time; a rank in between runs as the next one, or
+    beside them. Coarser plateaus, multiples of 64, are found by time, as on any machine.
+    """
+    return 8 if device_type == "cuda" else 1
 
 
 def plateau_below(ranks: tuple[int, ...]) -> tuple[int, ...]:

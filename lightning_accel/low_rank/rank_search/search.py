@@ -32,6 +32,7 @@ from lightning_accel.low_rank.rank_search.candidates import (
     every_rank,
     plateau_below,
     plateau_candidates,
+    rank_unit,
     theoretical_ranks,
 )
 from lightning_accel.low_rank.rank_search.timing import DiskCache, Phase, Timer, candidate_name, time_layer
@@ -214,7 +215,8 @@ def _with_candidates(
     elif method == "paper":
         ranks = every_rank(draft.shape, target.value)
     else:
-        ranks = plateau_candidates(draft.shape, target.value if target.name == "ratio" else None)
+        ratio = target.value if target.name == "ratio" else None
+        ranks = plateau_candidates(draft.shape, ratio, unit=rank_unit(dense.weight.device.type))
     ranks = [r for r in ranks if factor_parameters(draft.shape, r) < draft.dense_parameters]
     if not ranks:
         return dataclasses.replace(draft, reason="too small: no rank has fewer parameters than the dense layer")
