@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_accel.machine_code.c_functions import REALS, MachineCode, refusal
 from lightning_accel.machine_code.toolchain import CannotCompileError
+from lightning_accel.recurrent.compiler.emit_triton import scan_kernel
 from lightning_accel.recurrent.exactness.plain_modes import surroundings
 
 _STRETCH_ELEMENTS = 2**17
@@ -70,6 +71,7 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
 
     Complexity:
         O(T) products in about 4 sqrt(T) calls; one host synchronization without machine code, to look for infinities.
+        On CUDA with Triton one kernel, step by step, without any.
 
     Example:
         >>> import torch
@@ -144,6 +146,10 @@ def scan_into(h: Tensor, a: Tensor, b: Tensor, *, reverse: bool, start: Tensor |
     Machine code does it step by step where there is a compiler and enough to do. Otherwise stretches of time that fit
     the cache follow each other, so that no memory of the size of ``a`` is needed.
     """
+    if scan_kernel.can_scan(h, a, b):
+        first = torch.zeros_like(h[0]) if start is None else start
+        scan_kernel.scan_rows(_flat(h), _flat(a), _flat(b), first.reshape(-1), reverse=reverse)
+        return
     machine = _machine(h, a, b)
     if machine is not None:
         first = torch.zeros_like(h[0]) if start is None else start.contiguous()

@@ -4,8 +4,10 @@ import pytest
 import torch
 from recurrent_emitted import CELLS, Case, largest_error, round_as_chips_do
 from torch import nn
+from torch.nn import functional
 
-from lightning_accel.recurrent.compiler.emit_triton import triton_code
+from lightning_accel.recurrent import linear_scan
+from lightning_accel.recurrent.compiler.emit_triton import scan_kernel, triton_code
 from lightning_accel.recurrent.compiler.emit_triton.triton_code import LaunchPlan
 from lightning_accel.recurrent.compiler.trace import CannotScheduleError
 
@@ -96,3 +98,64 @@ def test_without_triton_the_reason_is_the_extra(monkeypatch):
     assert triton_code.triton_refusal() is not None
     with pytest.raises(CannotScheduleError, match="extra `gpu`"):
         Case("lstm", 3, 4, steps=2, streams=2)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("steps", [1, 8, 13])
+def test_the_scan_kernel_equals_the_recurrence(steps, dtype, reverse):
+    torch.manual_seed(0)
+    a, b, first = (torch.randn(*shape, dtype=dtype) for shape in ((steps, 150), (steps, 150), (150,)))
+    a[0, 0], b[0, 1] = torch.inf, torch.nan
+    h, state, expected = torch.empty_like(a), first, torch.empty_like(a)
+    for t in reversed(range(steps)) if reverse else range(steps):
+        state = expected[t] = a[t] * state + b[t]
+    scan_kernel.scan_rows(h, a, b, first, reverse=reverse)
+    torch.testing.assert_close(h, expected, rtol=LIMITS[dtype], atol=LIMITS[dtype], equal_nan=True)
+
+
+def test_a_scan_on_a_device_is_the_kernel(monkeypatch):
+    monkeypatch.setattr(scan_kernel, "can_scan", lambda *tensors: True)
+    torch.manual_seed(0)
+    a, b = (torch.rand(9, 2, 3, dtype=torch.double, requires_grad=True) for _ in range(2))
+    h0 = torch.rand(2, 3, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(linear_scan, (a, b, h0))
+
+
+EXPRESSIONS = [
+    *(torch.tanh, torch.sigmoid, torch.exp, torch.sin, torch.cos, torch.erf, torch.floor, torch.ceil, torch.trunc),
+    *(torch.log1p, torch.expm1, torch.abs, torch.sign, torch.reciprocal, torch.square, torch.neg, torch.rsqrt),
+    *(functional.silu, functional.gelu, functional.softplus, functional.elu, functional.celu, functional.hardtanh),
+    *(functional.hardsigmoid, functional.leaky_relu, functional.softshrink, functional.hardshrink),
+    *(functional.relu, functional.relu6, functional.logsigmoid, functional.mish),
+    lambda v: functional.gelu(v, approximate="tanh"),
+    lambda v: v.clamp(-0.7, 0.7),
+    lambda v: torch.where(v > 0.1, v, 0.3 * v),
+    lambda v: torch.maximum(v, 0.5 * v + 0.1),
+    lambda v: v.masked_fill(v > 1.0, 2.0),
+    lambda v: v**3,
+]
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, state):
+        (h,) = state
+        return self.function(x + 0.0 * h), (0.0 * h + x,)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("k", range(len(EXPRESSIONS)))
+def test_an_expression_and_its_derivative_are_those_of_torch(k, dtype, monkeypatch):
+    monkeypatch.setitem(CELLS, "function", lambda features, hidden: Function(EXPRESSIONS[k]))
+    case = Case("function", 30, 30, steps=2, streams=2, dtype=dtype)
+    grid = torch.cat([torch.linspace(-4.0, 4.0, 50), torch.tensor([0.0, -0.0, 0.5, 1e-6, -1e-6, 9.0, -9.0, 30.0])])
+    case.xs = [grid.repeat(3)[:120].view(2, 2, 30).to(dtype).requires_grad_()]
+    actual, expected = case.scheduled(), case.loop()
+    for a, e in zip(actual, expected, strict=True):
+        if e is not None:
+            torch.testing.assert_close(a, e, rtol=1e-5 if dtype is torch.float32 else 1e-11, atol=1e-6, equal_nan=True)

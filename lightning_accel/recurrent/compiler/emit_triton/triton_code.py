@@ -131,7 +131,7 @@ def launch(kernel: Any, grid: tuple[int, int], arguments: Sequence[Any], constan
     if device.type == "cpu":
         kernel[grid](*arguments, **constants)
         return
-    together = constants["PARTS"] > 1 and constants["PHASE"] < 0
+    together = constants.get("PARTS", 1) > 1 and constants["PHASE"] < 0
     with torch.cuda.device(device):
         kernel[grid](*arguments, **constants, **OPTIONS, launch_cooperative_grid=together)
 
