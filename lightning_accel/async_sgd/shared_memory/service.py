@@ -3,6 +3,7 @@
 Knows workers by their channels and mailboxes alone; their lives are the `Supervisor`'s affair.
 """
 
+import contextlib
 import logging
 import pickle
 import time
@@ -115,17 +116,13 @@ class Service:
 
     def send(self, peer: Peer, message: Message) -> None:
         """Send without waiting; a worker that is gone gets nothing."""
-        try:
+        with contextlib.suppress(ChannelClosedError):
             peer.channel.send(message)
-        except ChannelClosedError:
-            log.debug("worker %d is gone before it got %s", peer.worker, message.kind)
 
     def ring(self, peer: Peer) -> None:
-        """Wake a worker up."""
-        try:
+        """Wake a worker up, if it is still there."""
+        with contextlib.suppress(ChannelClosedError):
             peer.channel.ring()
-        except ChannelClosedError:
-            log.debug("worker %d is gone before it was woken up", peer.worker)
 
     def drain(self, peer: Peer) -> None:
         """Apply every committed push of a worker, publish once, then acknowledge."""
