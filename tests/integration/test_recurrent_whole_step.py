@@ -6,11 +6,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
-from recurrent_models import FEATURES, HIDDEN, Body, LSTMLoop, PeepholeLoop, StackedLoop, data, fit, trainer
+from recurrent_models import FEATURES, HIDDEN, STEPS, Body, LSTMLoop, PeepholeLoop, StackedLoop, data, fit, trainer
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_accel.callbacks import IntraStreamScheduling
 from lightning_accel.callbacks.recurrent import intra_stream_scheduling
@@ -238,6 +240,54 @@ def test_an_overhead_without_limit_measures_short_fits_too():
     module = fit(StackedLoop, callback)
     torch.testing.assert_close(module.losses, fit(StackedLoop).losses, rtol=1e-10, atol=1e-12)
     assert all("chains of" in line or "no schedule was faster" in line for line in callback.report), callback.report
+
+
+class Endless(IterableDataset):
+    """Batches without a length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(self.batches):
+            yield torch.randn(4, STEPS, FEATURES, generator=generator, dtype=torch.double)
+
+
+def fit_endless(kind, batches, *callbacks, **settings):
+    module = kind()
+    torch.manual_seed(5)
+    trainer(*callbacks, **settings).fit(
+        module, DataLoader(Endless(batches), batch_size=None, collate_fn=lambda x: (x,))
+    )
+    return module
+
+
+def test_data_without_a_length_are_taken_to_go_on_as_long_as_they_did():
+    callback = IntraStreamScheduling()
+    module = fit_endless(PeepholeLoop, 12, callback)
+    assert_trained_plainly(module, fit_endless(PeepholeLoop, 12))
+    assert callback.report == ["cell: plain, its loops are not compared with the plain ones yet"]
+    assert callback._ask_again == 32, "of 24 steps asked after 2, 4, 8 and 16"
+    patient = IntraStreamScheduling(max_overhead=float("inf"))
+    module = fit_endless(StackedLoop, 6, patient)
+    torch.testing.assert_close(module.losses, fit_endless(StackedLoop, 6).losses, rtol=1e-10, atol=1e-12)
+    assert all("chains of" in line or "no schedule was faster" in line for line in patient.report), patient.report
+
+
+def test_a_report_and_a_state_can_be_asked_for_at_any_time():
+    seen = []
+
+    class Ask(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen.append((list(callback.report), callback.state_dict()))
+
+    callback = IntraStreamScheduling("intra_stream")
+    fit(LSTMLoop, Ask(), callback)
+    assert seen[0][0][0].startswith("cell: plain"), "not compared yet"
+    assert "chains of" in seen[-1][0][0]
+    assert "chains of" in callback.report[0]
+    assert seen[-1][1].keys() == callback.state_dict().keys()
 
 
 class Annealed(nn.Module):

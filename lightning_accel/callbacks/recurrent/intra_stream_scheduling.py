@@ -81,7 +81,8 @@ class IntraStreamScheduling(Callback):
         check_number("max_overhead", max_overhead, at_least=0.0, infinite=True)
         self.schedule: Literal["auto", "loop", "intra_stream", "compiled", "scan", "native"] = schedule
         self.packed, self.deferred_cells, self.max_overhead = packed, deferred_cells, float(max_overhead)
-        self.report: list[str] = []
+        self._report: list[str] = []
+        self._ask_again = 0
         self._layers: ScheduledLayers | None = None
         self._step = ExitStack()
         self._saved: dict[str, Any] = {}
@@ -91,10 +92,15 @@ class IntraStreamScheduling(Callback):
         self._seconds: deque[float] = deque(maxlen=_TIMED)  # of steps, all but the first one, in which everything loads
         self._begun = 0.0
 
+    @property
+    def report(self) -> list[str]:
+        """What runs how, a line a layer, so far; of the last fit when it is over."""
+        return self._report if self._layers is None else self._layers.report()
+
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Attach the schedules; layers that were made late exist now."""
         self._leave()
-        self.report, self._is_said, self._warned = [], False, set()
+        self._report, self._is_said, self._warned, self._ask_again = [], False, set(), 0
         self._is_warm, self._seconds = False, deque(maxlen=_TIMED)
         self._layers = ScheduledLayers(
             pl_module,
@@ -134,7 +140,6 @@ class IntraStreamScheduling(Callback):
         if self._is_warm:
             self._seconds.append(time.perf_counter() - self._begun)
         self._is_warm = True
-        self._saved, self.report = self._layers.state(), self._layers.report()
         self._warn_of_faults()
         if not self._is_said and not self._layers.to_compare and not self._layers.found_nothing:
             self._say(trainer)
@@ -142,7 +147,6 @@ class IntraStreamScheduling(Callback):
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Say what ran how and leave the model as it was."""
         if self._layers is not None:
-            self.report = self._layers.report()
             if self._layers.found_nothing and self.schedule != "loop":
                 rank_zero_warn(_nothing_found(pl_module, "and no module was called in a loop with its own result"))
             self._say(trainer)
@@ -158,7 +162,7 @@ class IntraStreamScheduling(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was chosen."""
-        return dict(self._saved)
+        return dict(self._saved if self._layers is None else self._layers.state())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Repeat what was chosen."""
@@ -166,13 +170,14 @@ class IntraStreamScheduling(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to the running fit."""
-        return self.__dict__ | {"_layers": None, "_step": ExitStack()}
+        kept = {"_saved": self.state_dict(), "_report": self.report}
+        return self.__dict__ | kept | {"_layers": None, "_step": ExitStack()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IntraStreamScheduling":
         """Copy the settings and what was chosen."""
         settings: dict[str, Any] = {"packed": self.packed, "deferred_cells": self.deferred_cells}
         twin = type(self)(self.schedule, **settings, max_overhead=self.max_overhead)
-        twin._saved, twin._resumed = dict(self._saved), self._resumed
+        twin._saved, twin._resumed = self.state_dict(), self._resumed
         return twin
 
     def _affords_two_steps(self, trainer: "pl.Trainer") -> bool:
@@ -195,14 +200,20 @@ class IntraStreamScheduling(Callback):
         if self.schedule == "auto" and not self._is_repeated:
             if not self._seconds:
                 return
+            if trainer.global_step < self._ask_again:
+                return
             step, left = min(self._seconds), _batches_left(trainer)
             cost = STEPS * step + _SECONDS_OF_A_CHOICE * len(self._layers.to_compare)
             if not _agree(trainer, cost <= self.max_overhead * min(left * step, _seconds_left(trainer))):
+                if trainer.estimated_stepping_batches < 0:  # nobody knows how long it goes on
+                    self._ask_again = 2 * trainer.global_step
+                    return
                 self._layers.refuse(
                     f"{left:.0f} steps of {step:.2g} s remain, and to compare, trace and measure schedules takes "
                     f"about {cost:.1f} s, more than {self.max_overhead:.0%} of that"
                 )
                 return
+            self._layers.expect(left)
         found = difference(trainer, pl_module, batch, batch_idx, self._layers.scheduled)
         if _agree(trainer, found is None):
             self._layers.confirm()
@@ -226,12 +237,15 @@ class IntraStreamScheduling(Callback):
     def _leave(self) -> None:
         self._step.close()
         if self._layers is not None:
+            self._saved, self._report = self._layers.state(), self._layers.report()
             self._layers.remove()
             self._layers = None
 
 
 def _batches_left(trainer: "pl.Trainer") -> float:
-    return max(trainer.estimated_stepping_batches - trainer.global_step, 0)
+    """Return the steps to come; where the data have no length, as many as there have been."""
+    planned = trainer.estimated_stepping_batches
+    return trainer.global_step if planned < 0 else max(planned - trainer.global_step, 0)
 
 
 def _seconds_left(trainer: "pl.Trainer") -> float:

@@ -142,6 +142,16 @@ class ScheduledLayers:
         if failed:
             raise RuntimeError("; ".join(failed))
 
+    def expect(self, calls_left: float) -> None:
+        """Note anew how many batches are to come."""
+        for layer in self.recurrent.values():
+            for choice in layer.schedules:
+                choice.calls_left = calls_left
+        if self.deferred is not None:
+            self.deferred.calls_left = calls_left
+            for cell in self.deferred.cells.values():
+                cell.choice.calls_left = calls_left
+
     def confirm(self) -> None:
         """Note that a whole training step was compared, and that it computes the same."""
         for name, cell in self.to_compare.items():
