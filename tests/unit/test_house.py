@@ -52,6 +52,7 @@ NOT_OF_TORCH = {
     "_fields": "public in named tuples, as `_replace`",
     "_replace": "",
     "_target_": "a key of Hydra",
+    "_raylet": "of Ray, see `ray_private`",
     "_trial_id": "of Optuna, see `handle_of`",
     "_GlobalStateSnapshot": "parts of Lightning's launcher, see `launcher_module`",
     "_MultiProcessingLauncher": "",

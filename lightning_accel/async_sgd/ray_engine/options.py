@@ -1,5 +1,6 @@
 """Where a run on Ray takes place, and what it may lose."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,3 +45,13 @@ class RayOptions:
         check_number("cpus_per_worker", self.cpus_per_worker, above=0.0)
         check_number("gpus_per_worker", self.gpus_per_worker, at_least=0.0)
         check_switch("allow_without_token", self.allow_without_token)
+        if self.runtime_env is not None:
+            if not isinstance(self.runtime_env, Mapping):
+                raise TypeError(f"`runtime_env` must map names to values as Ray expects it, got {self.runtime_env!r}.")
+            object.__setattr__(self, "runtime_env", _plain(self.runtime_env))  # Ray knows no configuration's mappings
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -202,10 +202,6 @@ QUICK_START: dict[str, Any] = {"start_method": "forkserver", "heartbeat_seconds"
 NO_AUTOCAST = {"bf16-mixed": "IntraStreamScheduling: network.cell: plain, "}
 # Calls inside a compiled module are not Python's to answer.
 NOT_COMPILED = {"compiled": "IntraStreamScheduling: network.cell: plain, it is compiled"}
-# A step that calls the optimizer itself can not be compared on a copy, so its loops over cells stay plain.
-NO_TRIAL = dict.fromkeys(
-    ("manual optimization", "two optimizers"), "a training step of manual optimization can not be tried on a copy"
-)
 
 ACCELERATORS = (
     Accelerator(
@@ -297,7 +293,7 @@ ACCELERATORS = (
         callbacks=lambda: [IntraStreamScheduling("native")],
         neutral=lambda: [IntraStreamScheduling("loop")],
         acted=ran_with_a_schedule,
-        left_alone=NO_AUTOCAST | NOT_COMPILED | NO_TRIAL,
+        left_alone=NO_AUTOCAST | NOT_COMPILED,
         nothing_to_act_on="found no recurrent layer",
         nothing_is_a_warning=True,
         conf=("intra_stream_scheduling",),
