@@ -32,14 +32,15 @@ def main() -> None:
     model, fabric_optimizer = fabric.setup(network, optimizer)
     loader = fabric.setup_dataloaders(data.train_dataloader())
 
+    schedule, mine, loss = FreezingSchedule(), frozen_parameters(network), torch.zeros(())
     for epoch in range(6):
         if epoch == 2:  # two epochs dense, for a network that has learned nothing is not worth approximating
             plan = make_plan(network, None, ratio=2.0, method="fixed")  # a batch in place of None: measured ranks
-            dense = {name: module.weight for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+            dense = dict(network.named_parameters())
             decompose(network, plan)
             layers = low_rank_layers(network)
-            replace_parameters(optimizer, {dense[name]: layer for name, layer in layers.items()})
-            schedule, mine = FreezingSchedule(), frozen_parameters(network)
+            replace_parameters(optimizer, {dense[f"{name}.weight"]: layer for name, layer in layers.items()})
+            mine = frozen_parameters(network)
         if epoch >= 2:
             freeze(network, schedule.frozen_group(epoch=epoch - 2), user_frozen=mine)
         for x, y in loader:

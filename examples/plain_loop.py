@@ -21,12 +21,12 @@ def main() -> None:
     assert isinstance(hidden, nn.Linear)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
-    keep = torch.ones(256, 1)
+    keep, loss = torch.ones(256, 1), torch.zeros(())
     for epoch, sparsity in enumerate([0.0, 0.0, 0.5, 0.5, 0.75, 0.75, 0.75, 0.75]):
         for x, y in data.train_dataloader():
             optimizer.zero_grad()
             loss = functional.cross_entropy(model(x), y)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # so it stands in torch
             optimizer.step()
             with torch.no_grad():  # what the projection has cleared stays so, the rest trains on freely
                 hidden.weight.mul_(keep)

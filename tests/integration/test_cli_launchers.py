@@ -7,8 +7,9 @@ from pathlib import Path
 
 import optuna
 import pytest
-import ray
 from cli_calls import SMALL, call
+
+from lightning_accel.cli.sweep.launch_elsewhere import disconnect
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")]
 SWEEP = ["train", *SMALL, "logger=[]", "monitoring=[]", "test=false", "optimized_metric=val/accuracy"]
@@ -35,7 +36,7 @@ def launcher(request, monkeypatch):
     monkeypatch.syspath_prepend(os.getcwd())
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     yield [f"hydra/launcher={request.param}", *(["hydra.launcher.n_jobs=2"] if request.param == "joblib" else [])]
-    ray.shutdown()
+    disconnect()
 
 
 def rows():

@@ -5,7 +5,9 @@ import importlib.util
 import math
 import os
 import secrets
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,6 +62,12 @@ def connected(options: RayOptions, *, cores: float, nbytes: int = 0) -> Iterator
     if _is_connected():
         yield ray
         return
+    with contextlib.ExitStack() as kept:
+        kept.enter_context(termination_kept())
+        yield _joined(ray, options, kept)
+
+
+def _joined(ray: Any, options: RayOptions, kept: contextlib.ExitStack) -> Any:
     try:
         ray.init(address=options.address, logging_level="warning", log_to_driver=True)
     except ConnectionError as error:
@@ -67,10 +75,8 @@ def connected(options: RayOptions, *, cores: float, nbytes: int = 0) -> Iterator
             f"no Ray cluster answers at `address={options.address}` ({error}); start one with `ray start --head`, add "
             "machines with `ray start --address=...`, all with the same token in `RAY_AUTH_TOKEN`."
         ) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    kept.callback(ray.shutdown)
+    return ray
 
 
 def refuse_without_token(options: RayOptions) -> None:
@@ -102,9 +108,20 @@ def _token_of_this_run() -> dict[str, str]:
 @contextlib.contextmanager
 def closed_to_others() -> Iterator[None]:
     """Let Ray that is started inside listen on loopback alone and ask for a token that dies with the run."""
-    with _environment(_QUIET | _token_of_this_run() | {_CLUSTERS: "0"}), on_loopback():
+    with _environment(_QUIET | _token_of_this_run() | {_CLUSTERS: "0"}), on_loopback(), termination_kept():
         read_environment_again()
         yield
+
+
+@contextlib.contextmanager
+def termination_kept() -> Iterator[None]:
+    """Give SIGTERM its handler back, in whose place Ray puts its own for good when it connects."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

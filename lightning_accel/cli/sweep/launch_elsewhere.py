@@ -3,6 +3,8 @@
 A job whose process dies is a failed job, and the others' results are kept.
 """
 
+import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -17,6 +19,7 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrid
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from lightning_accel.async_sgd.ray_engine.cluster import LOOPBACK, closed_to_others, termination_kept
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.results import save_failure
 
@@ -147,7 +150,8 @@ def run_with_ray(
 
     Args:
         jobs: From `prepare`.
-        address: Of a running cluster; None starts one on this machine, which ends with the command.
+        address: Of a running cluster; None is that of ``RAY_ADDRESS``, or starts one on this machine, on loopback and
+            with a token of its own, which ends with the command.
         cpus_per_job: Cores that a job waits for, > 0.
         gpus_per_job: GPUs that a job waits for, >= 0; fractions share one.
         init: More arguments of ``ray.init``.
@@ -163,8 +167,9 @@ def run_with_ray(
         import ray
     except ImportError as error:
         raise UsageError("hydra/launcher=ray needs Ray: pip install 'lightning-accel[ray]'") from error
+    address = address or os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
-        ray.init(address=address, **{"include_dashboard": None if address else False, **(init or {})})
+        _connect(address, dict(init or {}))
     if address is None:  # others may grow
         _check_room(ray.nodes(), cpus_per_job, gpus_per_job)
     remote = ray.remote(num_cpus=cpus_per_job, num_gpus=gpus_per_job, max_retries=0)(run)
@@ -180,11 +185,31 @@ def run_with_ray(
     return [result_of(job, reference) for job, reference in zip(jobs, waiting, strict=True)]
 
 
+_connection = contextlib.ExitStack()  # for as long as the command runs: a search launches jobs again and again
+atexit.register(_connection.close)
+
+
+def _connect(address: str | None, arguments: dict[str, Any]) -> None:
+    import ray
+
+    if address is None:
+        _connection.enter_context(closed_to_others())
+        arguments = {"include_dashboard": False, "_node_ip_address": LOOPBACK, **arguments, "address": "local"}
+    else:
+        _connection.enter_context(termination_kept())
+        arguments = {**arguments, "address": address}
+    ray.init(**arguments)
+    _connection.callback(ray.shutdown)
+
+
+def disconnect() -> None:
+    """End the cluster of this machine, or leave another."""
+    _connection.close()
+
+
 def _check_room(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> None:
     """Refuse what Ray would wait for in vain on this machine alone."""
     machines = [node["Resources"] for node in nodes if node["Alive"]]
-    if len(machines) != 1:  # RAY_ADDRESS names a cluster
-        return
     (held,) = machines
     if held.get("CPU", 0) < cpus or held.get("GPU", 0) < gpus:
         raise UsageError(

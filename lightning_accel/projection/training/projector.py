@@ -125,7 +125,7 @@ class Projector:
         whole: Pyramid | None = self._known_layout(target)
         if whole is None:
             x = target.view()
-            if isinstance(x, DTensor) or placement.is_far(x):
+            if placement.is_far(x) or (isinstance(x, DTensor) and not clears):
                 return False
             whole = self._pyramid(x, target)
         elif isinstance(whole, MaxPyramid) and placement.is_far(whole.blocks.source):
