@@ -32,6 +32,7 @@ class _Turns(Callback):
 
     def __init__(self, projection: L1InfProjection, clock: Callable[[], float]) -> None:
         self.projection, self.clock, self.last = projection, clock, 0.0
+        self.when = projection._run.timing
         self.turns: list[list[float]] = []
 
     @override
@@ -42,7 +43,7 @@ class _Turns(Callback):
             self.turns[-1].append(self.clock() - self.last)
         if batch_idx % _TURN == 0:
             self.turns.append([])
-            self.projection._run.timing = Timing() if len(self.turns) % 2 else Timing(at_end=True)
+            self.projection._run.timing = self.when if len(self.turns) % 2 else Timing(at_end=True)
         self.last = self.clock()
 
 
