@@ -20,7 +20,6 @@ _HEAD = """
 
 #define LONG 64 /* entries of a run */
 #define WIDE 512 /* entries of a row */
-#define THREADS 64
 #define LARGER(a, b) ((a) > (b) ? (a) : (b))
 #define SMALLER(a, b) ((a) < (b) ? (a) : (b))
 
@@ -306,7 +305,7 @@ def passes_text(kind: str, bits: int, infinity: int, turns: int) -> str:
     text = _LARGEST + _CLAMP
     for name, value in (("UNSIGNED", f"uint{bits}_t"), ("TYPE", f"int{bits}_t"), ("BITS", kind)):
         text = text.replace(name, value)
-    head = f"{_HEAD}#define INFINITE ((int{bits}_t){infinity})\n"
+    head = f"#define THREADS {MAX_THREADS}\n{_HEAD}#define INFINITE ((int{bits}_t){infinity})\n"
     if kind != "float":
         return head + text
     limits = f"#define TURNS {turns}\n#define TINY {2.0**-126!r}\n#define MOST {sys.float_info.max!r}\n"

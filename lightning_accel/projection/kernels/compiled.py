@@ -96,9 +96,7 @@ def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> bool:
     if library is None or not (bounds.is_contiguous() and _plain(target)):
         return False
     failed = library.clamp(source.data_ptr(), target.data_ptr(), bounds.data_ptr(), *source.shape, _threads(source))
-    # machine code writes without telling autograd, which must not use values that are gone for a gradient
-    if not target.is_inference():
-        torch.autograd.graph.increment_version(target)
+    _tell_autograd(target)
     return not failed
 
 
@@ -122,8 +120,7 @@ def project_near(x: Tensor, threshold: NearThreshold) -> tuple[Tensor, Tensor, f
         x.data_ptr(), tops.data_ptr(), kept.data_ptr(), *x.shape, _threads(x), *threshold.limits, ctypes.byref(tau)
     ):
         return None
-    if not x.is_inference():
-        torch.autograd.graph.increment_version(x)
+    _tell_autograd(x)
     return tops, kept, tau.value
 
 
@@ -150,9 +147,14 @@ def clear_smallest(x: Tensor, cleared: int, dead: Tensor | None) -> tuple[Tensor
         x.data_ptr(), tops.data_ptr(), left.data_ptr(), address, *x.shape, _threads(x), cleared, ctypes.byref(tau)
     ):
         return None
-    if not x.is_inference():
-        torch.autograd.graph.increment_version(x)
+    _tell_autograd(x)
     return tops, left, tau.value
+
+
+def _tell_autograd(written: Tensor) -> None:
+    """Say what machine code does not: that values which a gradient might need are gone."""
+    if not written.is_inference():
+        torch.autograd.graph.increment_version(written)
 
 
 class _Library:
