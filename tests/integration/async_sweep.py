@@ -133,7 +133,8 @@ class Faults(pl.Callback):
             return
         self.left -= 1
         if self.left == 0:
-            note(self.folder, "faults", f"{self.kind} | {self.stage} | {self.trainer.current_epoch}")
+            fault = (self.kind, self.stage, self.trainer.current_epoch, time.monotonic())
+            note(self.folder, "faults", " | ".join(map(str, fault)))
             befall(self.kind)
 
     def watched(self, name, call):
@@ -233,12 +234,14 @@ def run(folder, seed):
     harm["another result"] = not same(held, module.parameters())
     pids = {int(line) for line in Path(folder, "pids").read_text(encoding="utf-8").split()}
     harm["left"] = sum(is_alive(pid) for pid in pids)
-    times = sorted(float(line) for line in Path(folder, "steps").read_text(encoding="utf-8").split())
-    longest = max(b - a for a, b in itertools.pairwise(times))
-    harm["hangs"] = int(longest > HANG_SECONDS)
     faults = Path(folder, "faults")
     lines = faults.read_text(encoding="utf-8").splitlines() if faults.exists() else []
-    return +harm, [tuple(line.split(" | ")) for line in lines], longest
+    befell = [tuple(line.split(" | ")) for line in lines]
+    # A worker that has come as far as its next fault was not standing still: two hangs in a row are two standstills.
+    times = Path(folder, "steps").read_text(encoding="utf-8").split() + [moment for *_, moment in befell]
+    longest = max(b - a for a, b in itertools.pairwise(sorted(map(float, times))))
+    harm["hangs"] = int(longest > HANG_SECONDS)
+    return +harm, [fault[:3] for fault in befell], longest
 
 
 def same(one, other):
