@@ -188,7 +188,8 @@ class ParameterStore(Protocol):
     def stop(self, *, complete: bool = False) -> None:
         """End the run for everybody: from now on only the coordinator's pushes count.
 
-        ``complete`` says that all epochs should be through; if some batches are not, the run goes on with them.
+        ``complete`` says that all epochs should be through; if some batches are not, the run goes on with them, and
+        this waits for those who train on them, so that what is read next has their steps.
         """
         ...
 

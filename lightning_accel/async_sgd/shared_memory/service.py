@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 
 from lightning_accel.async_sgd.policy.drop_notes import DropNotes
-from lightning_accel.async_sgd.policy.leases import LeaseId
 from lightning_accel.async_sgd.policy.rules import has_slack
 from lightning_accel.async_sgd.policy.server import ParameterServer
 from lightning_accel.async_sgd.policy.sharing import LeaseRequest, Sharing, Situation
@@ -65,7 +64,7 @@ class Service:
         values = message.values
         if message.kind == "bell":
             self.drain(peer)
-        elif message.kind in ("join", "lease", "slack", "kv"):
+        elif message.kind in ("join", "lease", "slack", "kv", "stop"):
             peer.request = message
             self._answer(peer)
         elif message.kind == "hello":
@@ -76,7 +75,8 @@ class Service:
         elif message.kind == "failed":
             self.end.failure = message
         elif message.kind == "commit" and self.server is not None:
-            self._commit(peer, values["leases"])
+            book = self.server.leases
+            book.commit(peer.worker, [lease for lease in values["leases"] if book.holds(peer.worker, [lease])])
         elif message.kind == "give back" and self.server is not None:
             self.drain(peer)
             self.server.leases.give_back(peer.worker, values["leases"])
@@ -106,11 +106,6 @@ class Service:
             # asked and answered at once, so that a worker never both ends and takes over
             peer.done = True
             self.send(peer, Message("finish", {"coordinates": self.control.coordinator == peer.worker}))
-        elif message.kind == "stop":
-            if not (values["complete"] and self.unfinished()):
-                self.end.early = not values["complete"]
-                self._stop()
-            self.send(peer, Message("stop"))
         elif message.kind == "leave":
             self._leave(peer, stop=values["stop"])
 
@@ -202,11 +197,6 @@ class Service:
     def _stop(self) -> None:
         self.control.stop()
         self.end.over()
-
-    def _commit(self, peer: Peer, leases: list[LeaseId]) -> None:
-        assert self.server is not None
-        book = self.server.leases
-        book.commit(peer.worker, [lease for lease in leases if book.holds(peer.worker, [lease])])
 
     def _leave(self, peer: Peer, *, stop: bool) -> None:
         self.drain(peer)
@@ -328,6 +318,15 @@ class Service:
                 )
             self.server.taken_over = taken
         return Message("lease", {"leases": answer.leases, "known": answer.known})
+
+    def _answer_stop(self, peer: Peer, request: Message) -> Message | None:
+        complete = request.values["complete"]
+        if not (complete and self.unfinished()):
+            self.end.early = not complete
+            self._stop()
+        elif any(other is not peer and other.active and not other.done for other in self.peers):
+            return None  # what is handed over must have the steps of those who train on what the dead left
+        return Message("stop")
 
     def _answer_slack(self, peer: Peer, request: Message) -> Message | None:
         assert self.server is not None
