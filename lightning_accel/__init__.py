@@ -4,12 +4,12 @@ Importing this package imports neither torch nor Lightning; public names load on
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from lightning_accel.strategies.registration import register_by_name
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time names load on first use
+    __version__: str
     from lightning_accel.callbacks import IntraStreamScheduling as IntraStreamScheduling
     from lightning_accel.callbacks import L1InfProjection as L1InfProjection
     from lightning_accel.callbacks import MultilevelProjection as MultilevelProjection
@@ -34,13 +34,16 @@ _HOMES = {
     "load_from_checkpoint": "lightning_accel.callbacks",
 }
 
-__version__ = version("lightning-accel")
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604  # names of the table are strings
 
 register_by_name()  # `strategy="async_sgd"`
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version  # takes as long as all else here, and every Hydra app imports this
+
+        return version("lightning-accel")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,11 +3,13 @@
 import hashlib
 import math
 import re
+import string
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -53,6 +55,37 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
         if application is not None:
             GlobalHydra.instance().clear()
             GlobalHydra.instance().initialize(application)
+
+
+def help_of(config_name: str, overrides: Sequence[str]) -> str:
+    """Return what ``--help`` of a command shows: Hydra's own text, in a third of its time.
+
+    Hydra asks its configurations for every group, and copies all of them before each question.
+    """
+    version = {"version_base": "1.3"} if _HYDRA_1_3 else {}
+    with hydra.initialize_config_module("lightning_accel.conf", **version):
+        cfg = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
+        groups = dict(_groups(""))
+    of_app = [name for name in cfg if name != "hydra"]
+    listed = "".join(f"{group}: {', '.join(sorted(options))}\n" for group, options in sorted(groups.items()))
+    return string.Template(cfg.hydra.help.template).substitute(
+        APP_CONFIG_GROUPS=listed, CONFIG=OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, of_app))
+    )
+
+
+def _groups(parent: str) -> Iterator[tuple[str, set[str]]]:
+    """Yield the groups below one, at any depth, with the options that all sources of configurations have for each."""
+    sources = GlobalHydra.instance().config_loader().get_sources()
+    sources = [source for source in sources if source.provider != "hydra" and source.is_group(parent)]
+    for name in sorted({name for source in sources for name in source.list(parent, ObjectType.GROUP)}):
+        group = f"{parent}/{name}" if parent else name
+        if group == "hydra":
+            continue
+        having = [source for source in sources if source.is_group(group)]
+        options = {option for source in having for option in source.list(group, ObjectType.CONFIG)}
+        if options:
+            yield group, options
+        yield from _groups(group)
 
 
 def instantiate(node: DictConfig, *, name: str, **given: object) -> Any:

@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lightning_accel.cli import task
-from lightning_accel.cli.compose import hydra_main
+from lightning_accel.cli.compose import help_of, hydra_main
 from lightning_accel.cli.errors import INTERRUPTED, explain
 from lightning_accel.cli.results import save_failure
 from lightning_accel.cli.words import FLAGS_WITH_VALUE
@@ -52,6 +52,9 @@ def launch(name: str, overrides: Sequence[str]) -> int:
             # Hydra 1.4 would have us trust the names of all its callbacks before it reads which the user has.
             warnings.filterwarnings("ignore", message=r"(?s).*lightning_accel\.cli\.sweep\.SweepReport")
             try:
+                if flags == ["--help"]:
+                    print(help_of(name, words[1:]))
+                    return 0
                 hydra_main(name, job)()
             finally:
                 if sweep := sys.modules.get("lightning_accel.cli.sweep"):

@@ -1,9 +1,11 @@
 """What a cold start imports: help next to nothing, `train` little that a plain script does not."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+from cli_calls import call, folders
 
 STOP = """
 import os, sys
@@ -48,3 +50,23 @@ def test_help_imports_neither_torch_nor_hydra():
     show = "import sys; from lightning_accel.cli import main; main(['--help'])"
     heavy = imported("-c", f"{show}; print('imported', *{{name.partition('.')[0] for name in sys.modules}})")
     assert not heavy & {"torch", "lightning", "hydra", "omegaconf", "numpy", "matplotlib"}
+
+
+@pytest.mark.slow
+def test_the_bench_of_cold_starts_holds_them_against_their_limits():
+    assert call("bench", "cli", "quick=true") == 0
+    (folder,) = folders("bench")
+    rows = json.loads((folder / "bench.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == [
+        "lightning-accel --help",
+        "lightning-accel train --help",
+        "lightning-accel train",
+        "lightning-accel train callbacks=[rank_quantization,l1inf_projection]",
+    ]
+    for row in rows[:2]:
+        assert row["seconds"]["0.5 s"] == 0.5
+        assert row["ratio"]["median"] == pytest.approx(0.5 / row["seconds"][row["variant"]])
+    for row in rows[2:]:
+        script = row["seconds"]["a plain script and 1 s"] - 1.0
+        assert f"a plain script takes {script:.2f} s" in row["note"]
+        assert row["reached"] == (row["seconds"][row["variant"]] <= script + 1.0)
