@@ -45,16 +45,28 @@ class GroupSparsity(Metric):
         Raises:
             ValueError: If ``group_dims`` are not dimensions of ``tensor``.
         """
-        dims = normalize_dims(self.group_dims if group_dims is None else group_dims, tensor.ndim)
-        rest = tuple(d for d in range(tensor.ndim) if d not in dims)
-        alive = tensor != 0
-        groups = alive.any(dim=rest) if rest else alive
-        found = torch.stack(((~groups).sum(), (~alive).sum())).to(self.counts)
-        self.counts += torch.stack(
-            (found[0], found.new_tensor(groups.numel()), found[1], found.new_tensor(alive.numel()))
-        )
+        self.counts += count_zeros(tensor, self.group_dims if group_dims is None else group_dims).to(self.counts)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the fractions of zero groups and zero entries."""
-        zero_groups, groups, zero_entries, entries = self.counts.unbind(-1)
-        return {"zero_groups": zero_groups / groups.clamp_min(1), "zero_entries": zero_entries / entries.clamp_min(1)}
+        return zero_fractions(self.counts)
+
+
+def count_zeros(tensor: Tensor, group_dims: Sequence[int]) -> Tensor:
+    """Return zero groups, groups, zero entries and entries of a tensor, float64 ``(4,)``.
+
+    Raises:
+        ValueError: If ``group_dims`` are not dimensions of ``tensor``.
+    """
+    dims = normalize_dims(group_dims, tensor.ndim)
+    rest = tuple(d for d in range(tensor.ndim) if d not in dims)
+    alive = tensor != 0
+    groups = alive.any(dim=rest) if rest else alive
+    found = torch.stack(((~groups).sum(), (~alive).sum())).double()
+    return torch.stack((found[0], found.new_tensor(groups.numel()), found[1], found.new_tensor(alive.numel())))
+
+
+def zero_fractions(counts: Tensor) -> dict[str, Tensor]:
+    """Return the fractions of zero groups and zero entries, from what `count_zeros` returned, summed or not."""
+    zero_groups, groups, zero_entries, entries = counts.unbind(-1)
+    return {"zero_groups": zero_groups / groups.clamp_min(1), "zero_entries": zero_entries / entries.clamp_min(1)}

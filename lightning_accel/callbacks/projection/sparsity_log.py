@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lightning_accel.callbacks.projection.group_sparsity import GroupSparsity
+from lightning_accel.callbacks.projection.group_sparsity import count_zeros, zero_fractions
 from lightning_accel.projection.sharded import gather
 from lightning_accel.projection.training.projector import Projector
 
@@ -18,14 +19,12 @@ def log_sparsity(projector: Projector, log_dict: Callable[..., None], prefix: st
         log_dict: Of the module.
         prefix: Of the names.
     """
-    overall, values = GroupSparsity(), dict[str, Any]()
+    counts, values = list[Tensor](), dict[str, Any]()
     for target in projector.targets:
-        weight = gather(target.view())
-        overall.to(weight.device).update(weight, target.group_dims)
-        single = GroupSparsity().to(weight.device)
-        single.update(weight, target.group_dims)
-        values |= {f"{prefix}/{target.name}/{k}": v.float() for k, v in single.compute().items()}
-    values |= {f"{prefix}/{k}": v.float() for k, v in overall.compute().items()}
+        counts.append(count_zeros(gather(target.view()), target.group_dims))
+        values |= {f"{prefix}/{target.name}/{k}": v.float() for k, v in zero_fractions(counts[-1]).items()}
+    overall = torch.stack([found.to(counts[-1].device) for found in counts]).sum(0)
+    values |= {f"{prefix}/{k}": v.float() for k, v in zero_fractions(overall).items()}
     for name, found in projector.last.items():
         values |= {f"{prefix}/{name}/norm": found.norm.float(), f"{prefix}/{name}/tau": found.tau.float()}
     # every process has the same values: the maximum is theirs, to the bit

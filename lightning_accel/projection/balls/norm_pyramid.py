@@ -1,5 +1,6 @@
 """Pyramids of norms: up by reducing, down by projecting every fibre onto the ball that the level above left for it."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, Protocol, get_args
 
@@ -131,6 +132,18 @@ class MaxPyramid:
             ``None`` where that is not possible, or takes a more careful look.
         """
         return compiled.clear_smallest(self.blocks.source, cleared, dead) if self._in_place() else None
+
+    def clear(self, groups: Tensor) -> bool:
+        """Clear some groups in place, by their indices, int64 ``(chosen,)``; say whether that is possible."""
+        if self._in_place():
+            self.blocks.source.index_fill_(1, groups, 0.0)
+            return True
+        return False
+
+    def is_finite(self) -> bool:
+        """Say whether no entry is NaN or infinite; ``False`` also where their sum overflows."""
+        source = self.blocks.source
+        return math.isfinite(float(source.sum(dtype=torch.promote_types(source.dtype, torch.float32))))
 
     def _in_place(self) -> bool:
         return self.blocks.target is self.blocks.source and self.blocks.copied_dims is None

@@ -1,8 +1,13 @@
 """What projections found."""
 
-from typing import NamedTuple
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_accel.projection.balls.norm_pyramid import MaxPyramid
 
 
 class Cut(NamedTuple):
@@ -38,3 +43,21 @@ class LoneCut(NamedTuple):
     def cut(self) -> Cut:
         """Return the same as a `Cut`."""
         return Cut(self.tops.sum(), self.tops.new_full((), self.tau), [self.left], [self.tops])
+
+
+class NothingNew(NamedTuple):
+    """What a projection found that had only to clear dead groups again; the norms are taken when they are asked for.
+
+    Attributes:
+        part: The tensor; its groups that live are as they were before.
+        dead: Boolean ``(groups,)``.
+    """
+
+    part: "MaxPyramid"
+    dead: Tensor
+
+    def cut(self) -> Cut:
+        """Return the same as a `Cut`, as long as nobody has written to the tensor since."""
+        tops = self.part.tops().masked_fill(self.dead, 0.0)
+        left = torch.full_like(tops, math.inf).masked_fill_(self.dead, 0.0)
+        return Cut(tops.sum(), tops.new_zeros(()), [left], [tops])

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from lightning_accel.projection.balls.exact import ExactState, project_exact
 from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.norm_pyramid import MaxPyramid, Pyramid, check_levels, fibre_norms, pyramid
-from lightning_accel.projection.balls.outcome import Cut, LoneCut
+from lightning_accel.projection.balls.outcome import Cut, LoneCut, NothingNew
 from lightning_accel.projection.balls.shared_radius import Team, clear_alone, cut, cut_alone
 from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.compiled import Compile, compiling
@@ -54,7 +54,8 @@ class Projector:
     memories: dict[str, Memory] = field(default_factory=dict)
     unchecked: list[Tensor] = field(default_factory=list)
     _layouts: dict[str, tuple[nn.Parameter, Place, MaxPyramid]] = field(default_factory=dict, repr=False)
-    _last: dict[str, Cut | LoneCut] = field(default_factory=dict, repr=False)
+    _last: dict[str, Cut | LoneCut | NothingNew] = field(default_factory=dict, repr=False)
+    _dead: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # masks and their indices
 
     @property
     def last(self) -> dict[str, Cut]:
@@ -133,6 +134,8 @@ class Projector:
         memory, floor = self.memory(target), self._floor([target], part)
         if clears:
             dead = memory.dead if self.freeze_zero_groups else None
+            if dead is not None and self._clear_again(target, whole, dead, floor.cleared):
+                return True
             found = clear_alone(whole, floor, dead=dead, nonfinite=ball.nonfinite, name=target.name)
             self._last[target.name] = found
             if self.freeze_zero_groups:
@@ -145,6 +148,26 @@ class Projector:
         self._last[target.name], memory.tau = found, found.tau
         return True
 
+    def _clear_again(self, target: Target, whole: Pyramid, dead: Tensor, cleared: int) -> bool:
+        """Clear what is dead and look for nothing more, where the dead are as many as are to go; say whether it was so.
+
+        Most steps of a fit are like that: groups that a sparsity asks for die one by one, and stay dead.
+        """
+        if not isinstance(whole, MaxPyramid):
+            return False
+        indices = self._indices(target, dead)
+        if len(indices) < cleared or not (whole.is_finite() and whole.clear(indices)):
+            return False
+        self._last[target.name] = NothingNew(whole, dead)
+        return True
+
+    def _indices(self, target: Target, dead: Tensor) -> Tensor:
+        """Return the indices of a target's dead groups, int64 ``(dead groups,)``."""
+        known = self._dead.get(target.name)
+        if known is None or known[0] is not dead:
+            known = self._dead[target.name] = dead, dead.nonzero().flatten()
+        return known[1]
+
     @torch.no_grad()
     def hold(self, targets: Sequence[Target] | None = None) -> None:
         """Clear what a mask or a frozen group keeps cleared, after an optimizer step without a projection."""
@@ -156,8 +179,15 @@ class Projector:
                     memory.kept = alike(memory.kept, parameter)  # a mask from a checkpoint is whole
                     parameter.masked_fill_(~memory.kept, 0.0)
             elif memory.dead is not None:
+                whole = self._pyramid(target.view(), target)
+                if (
+                    isinstance(whole, MaxPyramid)
+                    and not placement.is_far(memory.dead)  # indices would wait for it
+                    and whole.clear(self._indices(target, memory.dead))
+                ):
+                    continue
                 infinite = torch.full(memory.dead.shape, torch.inf, dtype=torch.float64, device=memory.dead.device)
-                self._pyramid(target.view(), target).cut(infinite.masked_fill_(memory.dead, 0.0))
+                whole.cut(infinite.masked_fill_(memory.dead, 0.0))
 
     @torch.no_grad()
     def mask(self) -> None:
