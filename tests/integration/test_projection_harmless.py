@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel.callbacks import L1InfProjection, MultilevelProjection
+from lightning_accel.callbacks.projection import roles
 
 BOTH = pytest.mark.parametrize("kind", [L1InfProjection, MultilevelProjection])
 x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
@@ -34,8 +35,8 @@ class Net(LightningModule):
         return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], 1e-2)
 
 
-def fit(net, *callbacks, epochs=2, validate=False, **settings):
-    data = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 8)
+def fit(net, *callbacks, epochs=2, validate=False, batch_size=8, **settings):
+    data = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size)
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -118,6 +119,24 @@ def test_layers_that_are_never_called_are_left_alone_and_named(epochs, caplog):
         fit(net, L1InfProjection(), epochs=epochs)
     assert zero_rows(net) == [8, 4, 0]
     assert "unused.weight (took no part in the steps of its first epoch)" in caplog.text
+    assert int((net.unused.weight == 0).sum()) == 0
+
+
+def test_in_a_long_epoch_few_steps_are_watched_and_a_layer_that_comes_late_is_found(monkeypatch):
+    class Late(Net):
+        def training_step(self, batch, batch_idx):
+            self.extra = nn.functional.relu(self.more(batch[0])) if batch_idx >= 20 else batch[0]
+            return nn.functional.cross_entropy(self.net(self.extra), batch[1])
+
+    net, watched = Late(), []
+    net.more, net.unused = nn.Linear(12, 12), nn.Linear(5, 5)
+    look = roles.OutputLayers
+    monkeypatch.setattr(
+        roles, "OutputLayers", lambda module: (watched.append(module.trainer.fit_loop.batch_idx), look(module))[1]
+    )
+    fit(net, L1InfProjection(), batch_size=1, epochs=2)
+    assert watched == [*range(16), 26, 39, 52], "of 64 steps"
+    assert int((net.more.weight == 0).all(1).sum()) == 6
     assert int((net.unused.weight == 0).sum()) == 0
 
 

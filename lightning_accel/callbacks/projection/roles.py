@@ -19,6 +19,7 @@ from lightning_accel.projection.training.targets import Target
 _log = logging.getLogger("lightning_accel.callbacks.projection")
 _OUTPUT = "writes the model's output"
 _UNUSED = "took no part in the steps of its first epoch"
+_FIRST, _PERIOD = 16, 13  # steps of an epoch: all that are looked at, then one of a number that no habit divides
 _SHOWN = 12  # names in a message
 
 
@@ -117,14 +118,21 @@ class LayerRoles:
         return self._sort(trainer)
 
     def look(self, trainer: "pl.Trainer", module: nn.Module) -> None:
-        """Watch the step that begins, where something has not been sorted out; of compiled models one step a change."""
+        """Watch the step that begins, where something has not been sorted out; of compiled models one step a change.
+
+        Watching makes a step of a small model half as long again, and a layer that is never called is never sorted out:
+        so of a long epoch all first steps are watched, and few of the others.
+        """
         self.look_away()
-        if not self._unsorted() or self._closed:
+        if self._closed or not self._unsorted():
             return
         if self._last_epoch is None:
             self._last_epoch = trainer.current_epoch
         if trainer.current_epoch > self._last_epoch:
             self.close(trainer)
+            return
+        batch = trainer.fit_loop.batch_idx
+        if batch >= _FIRST and batch % _PERIOD:
             return
         if has_compiled_parts(module):  # one node would stand for all layers: this step runs as it is written
             if self._compiled_batches == 0:
