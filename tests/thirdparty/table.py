@@ -167,12 +167,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of rows and table")
     parser.add_argument("--environments", type=Path, help="folder of the virtual environments; in OUT by default")
     parser.add_argument("--pairs", type=int, default=6, help="trainings of each arm; at least 6 for a verdict")
+    parser.add_argument("--only-install", action="store_true", help="make the environments and measure nothing")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     environments = given.environments or given.out / "environments"
     failed = []
     for name in given.packages or MODULES:
         python = make_environment((environments / name).resolve(), constant_of(MODULES[name], "INSTALL"))
+        if given.only_install:
+            continue
         if not run(name, python, (given.out / f"{name}.json").resolve(), given.pairs):
             failed.append(name)
     results = [json.loads(path.read_text()) for path in sorted(given.out.glob("*.json"))]
