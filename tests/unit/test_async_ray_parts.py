@@ -6,6 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from lightning_accel.async_sgd.ray_engine.messages import (
     unpack_request,
 )
 from lightning_accel.async_sgd.ray_engine.options import RayOptions
+from lightning_accel.async_sgd.ray_engine.peers import ActorProcess
 from lightning_accel.async_sgd.ray_engine.shards.layout import (
     can_be_split,
     merge,
@@ -212,6 +214,18 @@ def test_shards_make_the_steps_of_one_server(kind, shards):
     order = places_of_groups(whole)
     cut = unpack_cuts([shard.cut() for shard in group], layout, order, server.snapshot())
     assert all(torch.equal(a, b) for a, b in zip(server.snapshot().parameters, cut.parameters, strict=True))
+
+
+def test_an_actor_that_has_ended_is_let_go():
+    killed, handle = [], type("Handle", (), {})()
+    process = ActorProcess(lambda handle=handle: killed.append(handle))
+    gone = weakref.ref(handle)
+    del handle
+    process.ended(0)
+    assert gone() is None, "Ray gives its cores to another only when nobody holds the actor"
+    process.kill()
+    assert not killed
+    assert process.exitcode == 0
 
 
 def test_a_shard_refuses_what_does_not_fit_and_goes_on():

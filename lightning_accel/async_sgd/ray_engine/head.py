@@ -308,7 +308,7 @@ class Head:
         except Exception as error:  # what it was given could not be read there, say
             log.error("worker %d could not begin: %s", worker, error)
             code = 1
-        process.exitcode = code if process.exitcode is None else process.exitcode
+        process.ended(code)
         del actor
 
     def _tell_who_waits(self) -> None:

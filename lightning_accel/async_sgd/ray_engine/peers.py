@@ -64,14 +64,20 @@ class ActorProcess:
     """
 
     def __init__(self, kill: Callable[[], None]) -> None:
-        self._kill = kill
+        self._kill: Callable[[], None] | None = kill
         self.pid: int | None = None  # where it is on the machine of the head
         self.exitcode: int | None = None
 
     def kill(self) -> None:
         """End it; its death is noted at once."""
-        self.exitcode = KILLED if self.exitcode is None else self.exitcode
-        self._kill()
+        if self._kill is not None:
+            self._kill()
+        self.ended(KILLED)
+
+    def ended(self, code: int) -> None:
+        """Take note of how it ended, and let go of the actor: Ray gives its cores to another only then."""
+        self.exitcode = code if self.exitcode is None else self.exitcode
+        self._kill = None
 
     def join(self, timeout: float | None = None) -> None:
         """Return at once: Ray buries its dead."""
@@ -104,6 +110,7 @@ class Announced:
 class RayPeer(Peer):
     """One worker as the head sees it."""
 
+    is_there: bool = False
     coordinates: bool = False
     acknowledged: dict[int, "asyncio.Future[str]"] = field(default_factory=dict)
 

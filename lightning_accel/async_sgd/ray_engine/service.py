@@ -85,6 +85,7 @@ class RayService(Service):
     def handle(self, peer: Peer, message: Message) -> None:
         """Deal with one message; an answer that has to wait is kept for `answer_waiting`."""
         if message.kind == "hello":
+            peer.is_there = True
             if message.values["node"] == self._node:
                 peer.signs.pid = message.values["pid"]
             self.send(peer, Message("welcome", {"workers": self._workers}))

@@ -43,6 +43,7 @@ class Peer:
     leased_epoch: int = -1  # the last of which it was given a batch
     idle: bool = False
     done: bool = False  # has ended its training, and can take nothing over
+    is_there: bool = True  # runs by now; an actor may have to wait for a machine
     ended_for: str | None = None  # why the supervisor ended it, if it did
     slots: list[list[Tensor]] = field(default_factory=list)  # gradients in the mailbox, where nothing is compressed
     spans: list[Tensor] = field(default_factory=list)  # the same, each slot as one tensor, where all have one dtype

@@ -324,7 +324,7 @@ class Service:
         if not (complete and self.unfinished()):
             self.end.early = not complete
             self._stop()
-        elif any(other is not peer and other.active and not other.done for other in self.peers):
+        elif any(other is not peer and other.active and other.is_there and not other.done for other in self.peers):
             return None  # what is handed over must have the steps of those who train on what the dead left
         return Message("stop")
 

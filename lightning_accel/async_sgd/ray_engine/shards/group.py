@@ -225,6 +225,6 @@ class ShardGroup:
 
 def is_death(error: BaseException | None) -> bool:
     """Whether an error says that an actor, its process or its machine is gone (or what lay there)."""
-    from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError
+    from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError
 
-    return isinstance(error, (RayActorError, ObjectLostError, OwnerDiedError))
+    return isinstance(error, (RayActorError, ObjectLostError, NodeDiedError))
