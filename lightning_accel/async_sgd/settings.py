@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lightning_accel.arguments import check_choice, check_integer, check_number, check_switch
-from lightning_accel.async_sgd.compression import Compression
+from lightning_accel.async_sgd.policy.encoding.compression import Compression
 from lightning_accel.async_sgd.policy.rules import STALENESS_RULES, StalenessRule
 
 Buffers = Literal["mean", "coordinator", "recompute"]
-Outer = Literal["mean", "delayed_nesterov"]
+Outer = Literal["mean", "delayed_nesterov", "nesterov"]
 Validate = Literal["coordinator", "pause"]
 
 
@@ -22,8 +22,15 @@ class Settings:
         local_steps: Steps that a worker takes on its own copy, with its own optimizer, before it pushes the way it
             has gone; 0 for pushing gradients. Excludes ``n_push`` and ``n_fetch`` above 1.
         outer: What the server does with such ways: ``mean`` adds each with weight 1 / live workers;
-            ``delayed_nesterov`` adds momentum once in as many pushes as there are live workers.
-        outer_momentum: Of ``delayed_nesterov``, in [0, 1).
+            ``delayed_nesterov`` adds momentum once in as many pushes as there are live workers; ``nesterov`` makes a
+            step with Nesterov momentum of each round, and needs ``min_workers``. See `OuterStep`.
+        outer_momentum: Of the two with momentum, in [0, 1).
+        outer_rate: Factor on every outer step, > 0. Below 1 with momentum, which adds up to 1 / (1 - momentum).
+        min_workers: Of ``local_steps``: how many workers have to push before their ways count, all together as one
+            outer step, each by its part of the samples; those who have pushed wait for that. 0: no rounds, each way
+            counts when it comes. Of workers that are gone or have no more batches, nobody waits for any.
+        round_grace: Seconds that a round with so many workers waits for the others, >= 0; who comes later is in the
+            next one. Infinite: until all are there.
         overlap: Whether a worker goes on with its next batch while its push is applied, so that it never waits for
             the server; its gradients are then up to one step of its own older.
         staleness: Rule for gradients of older parameters. ``look_ahead``: workers compute on a forecast of the
@@ -68,6 +75,9 @@ class Settings:
     local_steps: int = 0
     outer: Outer = "mean"
     outer_momentum: float = 0.9
+    outer_rate: float = 1.0
+    min_workers: int = 0
+    round_grace: float = 1.0
     overlap: bool = False
     staleness: StalenessRule = "look_ahead"
     drop_beyond: int = 16
@@ -94,6 +104,8 @@ class Settings:
         check_number("straggler_grace", self.straggler_grace, at_least=0.0, infinite=True)
         check_number("stall_seconds", self.stall_seconds, above=0.0, optional=True, infinite=True)
         check_number("outer_momentum", self.outer_momentum, at_least=0.0, below=1.0)
+        check_number("outer_rate", self.outer_rate, above=0.0)
+        check_number("round_grace", self.round_grace, at_least=0.0, infinite=True)
         for name in ("overlap", "record_log"):
             check_switch(name, getattr(self, name))
         for name, choices in _CHOICES.items():
@@ -104,12 +116,35 @@ class Settings:
             raise ValueError("with `local_steps` a push is waited for; leave `overlap` off, or push gradients.")
         if self.local_steps and self.staleness == "delay_compensation":
             raise ValueError("`delay_compensation` needs gradients; choose another `staleness` with `local_steps`.")
+        self._check_rounds()
+
+    def check_workers(self, workers: int) -> None:
+        """Refuse what so many workers cannot do.
+
+        Raises:
+            ValueError: If rounds wait for more workers than there are.
+        """
+        if self.min_workers > workers:
+            raise ValueError(f"`min_workers` must be <= the number of workers {workers}, got {self.min_workers}.")
+
+    def _check_rounds(self) -> None:
+        if not self.min_workers:
+            if self.outer == "nesterov":
+                raise ValueError("`outer='nesterov'` steps once a round; say with `min_workers` when one closes.")
+            return
+        if not self.local_steps:
+            raise ValueError("rounds are of local steps; set `local_steps` with `min_workers`, or leave it at 0.")
+        if self.outer == "delayed_nesterov":
+            raise ValueError("`delayed_nesterov` is for ways that come one by one; use `outer='nesterov'` with rounds.")
+        if self.max_staleness is not None:
+            raise ValueError("rounds keep workers together already; leave `max_staleness` out with `min_workers`.")
 
 
 _LEAST: dict[str, int] = {
     "n_push": 1,
     "n_fetch": 1,
     "local_steps": 0,
+    "min_workers": 0,
     "drop_beyond": 0,
     "warm_start_steps": 0,
     "cooldown_steps": 0,

@@ -22,7 +22,7 @@ from lightning_accel.async_sgd.optimizer_steps import (
 )
 from lightning_accel.async_sgd.policy.leases import LeaseId
 from lightning_accel.async_sgd.policy.optimizer_copy import copy_optimizers
-from lightning_accel.async_sgd.policy.server import ASSIGN, NO_UPDATE, OUTER, OVERWRITE
+from lightning_accel.async_sgd.policy.pushes import ASSIGN, NO_UPDATE, OUTER, OVERWRITE
 from lightning_accel.async_sgd.recompute import Recomputation
 from lightning_accel.async_sgd.replicas.shards import put, whole
 from lightning_accel.async_sgd.settings import Settings

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from lightning_accel.arguments import check_choice, check_integer, check_switch
 from lightning_accel.async_sgd import Compression, ParameterStore, Settings, Statistics
-from lightning_accel.async_sgd.compression import CompressionName
 from lightning_accel.async_sgd.optimizer_steps import refuse_unsupported
+from lightning_accel.async_sgd.policy.encoding.compression import CompressionName
 from lightning_accel.async_sgd.policy.rules import StalenessRule
 from lightning_accel.async_sgd.ray_engine.options import RayOptions
 from lightning_accel.async_sgd.settings import Buffers, Outer, Validate
@@ -54,6 +54,9 @@ class AsyncSGDBody(NobodyWaits, SavesOneCut, Places, _Base):
         local_steps: See there.
         outer: See there.
         outer_momentum: See there.
+        outer_rate: See there.
+        min_workers: See there.
+        round_grace: See there.
         overlap: See there.
         staleness: See there.
         drop_beyond: See there.
@@ -124,6 +127,9 @@ class AsyncSGDBody(NobodyWaits, SavesOneCut, Places, _Base):
         local_steps: int = Settings.local_steps,
         outer: Outer = Settings.outer,
         outer_momentum: float = Settings.outer_momentum,
+        outer_rate: float = Settings.outer_rate,
+        min_workers: int = Settings.min_workers,
+        round_grace: float = Settings.round_grace,
         overlap: bool = Settings.overlap,
         staleness: StalenessRule = Settings.staleness,
         drop_beyond: int = Settings.drop_beyond,
@@ -165,6 +171,9 @@ class AsyncSGDBody(NobodyWaits, SavesOneCut, Places, _Base):
             local_steps=local_steps,
             outer=outer,
             outer_momentum=outer_momentum,
+            outer_rate=outer_rate,
+            min_workers=min_workers,
+            round_grace=round_grace,
             overlap=overlap,
             staleness=staleness,
             drop_beyond=drop_beyond,

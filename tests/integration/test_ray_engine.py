@@ -88,6 +88,22 @@ def test_rhythms_rules_and_compressions_work_on_ray(tmp_path, settings):
     assert not any(torch.equal(p, before[name]) for name, p in weights.items())
 
 
+@pytest.mark.parametrize("compression", ["fp16", "int8"])
+def test_rounds_with_nesterov_steps_and_compressed_ways_on_ray(tmp_path, compression):
+    rounds = {"local_steps": 4, "min_workers": 2, "outer": "nesterov", "outer_momentum": 0.5, "outer_rate": 0.7}
+    strategy = AsyncSGDStrategy(
+        engine="ray", shards=2, compression=compression, deterministic_replay=True, **CALM, **rounds
+    )
+    module = seeded(Classifier, "momentum", dropout=0.0)
+    trainer = fit(tmp_path, strategy, module, devices=2, callbacks=[WaitForAll(2)], size=256, epochs=3)
+    log = strategy.ending.log
+    leases = Counter(lease for entry in log for lease in entry.leases)
+    assert leases == Counter((epoch, i) for epoch in range(3) for i in range(32))
+    assert {entry.worker for entry in log} == {0, 1}
+    assert any(0.0 < entry.weight < 1.0 for entry in log), "ways of two workers make a round"
+    assert trainer.callback_metrics["val/loss"] < 0.5
+
+
 @pytest.mark.parametrize("stage", ["half-way", "before the flag", "after the flag"])
 def test_a_worker_killed_in_a_push_leaves_whole_pushes_and_every_batch_once(stage):
     victim = 0 if stage == "half-way" else 1  # worker 0 coordinates

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lightning_accel.async_sgd import Settings
+from lightning_accel.async_sgd.policy.encoding.wire import MalformedMessageError
 from lightning_accel.async_sgd.policy.optimizer_copy import dumps
-from lightning_accel.async_sgd.policy.wire import MalformedMessageError
 from lightning_accel.async_sgd.ray_engine.cluster import connected
 from lightning_accel.async_sgd.ray_engine.head import Head, StrangerError
 from lightning_accel.async_sgd.ray_engine.messages import pack_request

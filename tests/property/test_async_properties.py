@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_accel.async_sgd import Compression, LeaseBook, ParameterServer, Push, Settings, replay
-from lightning_accel.async_sgd.compression import ErrorFeedback
+from lightning_accel.async_sgd.policy.encoding.compression import ErrorFeedback
 from lightning_accel.async_sgd.store import Opening
 
 EVENTS = st.lists(st.tuples(st.sampled_from(["grant", "commit", "die", "drop"]), st.integers(0, 2)), max_size=60)

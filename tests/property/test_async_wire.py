@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_accel.async_sgd import Compression, ParameterServer, Push, Settings
-from lightning_accel.async_sgd.policy.stepping import get_groups
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
-from lightning_accel.async_sgd.policy.wire import (
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.encoding.wire import (
     _HEADER,
     MalformedMessageError,
     Registered,
@@ -21,6 +20,7 @@ from lightning_accel.async_sgd.policy.wire import (
     encode_push,
     encode_values,
 )
+from lightning_accel.async_sgd.policy.stepping import get_groups
 from lightning_accel.async_sgd.store import Opening
 
 WEIGHT = TensorSpec("weight", torch.Size([2, 3]), torch.float32)

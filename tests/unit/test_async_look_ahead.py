@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_accel.async_sgd import Compression, ParameterServer, Push, Settings
+from lightning_accel.async_sgd import ParameterServer, Push, Settings
 from lightning_accel.async_sgd.policy.look_ahead import REACH, is_normalised
+from lightning_accel.async_sgd.policy.pushes import ASSIGN
 from lightning_accel.async_sgd.policy.replay import replay
-from lightning_accel.async_sgd.policy.server import ASSIGN
 from lightning_accel.async_sgd.simulation.run import simulate
 from lightning_accel.async_sgd.store import Opening
 
@@ -209,7 +209,7 @@ def test_a_simulated_straggler_makes_its_share_of_the_steps_and_repeats():
     [
         ({}, {"step_seconds": []}, "`step_seconds` must be > 0"),
         ({}, {"jitter": 1.0}, r"`jitter` must be in \[0, 1\)"),
-        ({"compression": Compression("fp16")}, {}, "compression is not simulated"),
+        ({"local_steps": 2, "min_workers": 2}, {}, "`min_workers` must be <= the number of workers 1"),
     ],
 )
 def test_simulations_that_make_no_sense_are_refused(settings, others, message):

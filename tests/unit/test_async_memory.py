@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.shared_memory.channel import Channel, ChannelClosedError, Message
 from lightning_accel.async_sgd.shared_memory.control import ControlPage
 from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPage, Segment

@@ -16,9 +16,10 @@ from torch import nn
 
 from lightning_accel import AsyncSGDStrategy
 from lightning_accel.async_sgd import Compression, Lease, ParameterServer, Push, Settings, Statistics
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.encoding.wire import MalformedMessageError, encode_push
 from lightning_accel.async_sgd.policy.optimizer_copy import copy_optimizers, dumps
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
-from lightning_accel.async_sgd.policy.wire import MalformedMessageError, encode_push
+from lightning_accel.async_sgd.policy.pushes import OUTER
 from lightning_accel.async_sgd.ray_engine.cluster import refuse_without_token
 from lightning_accel.async_sgd.ray_engine.messages import (
     from_plain,
@@ -39,6 +40,7 @@ from lightning_accel.async_sgd.ray_engine.shards.layout import (
     split,
     unpack_cuts,
 )
+from lightning_accel.async_sgd.ray_engine.shards.server import ShardedServer
 from lightning_accel.async_sgd.ray_engine.shards.shard import Shard, Step
 from lightning_accel.async_sgd.shared_memory.channel import Message
 from lightning_accel.async_sgd.store import Opening, Snapshot
@@ -193,6 +195,22 @@ def shard_of(part, run=None):
     return shard
 
 
+class Carrier:
+    """Carries commands nowhere, and keeps the steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def open(self, parts, version):
+        pass
+
+    def step(self, step):
+        self.steps.append(step)
+
+    def forget(self, worker):
+        pass
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_shards_make_the_steps_of_one_server(kind, shards):
@@ -213,6 +231,43 @@ def test_shards_make_the_steps_of_one_server(kind, shards):
             assert shard.step(Step(0, 0, sequence, 0, sequence))
     order = places_of_groups(whole)
     cut = unpack_cuts([shard.cut() for shard in group], layout, order, server.snapshot())
+    assert all(torch.equal(a, b) for a, b in zip(server.snapshot().parameters, cut.parameters, strict=True))
+
+
+@pytest.mark.parametrize("outer", ["mean", "nesterov"])
+def test_shards_close_the_rounds_of_one_server(outer):
+    run = Settings(local_steps=2, min_workers=2, outer=outer, lease_batches=1)
+    whole = opening("sgd", steps=0)
+    copies = [nn.Parameter(p.detach().clone()) for p in whole.parameters]
+    twins = {id(p): c for p, c in zip(whole.parameters, copies, strict=True)}
+    server = ParameterServer(Opening(whole.names, copies, [], [], copy_optimizers(whole.optimizers, twins)), run)
+    server.admit(0, 0)
+    server.admit(1, 0)
+    server.leases.begin(0, [[0], [1, 2, 3]] * 3)
+    layout = share_out(whole.parameters, 2)
+    steps: list[Step] = []
+    deciding = ShardedServer(pickle.loads(dumps(whole)), run, Carrier(steps), shards=2)
+    deciding.admit(0, 0)
+    deciding.admit(1, 0)
+    deciding.leases.begin(0, [[0], [1, 2, 3]] * 3)
+    group = [shard_of(part, run) for part in split(whole, layout)]
+    for sequence in range(1, 4):
+        ways = [[torch.randn_like(p) for p in copies] for _ in range(2)]
+        leases = [[(0, 2 * sequence - 2 + worker)] for worker in range(2)]
+        for book in (server.leases, deciding.leases):
+            granted = [lease.id for worker in range(2) for lease in book.grant(worker, 0)]
+            assert sorted(granted) == sorted(lease for leased in leases for lease in leased)
+        pushes = [Push(w, 0, sequence, server.version, OUTER, ways[w], leases=leases[w]) for w in range(2)]
+        assert server.apply_round(pushes, coordinator=0) == ["applied"] * 2
+        assert deciding.apply_round(pushes, coordinator=0) == ["applied"] * 2
+        for places, shard in zip(layout, group, strict=True):
+            for w in range(2):
+                areas = [ways[w][place].reshape(-1).view(torch.uint8) for place in places]
+                mine = Push(w, 0, sequence, 0, OUTER, [ways[w][place] for place in places])
+                shard.deposit(0, encode_push(mine, areas))
+            assert all(shard.step(step) for step in steps[-2:])
+    assert [step.closes for step in steps] == [False, True] * 3
+    cut = unpack_cuts([shard.cut() for shard in group], layout, places_of_groups(whole), server.snapshot())
     assert all(torch.equal(a, b) for a, b in zip(server.snapshot().parameters, cut.parameters, strict=True))
 
 

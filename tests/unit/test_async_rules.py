@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_accel.async_sgd import Compression, LeaseBook, Settings
-from lightning_accel.async_sgd.compression import ErrorFeedback
+from lightning_accel.async_sgd.policy.encoding.compression import ErrorFeedback
 from lightning_accel.async_sgd.policy.rules import (
     compensate_delay,
     expected_gain,

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lightning_accel.async_sgd import LogEntry, ParameterServer, Push, Settings
-from lightning_accel.async_sgd.policy.outer_step import OuterStep
+from lightning_accel.async_sgd.policy.outer.outer_step import OuterStep
+from lightning_accel.async_sgd.policy.pushes import ASSIGN, NO_UPDATE, OUTER
 from lightning_accel.async_sgd.policy.replay import replay
-from lightning_accel.async_sgd.policy.server import ASSIGN, NO_UPDATE, OUTER
 from lightning_accel.async_sgd.policy.stepping import get_groups, set_groups, step_optimizer
 from lightning_accel.async_sgd.store import Opening
 
@@ -240,7 +240,7 @@ def test_ways_are_damped_by_the_number_of_workers():
 
 def test_delayed_nesterov_adds_momentum_once_in_as_many_pushes_as_workers():
     parameter = torch.zeros(1)
-    outer = OuterStep(0.5)
+    outer = OuterStep("delayed_nesterov", momentum=0.5)
     velocity, expected = 0.0, 0.0
     for pair in range(3):
         ways = (1.0 + pair, 3.0)

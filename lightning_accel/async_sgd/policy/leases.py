@@ -155,6 +155,11 @@ class LeaseBook:
         """Whether ``worker`` still holds every one of these leases."""
         return all(self._held.get(lease) == worker for lease in leases)
 
+    def samples(self, leases: Iterable[LeaseId]) -> int:
+        """Return how many samples are in these units, which somebody holds; a unit that has no length counts as one."""
+        units = [self._orders[epoch][position] for epoch, position in leases]
+        return sum(1 if isinstance(unit, str) or not hasattr(unit, "__len__") else len(unit) for unit in units)
+
     def commit(self, worker: int, leases: Iterable[LeaseId]) -> None:
         """Mark leases as trained on, for ever.
 

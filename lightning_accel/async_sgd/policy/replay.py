@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_accel.async_sgd.policy.server import LogEntry
+from lightning_accel.async_sgd.policy.pushes import LogEntry
 from lightning_accel.async_sgd.policy.stepping import set_groups, step_optimizer
 
 GradientOf = Callable[[LogEntry, Sequence[Tensor]], Sequence[Tensor | None]]

@@ -1,81 +1,24 @@
 """The state that workers share and the one place that changes it; knows nothing of processes or memory."""
 
-import statistics
 import time
-from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_accel.async_sgd.policy.buffers import take_buffers
+from lightning_accel.async_sgd.policy.counts import Counts
 from lightning_accel.async_sgd.policy.flat_optimizer import Arena, FlatOptimizer
-from lightning_accel.async_sgd.policy.leases import LeaseBook, LeaseId
+from lightning_accel.async_sgd.policy.leases import LeaseBook
 from lightning_accel.async_sgd.policy.look_ahead import LookAhead
-from lightning_accel.async_sgd.policy.outer_step import OuterStep
+from lightning_accel.async_sgd.policy.outer.outer_step import OuterStep
+from lightning_accel.async_sgd.policy.outer.rounds import Rounds, shares_of
+from lightning_accel.async_sgd.policy.pushes import ASSIGN, NO_UPDATE, OUTER, OVERWRITE, LogEntry, Outcome, Push
 from lightning_accel.async_sgd.policy.rules import compensate_delay, learning_rate_weight, staleness_of
 from lightning_accel.async_sgd.policy.stepping import get_groups, set_groups
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.store import Opening, Snapshot, Statistics
-
-OUTER = -1  # "optimizer" of a push that carries a way gone instead of a gradient
-NO_UPDATE = -2  # push that only commits leases
-ASSIGN = -3  # push of parameter values: counts only if nobody has stepped since they were read
-OVERWRITE = -4  # push of parameter values: counts in any case
-
-Outcome = Literal["applied", "dropped", "refused", "committed", "assigned"]
-
-
-@dataclass
-class Push:
-    """One push as the server sees it; ``gradients`` has an entry (or None) for every parameter."""
-
-    worker: int
-    incarnation: int
-    sequence: int
-    base_version: int
-    optimizer: int
-    gradients: Sequence[Tensor | None]
-    finite: bool = True
-    leases: list[LeaseId] = field(default_factory=list)
-    groups: list[dict[str, Any]] | None = None
-    buffers: Sequence[Tensor] = ()
-    base: Sequence[Tensor] = ()
-    flat: Tensor | None = None  # the memory of `gradients`, where it is laid out as an `Arena`
-    pull_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class LogEntry:
-    """One applied push: enough to make the same step again, see `replay`.
-
-    Attributes:
-        worker: Who pushed.
-        incarnation: How often it had been started before.
-        sequence: Number of its push, from 1, per incarnation.
-        base_version: Version of the parameters that the gradient belongs to.
-        version: Version that the push made.
-        optimizer: Which optimizer stepped.
-        weight: Factor on its learning rate.
-        scale: Factor on its gradients.
-        reach: How far what was published after it looks ahead, see `LookAhead`.
-        leases: Batches in the gradient, as (epoch, position).
-        groups: Hyper-parameters of the optimizer in this step.
-    """
-
-    worker: int
-    incarnation: int
-    sequence: int
-    base_version: int
-    version: int
-    optimizer: int
-    weight: float
-    leases: list[LeaseId]
-    groups: list[dict[str, Any]]
-    scale: float = 1.0
-    reach: float = 0.0
 
 
 class ParameterServer:
@@ -100,12 +43,8 @@ class ParameterServer:
         self.taken_over = 0
         self._oldest_base = 0  # pushes based on less are refused: the version was rolled back
         self._sequences: dict[int, int] = {}
-        self._pushes: Counter[int] = Counter()
-        self._outcomes: Counter[Outcome] = Counter()
-        self._staleness: deque[int] = deque(maxlen=1000)
-        self._times: deque[float] = deque(maxlen=1000)
-        self._apply_seconds: deque[float] = deque(maxlen=100)
-        self._pull_seconds: deque[float] = deque(maxlen=100)
+        self._counts = Counts()
+        self.rounds = Rounds(settings) if settings.min_workers else None
 
     def _hold_state(self, opening: Opening) -> None:
         self.names = opening.names
@@ -117,8 +56,8 @@ class ParameterServer:
         arena = Arena(self.parameters)
         self._flat = [FlatOptimizer(optimizer, self.parameters, arena) for optimizer in self.optimizers]
         self._begin_looking_ahead()
-        nesterov = self.settings.outer == "delayed_nesterov"
-        self._outer = OuterStep(self.settings.outer_momentum if nesterov else None)
+        settings = self.settings
+        self._outer = OuterStep(settings.outer, momentum=settings.outer_momentum, rate=settings.outer_rate)
 
     def _begin_looking_ahead(self) -> None:
         self._look_ahead: LookAhead | None = None
@@ -167,41 +106,50 @@ class ParameterServer:
         Dropped: not finite (its batches count as seen), or too stale (its batches are given out again).
         """
         outcome = self._apply(push, from_coordinator)
-        self._outcomes[outcome] += 1
+        self._counts.outcomes[outcome] += 1
         return outcome
+
+    def apply_round(self, pushes: Sequence[Push], *, coordinator: int) -> list[Outcome]:
+        """Apply the ways of one round as one outer step; returns what became of each.
+
+        Each is refused or dropped as by `apply`. Staleness counts rounds here: 0 for who has read what the last one led
+        to. The version rises by one for each way, as without rounds.
+
+        Args:
+            pushes: Of local steps, one a worker, in the order of the workers.
+            coordinator: Number of the worker whose buffers count.
+        """
+        assert self.rounds is not None, "a run without `min_workers` has no rounds"
+        began = time.perf_counter()
+        outcomes: list[Outcome] = []
+        counting: list[tuple[Push, int, float]] = []
+        for push in pushes:
+            decided, staleness, weight = self._decide(push, push.worker == coordinator)
+            outcomes.append(decided or "applied")
+            if decided is None:
+                counting.append((push, staleness, weight))
+        sizes = [self.leases.samples(push.leases) for push, _, _ in counting]
+        shares = shares_of(sizes, [weight for _, _, weight in counting])
+        for i, ((push, staleness, _), share) in enumerate(zip(counting, shares, strict=True)):
+            self._step(push, share, 1.0, closes=i + 1 == len(counting))
+            self._take_note(push, staleness, weight=share)
+        if counting:
+            self._counts.took(began)
+        self.rounds.closed(self.version)
+        self._counts.outcomes.update(outcomes)
+        return outcomes
 
     def refuse(self, push: Push) -> Outcome:
         """Count a push that came after the end, or for layers that are no more; its leases are free again."""
         self._sequences[push.worker] = push.sequence
         self.leases.give_back(push.worker, push.leases)
-        self._outcomes["refused"] += 1
+        self._counts.outcomes["refused"] += 1
         return "refused"
 
     def _apply(self, push: Push, from_coordinator: bool) -> Outcome:
-        if self.incarnations.get(push.worker) != push.incarnation:
-            return "refused"
-        if push.sequence != self._sequences[push.worker] + 1:
-            return "refused"
-        self._sequences[push.worker] = push.sequence
-        if not self.leases.holds(push.worker, push.leases) or push.base_version < self._oldest_base:
-            self.leases.give_back(push.worker, push.leases)
-            return "refused"
-        if push.pull_seconds is not None:
-            self._pull_seconds.append(push.pull_seconds)
-        self._take_buffers(push.buffers, from_coordinator)
-        if push.groups is not None and from_coordinator and push.optimizer >= 0:
-            set_groups(self.optimizers[push.optimizer], push.groups)
-        if push.optimizer == NO_UPDATE or not push.finite:
-            self.leases.commit(push.worker, push.leases)
-            return "committed" if push.finite else "dropped"
-        if push.optimizer in (ASSIGN, OVERWRITE):
-            return self._assign(push)
-        staleness = staleness_of(self.version, push.base_version)
-        rule, beyond = self.settings.staleness, self.settings.drop_beyond
-        weight = learning_rate_weight(staleness, rule=rule, threshold=beyond)
-        if weight is None:
-            self.leases.give_back(push.worker, push.leases)
-            return "dropped"
+        outcome, staleness, weight = self._decide(push, from_coordinator)
+        if outcome is not None:
+            return outcome
         scale, reach = 1.0, 0.0
         began = time.perf_counter()
         if self._look_ahead is not None and push.optimizer >= 0:
@@ -213,13 +161,54 @@ class ParameterServer:
         else:
             self._step(push, weight, scale)
             groups = self._logged_groups(push.optimizer)
-        self._apply_seconds.append(time.perf_counter() - began)
+        self._counts.took(began)
+        self._take_note(push, staleness, weight=weight, scale=scale, reach=reach, groups=groups)
+        return "applied"
+
+    def _decide(self, push: Push, from_coordinator: bool) -> tuple[Outcome | None, int, float]:
+        """Return what becomes of a push, None if it makes a step; then its staleness and its weight."""
+        if self.incarnations.get(push.worker) != push.incarnation:
+            return "refused", 0, 0.0
+        if push.sequence != self._sequences[push.worker] + 1:
+            return "refused", 0, 0.0
+        self._sequences[push.worker] = push.sequence
+        if not self.leases.holds(push.worker, push.leases) or push.base_version < self._oldest_base:
+            self.leases.give_back(push.worker, push.leases)
+            return "refused", 0, 0.0
+        self._counts.pulled(push.pull_seconds)
+        self._take_buffers(push.buffers, from_coordinator)
+        if push.groups is not None and from_coordinator and push.optimizer >= 0:
+            set_groups(self.optimizers[push.optimizer], push.groups)
+        if push.optimizer == NO_UPDATE or not push.finite:
+            self.leases.commit(push.worker, push.leases)
+            return ("committed" if push.finite else "dropped"), 0, 0.0
+        if push.optimizer in (ASSIGN, OVERWRITE):
+            return self._assign(push), 0, 0.0
+        staleness = staleness_of(self.version, push.base_version)
+        if self.rounds is not None and push.optimizer == OUTER:
+            staleness = self.rounds.staleness_of(push.base_version)
+        rule, beyond = self.settings.staleness, self.settings.drop_beyond
+        weight = learning_rate_weight(staleness, rule=rule, threshold=beyond)
+        if weight is None:
+            self.leases.give_back(push.worker, push.leases)
+            return "dropped", 0, 0.0
+        return None, staleness, weight
+
+    def _take_note(
+        self,
+        push: Push,
+        staleness: int,
+        *,
+        weight: float,
+        scale: float = 1.0,
+        reach: float = 0.0,
+        groups: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Count a push that was applied, and log it."""
         self.version += 1
         self.leases.commit(push.worker, push.leases)
         self.clocks[push.worker] += 1
-        self._pushes[push.worker] += 1
-        self._staleness.append(staleness)
-        self._times.append(time.monotonic())
+        self._counts.applied(push.worker, staleness)
         if self.settings.record_log:
             self.log.append(
                 LogEntry(
@@ -231,22 +220,26 @@ class ParameterServer:
                     optimizer=push.optimizer,
                     weight=weight,
                     leases=list(push.leases),
-                    groups=groups,
+                    groups=list(groups),
                     scale=scale,
                     reach=reach,
                 )
             )
-        return "applied"
 
     def _logged_groups(self, optimizer: int) -> list[dict[str, Any]]:
         return get_groups(self.optimizers[optimizer]) if self.settings.record_log and optimizer != OUTER else []
 
-    def _step(self, push: Push, weight: float, scale: float) -> None:
+    def _step(self, push: Push, weight: float, scale: float, *, closes: bool = True) -> None:
+        """Make a step; ``closes`` says whether the way is the last of its round."""
         gradients = push.gradients
         if push.optimizer == OUTER:
-            self._outer.apply(self.parameters, gradients, workers=max(1, self.live), weight=weight)
-            for i in range(len(self.steps)):
-                self.steps[i] += 1
+            self.steps = [steps + 1 for steps in self.steps]
+            if self.rounds is None:
+                self._outer.apply(self.parameters, gradients, workers=max(1, self.live), weight=weight)
+                return
+            self._outer.gather(self.parameters, gradients, share=weight)
+            if closes:
+                self._outer.close(self.parameters)
             return
         memory = push.flat
         if self.settings.staleness == "delay_compensation" and push.base:
@@ -317,21 +310,8 @@ class ParameterServer:
 
     def statistics(self) -> Statistics:
         """Return how the run goes."""
-        span = self._times[-1] - self._times[0] if len(self._times) > 1 else 0.0
-        ordered = sorted(self._staleness)
-        return Statistics(
-            version=self.version,
-            staleness_mean=statistics.fmean(ordered) if ordered else 0.0,
-            staleness_p95=float(ordered[int(0.95 * (len(ordered) - 1))]) if ordered else 0.0,
-            updates_per_second=(len(self._times) - 1) / span if span > 0 else 0.0,
-            live_workers=self.live,
-            dropped=self._outcomes["dropped"],
-            taken_over=self.taken_over,
-            refused=self._outcomes["refused"],
-            restarts=self.restarts,
-            apply_milliseconds=1e3 * statistics.median(self._apply_seconds or [0.0]),
-            pull_milliseconds=1e3 * statistics.median(self._pull_seconds or [0.0]),
-            worker_pushes=tuple(self._pushes[w] for w in range(max(self._pushes, default=-1) + 1)),
+        return self._counts.statistics(
+            version=self.version, live_workers=self.live, restarts=self.restarts, taken_over=self.taken_over
         )
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.encoding.wire import decode_values
 from lightning_accel.async_sgd.policy.leases import Lease, LeaseId
 from lightning_accel.async_sgd.policy.optimizer_copy import dumps
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
-from lightning_accel.async_sgd.policy.wire import decode_values
 from lightning_accel.async_sgd.ray_engine.calls import HeadCalls
 from lightning_accel.async_sgd.ray_engine.pushing import PushSender
 from lightning_accel.async_sgd.ray_engine.shards.group import is_death

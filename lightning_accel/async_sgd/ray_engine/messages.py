@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.encoding.wire import MalformedMessageError
 from lightning_accel.async_sgd.policy.leases import Lease, LeaseId
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
-from lightning_accel.async_sgd.policy.wire import MalformedMessageError
 from lightning_accel.async_sgd.shared_memory.channel import Message
 from lightning_accel.async_sgd.store import Statistics
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.async_sgd.policy.server import ParameterServer, Push
-from lightning_accel.async_sgd.policy.wire import MalformedMessageError, decode_values
+from lightning_accel.async_sgd.policy.encoding.wire import MalformedMessageError, decode_values
+from lightning_accel.async_sgd.policy.pushes import Push
+from lightning_accel.async_sgd.policy.server import ParameterServer
 from lightning_accel.async_sgd.ray_engine.shards.shard import Deposit
 from lightning_accel.async_sgd.shared_memory.channel import Message
 from lightning_accel.async_sgd.shared_memory.peers import Peer

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_accel.async_sgd.compression import ErrorFeedback
-from lightning_accel.async_sgd.policy.server import NO_UPDATE, Push
-from lightning_accel.async_sgd.policy.wire import encode_push, encode_values
+from lightning_accel.async_sgd.policy.encoding.compression import ErrorFeedback
+from lightning_accel.async_sgd.policy.encoding.wire import encode_push, encode_values
+from lightning_accel.async_sgd.policy.pushes import NO_UPDATE, Push
 from lightning_accel.async_sgd.ray_engine.messages import pack_request, unpack_answer
 from lightning_accel.async_sgd.ray_engine.shards.group import is_death
 from lightning_accel.async_sgd.ray_engine.shards.layout import Layout

@@ -48,12 +48,14 @@ def run_on_ray(
         What the coordinator returned, and how the run ended.
 
     Raises:
+        ValueError: If a number is out of its range.
         ModuleNotFoundError: If Ray is not installed.
         WorkerFailedError: If a worker raised.
         RuntimeError: If all of them died for good, or the cluster has no token.
     """
     if workers < 1:
         raise ValueError(f"`workers` must be >= 1, got {workers}.")
+    settings.check_workers(workers)
     with connected(options, cores=workers * options.cpus_per_worker) as ray:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.encoding.wire import encode_values
 from lightning_accel.async_sgd.policy.server import ParameterServer
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
-from lightning_accel.async_sgd.policy.wire import encode_values
 from lightning_accel.async_sgd.ray_engine.options import RayOptions
 from lightning_accel.async_sgd.ray_engine.peers import Announced, RayPeer
 from lightning_accel.async_sgd.ray_engine.shards.group import ShardGroup
@@ -120,6 +120,17 @@ class RayService(Service):
         super().drain(peer)
         if peer.mailbox is not None:
             ray_peer.acknowledge(*self.control.acknowledged(peer.worker))
+
+    def close_round(self) -> None:
+        """Decide on the pushes of a round that is due, unless the shards' copies have to catch up first."""
+        if self.server is None or self.server.rounds is None or self.shards.is_ahead:
+            return
+        for peer in self.peers:
+            cast(RayPeer, peer).coordinates = self.control.coordinator == peer.worker
+        super().close_round()
+        for peer in self.peers:
+            if peer.active and peer.mailbox is not None:
+                cast(RayPeer, peer).acknowledge(*self.control.acknowledged(peer.worker))
 
     def drain_all(self) -> None:
         """Decide on every push that is there."""

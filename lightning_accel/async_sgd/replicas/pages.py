@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.replicas.ranks import Ranks
 from lightning_accel.async_sgd.replicas.shards import Part, as_spread
 from lightning_accel.async_sgd.settings import Settings

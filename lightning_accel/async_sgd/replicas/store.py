@@ -7,8 +7,8 @@ from typing import Any, NoReturn, TypeVar, cast
 
 from torch import Tensor
 
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.policy.leases import Lease, LeaseId
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.replicas.pages import ShardWriter, SharedPage
 from lightning_accel.async_sgd.replicas.ranks import Ranks
 from lightning_accel.async_sgd.replicas.shards import is_spread, local, parts_of

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
 
 _ALIGN = 64
 _HEADER = 8  # int64 words of a header

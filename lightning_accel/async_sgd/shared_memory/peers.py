@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lightning_accel.async_sgd.policy.server import ParameterServer, Push
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.pushes import Push
+from lightning_accel.async_sgd.policy.server import ParameterServer
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.channel import Channel, Message
 from lightning_accel.async_sgd.shared_memory.memory import Mailbox

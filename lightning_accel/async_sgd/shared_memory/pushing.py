@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.async_sgd.compression import ErrorFeedback
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.encoding.compression import ErrorFeedback
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.memory import Mailbox, copy_all
 from lightning_accel.async_sgd.shared_memory.peers import mailbox_areas, typed

@@ -10,22 +10,23 @@ import time
 from collections.abc import Sequence
 
 from lightning_accel.async_sgd.policy.drop_notes import DropNotes
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.policy.rules import has_slack
 from lightning_accel.async_sgd.policy.server import ParameterServer
 from lightning_accel.async_sgd.policy.sharing import LeaseRequest, Sharing, Situation
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.channel import ChannelClosedError, Message
 from lightning_accel.async_sgd.shared_memory.control import ControlPage
 from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPage
 from lightning_accel.async_sgd.shared_memory.peers import Peer, mailbox_areas, typed
+from lightning_accel.async_sgd.shared_memory.push_decisions import DecidesOnPushes
 from lightning_accel.async_sgd.shared_memory.run_end import RunEnd
 from lightning_accel.async_sgd.store import Opening
 
 log = logging.getLogger(__name__)
 
 
-class Service:
+class Service(DecidesOnPushes):
     """Serve the workers of one machine around one `ParameterServer`, which the first message of a coordinator opens.
 
     Args:
@@ -119,29 +120,6 @@ class Service:
         with contextlib.suppress(ChannelClosedError):
             peer.channel.ring()
 
-    def drain(self, peer: Peer) -> None:
-        """Apply every committed push of a worker, publish once, then acknowledge."""
-        if self.server is None or peer.mailbox is None or self._holder not in (None, peer.worker):
-            return
-        done = []
-        known = peer.generation == self.control.generation
-        changed = False
-        while (found := peer.mailbox.committed(peer.sequence)) is not None:
-            push = peer.decode(self.server, *found) if known else peer.undecoded(found[0])
-            coordinates = self.control.coordinator == peer.worker
-            over = self.control.stopped and not coordinates  # the result is what the coordinator ended with
-            over |= not known
-            outcome = self.server.refuse(push) if over else self.server.apply(push, from_coordinator=coordinates)
-            changed |= outcome in ("applied", "assigned") or (outcome == "committed" and bool(push.buffers))
-            if not over and (note := self.notes.take(peer.worker, outcome, finite=push.finite)) is not None:
-                log.warning(note)
-            done.append((peer.sequence, outcome))
-            peer.sequence += 1
-        if changed:
-            self._publish()
-        if [self.control.acknowledge(peer.worker, *which) for which in done][-1:] == [True]:
-            self.ring(peer)
-
     def ring_waiting(self) -> None:
         """Wake up whoever sleeps until a push is dealt with, in case a bell came between its look and its sleep."""
         for peer in self.peers:
@@ -223,6 +201,7 @@ class Service:
 
     def answer_waiting(self) -> None:
         """Look whether what workers wait for is there by now."""
+        self.close_round()
         for peer in self.peers:
             if peer.request is not None and peer.active:
                 self._answer(peer)

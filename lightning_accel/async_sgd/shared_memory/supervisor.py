@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from lightning_accel.async_sgd.policy.server import LogEntry
+from lightning_accel.async_sgd.policy.pushes import LogEntry
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.channel import Channel, ChannelClosedError, Message
 from lightning_accel.async_sgd.shared_memory.deferred_signals import DeferredSignals
@@ -98,7 +98,7 @@ class Supervisor:
         on_tick: Called about 20 times a second with the statistics, to show them.
 
     Raises:
-        ValueError: If ``workers < 1``.
+        ValueError: If ``workers < 1``, or rounds wait for more.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class Supervisor:
     ) -> None:
         if workers < 1:
             raise ValueError(f"`workers` must be >= 1, got {workers}.")
+        settings.check_workers(workers)
         self.settings = settings
         self.peers: list[Peer] = []
         self.service = Service(workers, settings, self.peers)

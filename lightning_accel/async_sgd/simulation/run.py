@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_accel.async_sgd.policy.leases import Lease
+from lightning_accel.async_sgd.policy.pushes import Push
 from lightning_accel.async_sgd.policy.rules import has_slack, staleness_of
-from lightning_accel.async_sgd.policy.server import ParameterServer, Push
+from lightning_accel.async_sgd.policy.server import ParameterServer
 from lightning_accel.async_sgd.policy.sharing import LeaseRequest, Sharing, Situation
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.simulation.clock import Then
@@ -72,7 +73,7 @@ def simulate(
         loss_of: Returns the loss of a batch.
         batches: In the order in which they are handed out.
         optimizer: Over the module's parameters.
-        settings: Of the run. ``compression`` and ``validate`` are not simulated.
+        settings: Of the run. ``validate`` is not simulated; what compression saves is for ``push_bytes`` to say.
         step_seconds: Of each worker, each > 0.
         jitter: Each step takes ``1 - jitter`` to ``1 + jitter`` of that, in [0, 1).
         seed: Of the jitter.
@@ -82,7 +83,7 @@ def simulate(
             parameters.
 
     Raises:
-        ValueError: If a number is out of its range, or the settings ask for what is not simulated.
+        ValueError: If a number is out of its range.
     """
     training = Training(module, loss_of, batches, optimizer)
     run = Simulation(training, settings, step_seconds, costs, jitter=jitter, seed=seed, observe=observe)
@@ -120,8 +121,7 @@ class Simulation:
             raise ValueError(f"`step_seconds` must be > 0 for one worker at least, got {list(step_seconds)}.")
         if not 0.0 <= jitter < 1.0:
             raise ValueError(f"`jitter` must be in [0, 1), got {jitter}.")
-        if settings.compression.name != "none":
-            raise ValueError("compression is not simulated; leave it at 'none', and give `push_bytes` its size.")
+        settings.check_workers(len(step_seconds))
         self._training, self._settings, self._costs = training, settings, costs or Costs(compute=1.0)
         self._jitter, self._random, self._observe = jitter, random.Random(seed), observe
         self._machines = Machines(self._costs)
@@ -131,6 +131,8 @@ class Simulation:
         self._workers = [SimulatedWorker(i, seconds, settings, training) for i, seconds in enumerate(step_seconds)]
         self._waiting: dict[int, Then] = {}  # for batches, until the server has some
         self._slack: dict[int, Then] = {}  # for the slowest
+        self._ways: dict[int, tuple[Push, Then]] = {}  # of the round that is open, and what each waits for
+        self._through: set[int] = set()  # workers that get no more batches
         self._staleness = self._count = self._done = 0
         self._marks: list[tuple[float, int]] = []
         self._ended = 0.0
@@ -187,13 +189,20 @@ class Simulation:
                 # it takes over what others hold when the grace is over, whether or not anything happens till then
                 self._clock.after(self._settings.straggler_grace + 1e-9, self._ask_again)
             self._waiting[worker.worker] = lambda: self._lease(worker)
+            self._close_round()  # which may have waited for this one
             return
         self._waiting.pop(worker.worker, None)
         if answer.leases:
             worker.leases.extend(answer.leases)
             self._machines.answer(lambda: self._next(worker))
         elif worker.count:  # what it has summed up is pushed at the end
-            self._push(worker, lambda: None)
+            self._push(worker, lambda: self._end(worker))
+        else:
+            self._end(worker)
+
+    def _end(self, worker: SimulatedWorker) -> None:
+        self._through.add(worker.worker)
+        self._close_round()
 
     def _ask_again(self) -> None:
         for then in list(self._waiting.values()):
@@ -237,8 +246,15 @@ class Simulation:
                 then()
 
         def apply() -> None:
-            self._apply(push)
-            self._machines.answer(lambda: self._answer(worker, then if waits else None))
+            def answer() -> None:
+                self._machines.answer(lambda: self._answer(worker, then if waits else None))
+
+            if self._server.rounds is None:
+                self._apply(push)
+                answer()
+            else:
+                self._ways[worker.worker] = push, answer
+                self._close_round()
 
         self._machines.cores.run(self._costs.push, send)
 
@@ -259,11 +275,36 @@ class Simulation:
         self._slack.pop(worker.worker, None)
         return False
 
+    def _close_round(self) -> None:
+        """Apply the ways that are there if their round is due, else come back when it is."""
+        rounds = self._server.rounds
+        left = len(self._workers) - len(self._waiting) - len(self._through)
+        if rounds is None or len(self._ways) < max(1, min(self._settings.min_workers, left)):
+            return
+        able = [w.worker for w in self._workers if w.worker not in self._waiting and w.worker not in self._through]
+        if not rounds.is_due(self._ways, able, self._clock.now):
+            seconds = rounds.closes_in(self._clock.now)
+            if seconds is not None and math.isfinite(seconds):
+                self._clock.after(seconds + 1e-9, self._close_round)
+            return
+        ways, self._ways = [way for _, way in sorted(self._ways.items())], {}
+        self._staleness += sum(rounds.staleness_of(push.base_version) for push, _ in ways)
+        self._count += len(ways)
+        self._server.apply_round([push for push, _ in ways], coordinator=_COORDINATOR)
+        self._look()
+        for _, answer in ways:
+            answer()
+
     def _apply(self, push: Push) -> None:
         server = self._server
         self._staleness += staleness_of(server.version, push.base_version)
         self._count += 1
         server.apply(push, from_coordinator=push.worker == _COORDINATOR)
+        self._look()
+
+    def _look(self) -> None:
+        """Take note of what was applied, and let those go on who have waited for it."""
+        server = self._server
         self._done = server.leases.committed(0)
         self._ended = self._clock.now
         self._marks.append((self._ended, self._done))

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_accel.async_sgd.policy.encoding.compression import ErrorFeedback
 from lightning_accel.async_sgd.policy.leases import Lease, LeaseId
-from lightning_accel.async_sgd.policy.server import OUTER, ParameterServer, Push
+from lightning_accel.async_sgd.policy.pushes import OUTER, Push
+from lightning_accel.async_sgd.policy.server import ParameterServer
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.simulation.clock import Then
 from lightning_accel.async_sgd.simulation.training import Nothing, Training
@@ -52,6 +54,7 @@ class SimulatedWorker:
     _sums: Sequence[Tensor | None] = ()
     _sequence: int = 0
     _optimizer: Optimizer | None = None
+    _feedback: ErrorFeedback | None = None
 
     @torch.no_grad()
     def read(self, server: ParameterServer) -> None:
@@ -99,6 +102,10 @@ class SimulatedWorker:
             gradients = [base - p.detach() for base, p in zip(self._base, self._values, strict=True)]
         elif count > 1:
             gradients = [None if g is None else g / count for g in gradients]
+        finite = all(bool(g.isfinite().all()) for g in gradients if g is not None)
+        if finite and self.settings.compression.name != "none":
+            self._feedback = feedback = self._feedback or ErrorFeedback(self.settings.compression)
+            gradients = [None if g is None else feedback.sent(i, g) for i, g in enumerate(gradients)]
         self._sums, self.count = (), 0
         self._sequence += 1
         leases, self.pending = self.pending, []
@@ -109,7 +116,7 @@ class SimulatedWorker:
             base_version=self._version,
             optimizer=OUTER if self.settings.local_steps else 0,
             gradients=gradients,
-            finite=all(bool(g.isfinite().all()) for g in gradients if g is not None),
+            finite=finite,
             leases=leases,
             base=self._values if self.settings.staleness == "delay_compensation" else (),
         )

@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 
 from lightning_accel.async_sgd import ParameterStore, Settings, Worker, run_workers
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPage
 from lightning_accel.bench.async_chaos import chaos
 from lightning_accel.bench.async_faults import HANG_SECONDS, kill_sweep

@@ -104,7 +104,7 @@ class ShardGroup:
         self._reads = None
         for member in self._members:
             member.results.put_nowait((member.actor, member.actor.step.remote(step)))
-            if step.version - member.asked_version >= self._options.shard_snapshot_steps:
+            if step.closes and step.version - member.asked_version >= self._options.shard_snapshot_steps:
                 member.asked_version = step.version
                 self._spawn(self._keep(member, member.actor, member.actor.save.remote(), step.version))
 

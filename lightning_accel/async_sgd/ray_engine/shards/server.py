@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_accel.async_sgd.optimizer_steps import SentGroups
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.policy.look_ahead import LookAhead
 from lightning_accel.async_sgd.policy.optimizer_copy import copy_optimizers, dumps
-from lightning_accel.async_sgd.policy.server import ASSIGN, OUTER, Outcome, ParameterServer, Push
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.pushes import ASSIGN, OUTER, Outcome, Push
+from lightning_accel.async_sgd.policy.server import ParameterServer
 from lightning_accel.async_sgd.ray_engine.messages import to_plain
 from lightning_accel.async_sgd.ray_engine.shards.layout import Layout, can_be_split, places_of_groups, share_out, split
 from lightning_accel.async_sgd.ray_engine.shards.shard import Step
@@ -129,14 +130,15 @@ class ShardedServer(ParameterServer):
         self.version += 1
         self._oldest_base = self.version
 
-    def _step(self, push: Push, weight: float, scale: float) -> None:
+    def _step(self, push: Push, weight: float, scale: float, *, closes: bool = True) -> None:
         if push.optimizer == OUTER:
             self.steps = [steps + 1 for steps in self.steps]
         else:
             self.steps[push.optimizer] += 1
         if self._look_ahead is None or push.optimizer < 0:
             self._take_groups(push.optimizer)
-        self._command(push, weight=weight, scale=scale, version=self.version + 1, groups=self._changed_groups)
+        groups = self._changed_groups
+        self._command(push, weight=weight, scale=scale, version=self.version + 1, groups=groups, closes=closes)
 
     def _take_groups(self, optimizer: int) -> None:
         """Note which hyper-parameters of an optimizer the shards do not know yet."""
@@ -151,7 +153,14 @@ class ShardedServer(ParameterServer):
         return "assigned"
 
     def _command(
-        self, push: Push, *, version: int, weight: float = 1.0, scale: float = 1.0, groups: Any = None
+        self,
+        push: Push,
+        *,
+        version: int,
+        weight: float = 1.0,
+        scale: float = 1.0,
+        groups: Any = None,
+        closes: bool = True,
     ) -> None:
         ahead = self._look_ahead if push.optimizer >= 0 else None
         self._commands.step(
@@ -166,6 +175,7 @@ class ShardedServer(ParameterServer):
                 staleness=0.0 if ahead is None else ahead.mean_staleness(push.optimizer),
                 live=max(1, self.live),
                 groups=None if groups is None else to_plain(groups),
+                closes=closes,
             )
         )
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.encoding.wire import MalformedMessageError, Registered, decode_push, encode_values
 from lightning_accel.async_sgd.policy.optimizer_copy import dumps
-from lightning_accel.async_sgd.policy.server import ASSIGN, OUTER, OVERWRITE, ParameterServer, Push
+from lightning_accel.async_sgd.policy.pushes import ASSIGN, OUTER, OVERWRITE, Push
+from lightning_accel.async_sgd.policy.server import ParameterServer
 from lightning_accel.async_sgd.policy.stepping import set_groups
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
-from lightning_accel.async_sgd.policy.wire import MalformedMessageError, Registered, decode_push, encode_values
 from lightning_accel.async_sgd.ray_engine.messages import from_plain
 from lightning_accel.async_sgd.ray_engine.shards.layout import pack_cut
 from lightning_accel.async_sgd.ray_engine.worker_actor import Whereabouts
@@ -40,6 +41,7 @@ class Step:
         staleness: Mean staleness of the optimizer, by which rule ``look_ahead`` steps and forecasts.
         live: Live workers.
         groups: Hyper-parameters that a schedule has changed, as `to_plain` has them.
+        closes: Whether this is no way of a round, or the last one of it; before that nobody reads or saves.
     """
 
     worker: int
@@ -52,6 +54,7 @@ class Step:
     staleness: float = 0.0
     live: int = 1
     groups: Any = None
+    closes: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class _Arithmetic(ParameterServer):
             set_groups(self.optimizers[step.optimizer], from_plain(step.groups))
         ahead = self._look_ahead if step.optimizer != OUTER else None
         if ahead is None:
-            self._step(push, step.weight, step.scale)
+            self._step(push, step.weight, step.scale, closes=step.closes)
             return
         ahead.told(step.optimizer, step.staleness)  # which the head alone knows
         with ahead.stepping(step.optimizer):

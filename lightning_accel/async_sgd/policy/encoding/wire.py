@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.async_sgd.compression import Compression
+from lightning_accel.async_sgd.policy.encoding.compression import Compression
+from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.policy.leases import LeaseId
-from lightning_accel.async_sgd.policy.server import OVERWRITE, Push
-from lightning_accel.async_sgd.policy.tensor_spec import TensorSpec
+from lightning_accel.async_sgd.policy.pushes import OVERWRITE, Push
 
 _HEADER = struct.Struct("!4sIQ")  # kind, bytes of the description, bytes of the tensors
 _PUSH, _VALUES = b"LAp1", b"LAv1"

@@ -108,3 +108,9 @@ class ErrorFeedback:
             host += self._errors[key]
         self._compression.write(host, area)
         self._errors[key] = host - self._compression.read(area, shape=host.shape, dtype=host.dtype)
+
+    def sent(self, key: int, gradient: Tensor) -> Tensor:
+        """Return what arrives of the gradient of tensor number ``key``: the same as if it was written and read."""
+        area = torch.empty(self._compression.nbytes(gradient.numel(), gradient.dtype), dtype=torch.uint8)
+        self.write(key, gradient, area)
+        return self._compression.read(area, shape=gradient.shape, dtype=gradient.dtype)

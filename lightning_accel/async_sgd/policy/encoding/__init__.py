@@ -1,0 +1,1 @@
+"""What gradients and values are on the wire: compressed, checked, never pickle."""
