@@ -11,6 +11,7 @@ from lightning_accel.evidence.plots import COLOURS, new_figure, save_for_page
 _INK = "#808080"  # readable on white and on dark
 _STYLES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
+_APART = 0.05  # doublings of the number of workers between two curves, so that equal ones are seen side by side
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ def plot_scaling(
     alone: float | None = None,
 ) -> None:
     """Draw throughput, and accuracy where there is any, over the number of workers; and again for dark pages.
+
+    Points of one number of workers stand side by side, for curves may be equal.
 
     Args:
         curves: By name.
@@ -72,13 +75,17 @@ def plot_scaling(
     for axes in right:
         _draw(axes, {name: curve.accuracy for name, curve in curves.items()}, curves)
         if alone is not None:
-            axes.axhline(alone, color=_INK, linewidth=1.0, linestyle=":", label="one process")
+            axes.axhline(alone, color=_INK, linewidth=1.0)
+            axes.annotate("one process", (1.0, alone), (0, -3), xycoords=("axes fraction", "data"), color=_INK,
+                          textcoords="offset points", fontsize=8, ha="right", va="top")  # fmt: skip
         axes.set_ylim(0.0, 1.02)
         axes.set_ylabel("test accuracy")
         axes.set_title(what, fontsize=11)
+    trained = sorted({count for curve in curves.values() for count in curve.accuracy})
     for axes in (left, *right):
+        counts = list(ideal) if axes is left else trained
         axes.set_xscale("log", base=2)
-        axes.set_xticks(list(ideal), [str(count) for count in ideal])
+        axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
         axes.set_xlabel("workers")
     left.set_yscale("log")
@@ -89,13 +96,18 @@ def plot_scaling(
     save_for_page(figure, path)
 
 
+def _beside(workers: int, curve: int, curves: int) -> float:
+    """Return where to draw a point: near its number of workers, beside the points of the other curves."""
+    return float(workers * 2.0 ** (_APART * (curve - (curves - 1) / 2)))
+
+
 def _draw(axes: Any, values: Mapping[str, Mapping[int, float]], curves: Mapping[str, Curve]) -> None:
     for i, (name, points) in enumerate(values.items()):
         if not points:
             continue
         reference = curves[name].is_reference
         axes.plot(
-            list(points),
+            [_beside(workers, i, len(values)) for workers in points],
             list(points.values()),
             color=_INK if reference else COLOURS[i % len(COLOURS)],
             linestyle="--" if reference else _STYLES[(i // len(COLOURS) + i) % len(_STYLES)],

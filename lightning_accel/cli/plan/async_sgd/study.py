@@ -28,14 +28,19 @@ LOCK_STEP = "DDP"
 RULES: dict[str, Settings] = {
     "look_ahead": Settings(),
     "inverse": Settings(staleness="inverse"),
-    "none": Settings(staleness="none"),
+    "staleness=none": Settings(staleness="none"),
     "delay_compensation": Settings(staleness="delay_compensation"),
     "drop beyond 16": Settings(staleness="drop"),
     "inverse, max_staleness=1": Settings(staleness="inverse", max_staleness=1),
     f"local_steps={_LOCAL}": Settings(local_steps=_LOCAL),
     f"local_steps={_LOCAL}, Nesterov": Settings(local_steps=_LOCAL, outer="delayed_nesterov"),
+    f"local_steps={_LOCAL}, rounds": Settings(
+        local_steps=_LOCAL, min_workers=1, round_grace=0.0, outer="nesterov", outer_momentum=0.5
+    ),
 }
-"""What is compared, beside lock-step."""
+"""What is compared, beside lock-step; rounds are of three quarters of the workers, see `settings_of`."""
+
+_QUORUM = 0.75  # of the workers
 
 
 @dataclass(frozen=True)
@@ -83,14 +88,21 @@ def costs_for(rule: str, costs: Costs) -> Costs:
     )
 
 
+def settings_of(rule: str, count: int) -> Settings:
+    """Return the settings of a rule for ``count`` workers."""
+    settings = RULES[rule]
+    return replace(settings, min_workers=max(1, round(_QUORUM * count))) if settings.min_workers else settings
+
+
 def times(costs: Costs, workers: Workers, counts: Sequence[int]) -> Iterator[Cell]:
     """Yield the throughput of each rule for each number of workers, without training."""
     for count in counts:
         slowness = workers.slowness(count)
         known: dict[Any, SimulatedRun] = {}
-        for rule, settings in RULES.items():
-            takes = costs_for(rule, costs)
-            key = takes, settings.max_staleness, settings.local_steps, settings.staleness == "drop"
+        for rule in RULES:
+            takes, settings = costs_for(rule, costs), settings_of(rule, count)
+            drops, rounds = settings.staleness == "drop", settings.min_workers
+            key = takes, settings.max_staleness, settings.local_steps, drops, rounds
             if key not in known:  # other rules differ in what a push is worth, not in time
                 known[key] = throughput(takes, slowness, settings, jitter=workers.jitter)
             yield Cell(rule, count, known[key])
@@ -141,7 +153,7 @@ class Study:
         if rule == LOCK_STEP:
             run = simulate_lock_step(Training(module, _loss, self.batches, optimizer), **values)
         else:
-            run = simulate(module, _loss, self.batches, optimizer, settings=RULES[rule], **values)
+            run = simulate(module, _loss, self.batches, optimizer, settings=settings_of(rule, count), **values)
         accuracy = self._accuracy(list(module.parameters()))
         goal = (accuracy if count == 1 else self.alone.accuracy or 0.0) - _WITHIN
         seconds = next((when for when, found in watch.found if found >= goal), math.inf)
