@@ -1,8 +1,23 @@
 """The buffers of a worker's module, where a forward pass may put another tensor into the place of one."""
 
+import torch
 from torch import Tensor, nn
 
 from lightning_accel.async_sgd.policy.buffers import buffer_roles
+
+
+def give_buffers_own_memory(module: nn.Module) -> None:
+    """Copy each buffer of which several elements are one place in memory (``expand``), so that it can be written to."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if _shares_elements(buffer):
+                setattr(part, name, buffer.clone(memory_format=torch.contiguous_format))
+
+
+def _shares_elements(buffer: Tensor) -> bool:
+    if buffer.layout != torch.strided:
+        return False
+    return any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
 
 
 class ModuleBuffers:
@@ -32,5 +47,5 @@ class ModuleBuffers:
             found = getattr(part, leaf, None)
             if isinstance(found, Tensor) and found is not known:
                 same = (found.shape, found.dtype, found.layout) == (known.shape, known.dtype, known.layout)
-                self._known[name] = found if same else known
+                self._known[name] = found if same and not _shares_elements(found) else known
         return self._known

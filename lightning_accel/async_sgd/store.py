@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,6 +30,8 @@ class Opening:
         steps: The same for each optimizer.
         epochs: Unfinished epochs of an earlier run, see `LeaseBook.state`.
         buffer_roles: What becomes of each buffer, see `take_buffers`.
+        autocast: Type that the worker's optimizer steps are cast to, as in manual optimization under ``bf16-mixed``;
+            None where they are not. Optimizers that multiply matrices (Adafactor, Muon) step differently under it.
     """
 
     names: list[str]
@@ -40,6 +43,7 @@ class Opening:
     steps: list[int] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     buffer_roles: list[Role] = field(default_factory=list)
+    autocast: torch.dtype | None = None
 
 
 @dataclass

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lightning_accel.async_sgd import ParameterStore
+from lightning_accel.async_sgd.module_buffers import give_buffers_own_memory
 from lightning_accel.async_sgd.replicas.shards import whole
 from lightning_accel.async_sgd.shared_memory.memory import anonymous_file
 from lightning_accel.async_sgd.shared_memory.spawn import StartMethod, resolve_start_method
@@ -49,6 +50,7 @@ class AsyncSGDLauncherBody:
         refuse_tuning_callbacks(strategy, trainer.callbacks)
         parts = launcher_module(strategy.distribution)
         prepare_to_come_back(trainer)
+        give_buffers_own_memory(trainer.lightning_module)
         make_averages_picklable(trainer)
         strategy.optimizers = []  # of an earlier fit; the workers make their own
         strategy.rescue = None

@@ -10,6 +10,8 @@ from torch import nn
 
 from lightning_accel.lightning_private import sync_batch_norm_requested
 
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of Open MPI, and of MPICH and its kin; set without mpi4py, too
+
 
 def refuse_lock_step(strategy: Any, module: nn.Module) -> None:
     """Refuse whatever makes workers wait for each other in every batch.
@@ -43,14 +45,14 @@ def refuse_other_launchers(strategy: Any) -> None:
     started = environment is not None and environment.creates_processes_externally and environment.world_size() > 1
     # torchrun's names, also where its environment is not recognised; Lightning itself never sets `RANK`
     started |= "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if not started:
+    mpi = [name for name in _MPI_SIZES if os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 1]
+    if not started and not mpi:
         return
-    name = type(environment).__name__
+    name = type(environment).__name__ if started else f"MPI: {mpi[0]}={os.environ[mpi[0]]}"
     error = import_module(f"{strategy.distribution}.utilities.exceptions").MisconfigurationException
     raise error(
         f"this process is one of several that a launcher has started ({name}), and each would train a model of its "
-        "own: "
-        "`async_sgd` starts its workers itself, on one machine. Start the script once (one task, no torchrun), and say "
+        "own: `async_sgd` starts its workers itself. Start the script once (one task, no torchrun, no mpirun), and say "
         "`devices=` how many workers there are to be."
     )
 

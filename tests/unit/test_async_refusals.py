@@ -6,14 +6,16 @@ import pickle
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 import lightning_accel
-from lightning_accel.async_sgd.module_buffers import ModuleBuffers
+from lightning_accel.async_sgd.module_buffers import ModuleBuffers, give_buffers_own_memory
 from lightning_accel.async_sgd.optimizer_steps import SentGroups, refuse_unsupported
 from lightning_accel.async_sgd.policy.buffers import buffer_roles
 from lightning_accel.async_sgd.policy.optimizer_copy import copy_optimizers, dumps
@@ -22,6 +24,7 @@ from lightning_accel.async_sgd.shared_memory.spawn import resolve_start_method
 from lightning_accel.async_sgd.shared_memory.unpicklable import what_cannot_be_pickled
 from lightning_accel.machine_code.openmp import rest_threads
 from lightning_accel.strategies.refusals import refuse_other_launchers
+from lightning_accel.strategies.worker_process.same_data import fingerprint
 
 
 class Clipped(torch.optim.SGD):
@@ -270,3 +273,62 @@ def test_one_machine_and_no_other_launcher(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(MisconfigurationException, match="one of several that a launcher has started"):
         refuse_other_launchers(strategy)
+    monkeypatch.delenv("WORLD_SIZE")
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        with monkeypatch.context() as alone:
+            alone.setenv(name, "1")
+            refuse_other_launchers(strategy)
+            alone.setenv(name, "2")
+            with pytest.raises(MisconfigurationException, match=rf"\(MPI: {name}=2\).*no mpirun"):
+                refuse_other_launchers(strategy)
+
+
+class Rows(Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+
+def _split(seed):
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+    return order[:30].tolist()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda kept: Subset(TensorDataset(torch.arange(40)), kept),
+        lambda kept: ConcatDataset([Subset(TensorDataset(torch.arange(40)), kept), TensorDataset(torch.ones(3))]),
+        lambda kept: TensorDataset(torch.arange(40.0)[kept], torch.ones(30)),
+        lambda kept: Rows(np.arange(40)[kept]),
+        lambda kept: Rows([f"{i}.png" for i in kept]),
+        lambda kept: Subset(Subset(TensorDataset(torch.arange(40)), kept), range(9)),
+    ],
+    ids=["subset", "concatenated", "tensors", "array", "names", "subset of a subset"],
+)
+def test_another_split_in_another_worker_is_seen(make):
+    assert fingerprint(make(_split(0))) == fingerprint(make(_split(0)))
+    assert fingerprint(make(_split(0))) != fingerprint(make(_split(1)))
+
+
+def test_what_is_no_data_of_items_is_not_compared():
+    one, other = Rows([0.5] * 30), Rows([0.5] * 30)
+    one.cache, other.cache = {}, {0: 1}
+    one.seen, other.seen = torch.zeros(2), torch.ones(2)
+    assert fingerprint(one) == fingerprint(other)
+    assert fingerprint(object()) == fingerprint(object())
+
+
+def test_a_buffer_that_is_expanded_gets_memory_of_its_own():
+    module = nn.Linear(2, 2)
+    module.register_buffer("mask", torch.ones(1).expand(3))
+    module.register_buffer("mean", mean := torch.zeros(3))
+    give_buffers_own_memory(module)
+    module.mask[0] = 5.0
+    assert module.mask.tolist() == [5.0, 1.0, 1.0]
+    assert module.mean is mean
+    known = ModuleBuffers(module, dict(module.named_buffers()))
+    module.mask = torch.full((1,), 7.0).expand(3)
+    assert known.now()["mask"].tolist() == [5.0, 1.0, 1.0]

@@ -31,6 +31,7 @@ class ParameterServer:
         self.settings = settings
         self._hold_state(opening)
         self.version = opening.version
+        self._autocast = opening.autocast
         self.steps = list(opening.steps) or [0] * len(opening.optimizers)
         self.leases = LeaseBook(block=settings.lease_batches)
         for epoch in opening.epochs:
@@ -85,6 +86,7 @@ class ParameterServer:
             version=self.version,
             steps=list(self.steps),
             epochs=self.leases.state(),
+            autocast=self._autocast,
         )
 
     def admit(self, worker: int, incarnation: int) -> None:
@@ -252,7 +254,8 @@ class ParameterServer:
         if scale != 1.0:
             memory = None
             gradients = [None if g is None else g * scale for g in gradients]
-        self._flat[push.optimizer].step(gradients, weight=weight, flat=memory)
+        with torch.autocast("cpu", self._autocast, enabled=self._autocast is not None):
+            self._flat[push.optimizer].step(gradients, weight=weight, flat=memory)
         self.steps[push.optimizer] += 1
 
     @torch.no_grad()

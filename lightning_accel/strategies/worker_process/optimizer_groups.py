@@ -7,6 +7,7 @@ of the coordinator.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,6 +22,17 @@ def layout(optimizers: Sequence[Optimizer]) -> list[list[int]]:
 def layout_of_server(cut: Snapshot) -> list[list[int]]:
     """Return the same for the optimizers of a server."""
     return [[len(group["params"]) for group in state["param_groups"]] for state in cut.optimizer_states]
+
+
+def autocast_of_steps(trainer: Any) -> torch.dtype | None:
+    """Return the type that a Trainer's optimizer steps are cast to; None where they are not.
+
+    In manual optimization a step is made inside `training_step`, and so under what the precision casts that to.
+    """
+    if trainer.lightning_module.automatic_optimization or trainer.strategy.root_device.type != "cpu":
+        return None
+    with trainer.precision_plugin.train_step_context():
+        return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 def follow_groups(worker: Worker, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:

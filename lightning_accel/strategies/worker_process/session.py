@@ -1,6 +1,7 @@
 """What one worker process does in a `fit`: it joins the run, takes batches, pushes, validates one cut, and ends."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_accel.async_sgd import ParameterStore, Settings, Snapshot, Worker
+from lightning_accel.async_sgd.module_buffers import give_buffers_own_memory
 from lightning_accel.async_sgd.replicas.shards import whole
 from lightning_accel.lightning_private import (
     checkpoint_periods,
@@ -26,11 +28,13 @@ from lightning_accel.strategies.worker_process.checkpoints import rewind_loops, 
 from lightning_accel.strategies.worker_process.coordination import Watchers, log_statistics
 from lightning_accel.strategies.worker_process.layer_exchange import follow_layers
 from lightning_accel.strategies.worker_process.optimizer_groups import (
+    autocast_of_steps,
     follow_groups,
     layout,
     layout_of_server,
     thaw_again,
 )
+from lightning_accel.strategies.worker_process.same_data import refuse_other_data
 from lightning_accel.strategies.worker_process.schedules import SharedPace, catch_up, follow_pace, step_to_show
 from lightning_accel.strategies.worker_process.shared_epochs import SharedEpochs
 from lightning_accel.strategies.worker_process.snapshots import save_snapshot
@@ -92,7 +96,8 @@ class Session:
         worker = Worker(
             store, self.settings, parameters, buffers, optimizers, watch=not is_replica(store), module=module
         )
-        membership = store.join(lambda: worker.opening(version=trainer.global_step, epochs=epochs))
+        opening = functools.partial(worker.opening, version=trainer.global_step, epochs=epochs)
+        membership = store.join(lambda: replace(opening(), autocast=autocast_of_steps(trainer)))
         if membership.incarnation > 0:
             thaw_again(trainer, range(trainer.current_epoch, membership.epoch))
             worker.follow(parameters, buffers)
@@ -122,6 +127,8 @@ class Session:
                     "several workers share out one DataLoader, and the training loop must draw its batches itself; "
                     "combine several into one dataset and take no `dataloader_iter`, or use `devices=1`."
                 )
+            if membership.incarnation == 0 or not trainer.reload_dataloaders_every_n_epochs:
+                refuse_other_data(store, trainer.train_dataloader.dataset)
             expect_uncertain_end(trainer, self._workers)
             restart_fetching(trainer)
         if self.store.is_coordinator and membership.incarnation == 0:
@@ -337,6 +344,7 @@ class Session:
 
 
 def _tensors_of(module: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    give_buffers_own_memory(module)
     # a sparse buffer has no place in shared memory: it stays each worker's own
     buffers = {name: b for name, b in module.named_buffers() if b is not None and b.layout == torch.strided}
     return dict(module.named_parameters()), buffers
