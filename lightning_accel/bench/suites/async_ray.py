@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 _ELEMENTS = 10_000_000  # 40 MB
 _CASE = "40 MB of parameters"
 _WAITED, _AHEAD, _ASKED = "push and pull", "pull that came with the push", "pull that is asked for"
+_WARM_UP = 4  # steps; the first push of a process takes up to seconds on a busy machine
 _COMPRESSIONS: tuple[Any, ...] = ("none", "fp16", "int8")
 _TRAINING = {
     "2 nodes": Settings(lease_batches=64),
@@ -95,7 +96,9 @@ def _training(rounds: int, window: float, device: str) -> Iterator[BenchRow]:
         for _ in range(rounds):
             found["one process"].append(one_process(window, device))
             for name, settings in _TRAINING.items():
-                task = functools.partial(async_worker, window=window, delay=0.0, device=device, settings=settings)
+                task = functools.partial(
+                    async_worker, window=window, delay=0.0, device=device, settings=settings, warm_up=_WARM_UP
+                )
                 outcome, _ = run_on_ray(task, (), workers=2, settings=settings, options=RayOptions())
                 found[name].append(outcome)
     alone = found["one process"]

@@ -261,13 +261,29 @@ def _asynchronous(window: float, delay: float, device: str, settings: Settings) 
     return outcome
 
 
-def async_worker(store: ParameterStore, window: float, delay: float, device: str, settings: Settings) -> Outcome | None:
-    """Train one of two workers for so many seconds; returns what the run came to, in the coordinator."""
+def async_worker(
+    store: ParameterStore, window: float, delay: float, device: str, settings: Settings, *, warm_up: int = 0
+) -> Outcome | None:
+    """Train one of two workers for so many seconds; returns what the run came to, in the coordinator.
+
+    Args:
+        store: Of the worker.
+        window: Seconds.
+        delay: Seconds that all workers but the first wait in each step.
+        device: To train on.
+        settings: Of the run.
+        warm_up: Steps before the window begins, where the first pushes load what later ones find.
+    """
     task = Task(device)
     buffers = dict(task.net.named_buffers())
     worker = Worker(store, settings, dict(task.net.named_parameters()), buffers, [task.optimizer])
     number = worker.join(worker.opening).worker
     worker.attach()
+    for unit in task.units(0)[:warm_up]:
+        task.optimizer.zero_grad()
+        task.loss(torch.tensor(unit)).backward()
+        task.optimizer.step()
+    worker.flush()
     for other in (number, 1 - number):
         store.kv(f"here {other}", b"yes" if other == number else None)
     samples, epoch = 0, 0
