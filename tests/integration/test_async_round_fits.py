@@ -1,5 +1,7 @@
 """Rounds of local steps with real workers: every batch counts once, whoever dies, and nobody waits for the gone."""
 
+import math
+import threading
 from collections import Counter
 
 import pytest
@@ -80,6 +82,31 @@ def test_a_round_whose_quorum_died_for_good_closes_with_who_is_left():
     ending = run(2, 2, die=die, max_restarts=0)
     assert {entry.worker for entry in ending.log} == {0}
     assert leases_of(ending) == Counter((epoch, i) for epoch in range(2) for i in range(len(UNITS)))
+
+
+@pytest.mark.timeout(120)
+def test_a_way_that_waits_when_the_run_ends_is_refused_and_its_worker_goes():
+    waits = threading.Event()
+
+    def function(store):
+        x, y, model = problem()
+        worker = Worker(store, store.settings, dict(model.named_parameters()), {}, [optimizer_of(model)])
+        worker.join(worker.opening)
+        worker.attach()
+        store.kv(f"here {store.worker}", b"yes")
+        store.kv(f"here {1 - store.worker}")
+        if store.is_coordinator:  # could push, so the round of the other stays open
+            assert waits.wait(60)
+            store.stop()
+            return
+        store.probe = lambda stage: stage == "after the bell" and waits.set()
+        for _ in range(2):
+            nn.functional.mse_loss(model(x), y).backward()
+            worker.optimizers[0].step()
+
+    ending = run_thread_workers(2, function, **{**ROUNDS, "round_grace": math.inf})
+    assert ending.statistics.refused == 1
+    assert ending.statistics.version == 0
 
 
 def test_more_workers_in_a_round_than_there_are_is_refused_before_anything_starts():

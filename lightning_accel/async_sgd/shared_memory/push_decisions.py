@@ -48,14 +48,13 @@ class DecidesOnPushes:
             self.ring(peer)
 
     def close_round(self) -> None:
-        """Apply the ways that are there if their round is due; refuse them if the run is over."""
+        """Apply the ways that are there if their round is due; those that came too late for any are refused."""
         if self.server is None or self.server.rounds is None or self._holder is not None:
             return
-        pushed = {peer.worker: peer for peer in self.peers if peer.active and self._waits_for_round(peer)}
-        if self.control.stopped:
-            for peer in [peer for peer in pushed.values() if self._is_too_late(peer)]:
+        for peer in self.peers:
+            if peer.active and self._is_too_late(peer):  # its way may have waited since before the end
                 self.drain(peer)
-                del pushed[peer.worker]
+        pushed = {peer.worker: peer for peer in self.peers if peer.active and self._waits_for_round(peer)}
         able = [peer.worker for peer in self.peers if self._could_push(peer)]
         if not self.server.rounds.is_due(pushed, able, time.monotonic()):
             return
