@@ -149,6 +149,22 @@ def test_weighting_by_activations_gives_less_output_error_at_the_same_rank(make,
     assert output_error(weighted) / whole == pytest.approx(1.0 - EnergyProfile(dense, moment)(ranks), abs=1e-4)
 
 
+@pytest.mark.parametrize("form", [1, 2])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(16, 12), lambda: nn.Conv2d(16, 12, 3)])
+def test_weighting_by_activations_leaves_factors_that_train_where_inputs_hardly_vary(make, form):
+    torch.manual_seed(0)
+    dense = make()
+    moment = torch.diag(torch.logspace(0, -8, 16, dtype=torch.float64))
+    ranks = [6] * len(full_ranks(dense, form))
+    layer = factorize(dense, ranks, second_moment=moment)
+    rows = layer.factor_in.detach().double().flatten(1)
+    gram = rows @ rows.T
+    sizes = gram.diagonal().sqrt()
+    torch.testing.assert_close(gram / sizes.outer(sizes), torch.eye(6, dtype=torch.float64), atol=1e-4, rtol=0)
+    largest = [p.detach().abs().max() for p in layer.parameters() if p.dim() > 1]
+    assert max(largest) < 30 * min(largest), "a step that moves every entry alike suits all of them"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dtype_is_kept_and_the_work_is_done_in_float32_or_better(dtype):
     torch.manual_seed(0)

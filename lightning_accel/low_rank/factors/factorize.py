@@ -99,6 +99,7 @@ def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor 
         if whiten is not None:
             inputs = factors["factor_in"].view(ranks[0], weight.shape[1], -1)
             factors["factor_in"] = torch.einsum("rik,ij->rjk", inputs, unwhiten)
+            factors = _on_orthonormal_inputs(factors)
         if len(ranks) == 2:
             factors = _balanced(factors)
         for name, factor in factors.items():
@@ -237,6 +238,21 @@ def _split_evenly(matrix: Tensor, rank: int) -> dict[str, Tensor]:
         left[:, alive:] = 0.0
         root[alive:] = root[:alive].mean() if alive else 1.0
     return {"factor_out": left * root, "factor_in": root[:, None] * right}
+
+
+def _on_orthonormal_inputs(factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn the factors' inner basis so that the input factor reads orthogonal directions; their product stays.
+
+    Where inputs hardly vary, the inverse root of their second moment is huge. The factor's rows, all but parallel,
+    would lie along such directions, and first steps of an optimizer that moves all entries alike would undo the
+    decomposition.
+    """
+    basis, change = torch.linalg.qr(factors["factor_in"].flatten(1).double().T)  # (in * kernel, rank), (rank, rank)
+    if "core" in factors:
+        core = torch.einsum("ba...,ca->bc...", factors["core"].double(), change)
+        return factors | {"core": core, "factor_in": basis.T}
+    split = _split_evenly(factors["factor_out"].double() @ change.T, change.shape[0])
+    return split | {"factor_in": split["factor_in"] @ basis.T}
 
 
 def _leading(weight: Tensor, mode: int, rank: int) -> Tensor:
