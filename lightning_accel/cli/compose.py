@@ -1,5 +1,6 @@
 """One way to compose and instantiate, the same with Hydra 1.3 and 1.4."""
 
+import contextlib
 import hashlib
 import math
 import re
@@ -45,16 +46,8 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Values that only a started command has, such as ``paths.output_dir``, must be overridden to be read.
     """
-    version = {"version_base": "1.3"} if _HYDRA_1_3 else {}
-    application = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_module("lightning_accel.conf", **version):
-            return hydra.compose(config_name, overrides=list(overrides))
-    finally:
-        if application is not None:
-            GlobalHydra.instance().clear()
-            GlobalHydra.instance().initialize(application)
+    with _package_configurations():
+        return hydra.compose(config_name, overrides=list(overrides))
 
 
 def help_of(config_name: str, overrides: Sequence[str]) -> str:
@@ -62,15 +55,29 @@ def help_of(config_name: str, overrides: Sequence[str]) -> str:
 
     Hydra asks its configurations for every group, and copies all of them before each question.
     """
-    version = {"version_base": "1.3"} if _HYDRA_1_3 else {}
-    with hydra.initialize_config_module("lightning_accel.conf", **version):
+    with _package_configurations():
         cfg = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
         groups = dict(_groups(""))
     of_app = [name for name in cfg if name != "hydra"]
     listed = "".join(f"{group}: {', '.join(sorted(options))}\n" for group, options in sorted(groups.items()))
-    return string.Template(cfg.hydra.help.template).substitute(
+    return string.Template(cfg.hydra.help.template).safe_substitute(
         APP_CONFIG_GROUPS=listed, CONFIG=OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, of_app))
     )
+
+
+@contextlib.contextmanager
+def _package_configurations() -> Iterator[None]:
+    """Let Hydra compose from this package inside, whatever application is running, and put that back."""
+    version = {"version_base": "1.3"} if _HYDRA_1_3 else {}
+    application = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_module("lightning_accel.conf", **version):
+            yield
+    finally:
+        if application is not None:
+            GlobalHydra.instance().clear()
+            GlobalHydra.instance().initialize(application)
 
 
 def _groups(parent: str) -> Iterator[tuple[str, set[str]]]:
