@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1920, help="frames")
     parser.add_argument("--test", type=int, default=4000, help="frames")
     parser.add_argument("--batch", type=int, default=8, help="frames")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=3e-5)
     parser.add_argument("--rounds", type=int, default=8, help="of steps and inferences that are timed in turns")
     parser.add_argument("--threads", type=int, default=available_cores())
     given = parser.parse_args()
