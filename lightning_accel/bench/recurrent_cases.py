@@ -21,17 +21,17 @@ _product = multiply if are_worth_it() else torch.mm
 
 _PRODUCTS = """
 void forth(int64_t n, int64_t B, const int64_t *at, product_t call) {
-    real *const made = packed(B, n, ROWS, COLUMNS, (real *)at[6]);
+    real *const made = packed(B, n, ROWS, COLUMNS, (real *)at[6], at[8]);
     for (int64_t t = 0; t < n; ++t)
-        product(call, B, ROWS, COLUMNS, (real *)at[0] + t * at[1], COLUMNS, (real *)at[6], made,
-            (real *)at[3] + t * at[4], ROWS, 0);
+        product(call, B, ROWS, COLUMNS, (real *)at[0] + t * at[1], COLUMNS, (real *)at[6], at[8], made,
+            (real *)at[3] + t * at[4], ROWS, 0, t);
     free(made);
 }
 void back(int64_t n, int64_t B, const int64_t *at, product_t call) {
-    real *const made = packed(B, n, COLUMNS, ROWS, (real *)at[6]);
+    real *const made = packed(B, n, COLUMNS, ROWS, (real *)at[6], at[8]);
     for (int64_t t = 0; t < n; ++t)
-        product(call, B, COLUMNS, ROWS, (real *)at[0] + t * at[1], ROWS, (real *)at[6], made,
-            (real *)at[3] + t * at[4], COLUMNS, 0);
+        product(call, B, COLUMNS, ROWS, (real *)at[0] + t * at[1], ROWS, (real *)at[6], at[8], made,
+            (real *)at[3] + t * at[4], COLUMNS, 0, t);
     free(made);
 }
 """

@@ -74,6 +74,7 @@ static inline real gelu_tanh(real x) {
     return tanh_real((real)0.7978845608028654 * (x + (real)0.044715 * x * x * x));
 }
 """
+_FIRST_TEXT = "int few_rows(void) { return FEW_ROWS; }"  # compiles wherever anything does
 
 
 class MachineCode:
@@ -100,7 +101,8 @@ class MachineCode:
             steps: Time steps.
             streams: Size of the batch.
             blocks: Values of every time step, in the order of the text.
-            constants: Values that no time step changes, after them.
+            constants: Values that no time step changes, after them. A matrix may lie column by column; its stride of
+                streams is less the distance of its columns then, see `packed` in the text.
         """
         held, at = [], []
         for block in blocks:
@@ -108,6 +110,9 @@ class MachineCode:
             held.append(tensor)
             at += [tensor.data_ptr(), tensor.stride(0), _stride_of_streams(tensor, 1)]
         for constant in constants:
+            if _lies_by_columns(constant):
+                at += [constant.data_ptr(), 0, -constant.stride(1)]
+                continue
             tensor = _rows(constant)
             held.append(tensor)
             at += [tensor.data_ptr(), 0, _stride_of_streams(tensor, 0)]
@@ -141,10 +146,28 @@ def _refusal() -> str | None:
     if any(not hasattr(_torch_library(), name) for name in _PRODUCTS.values()):
         return "torch's library exports no products of matrices"
     try:
-        compiled_library("int64_t answer(void) { return 42; }", torch.float32)
+        compiled_library(_FIRST_TEXT, torch.float32)
     except CannotCompileError as error:
         return str(error)
     return None
+
+
+def second_factor(matrix: Tensor, streams: int) -> Tensor:
+    """Return the second factor of a loop's products as they take it: for few streams as it lies, else row by row.
+
+    Args:
+        matrix: Of shape (inner, columns).
+        streams: Rows of the first factor.
+    """
+    if streams <= _few_rows() and _lies_by_columns(matrix):
+        return matrix
+    return matrix.contiguous()
+
+
+@functools.cache
+def _few_rows() -> int:
+    """Return the number of rows up to which a loop packs the second factor of its products by itself."""
+    return int(compiled_library(_FIRST_TEXT, torch.float32).few_rows())
 
 
 @functools.cache
@@ -181,3 +204,10 @@ def _rows(tensor: Tensor) -> Tensor:
 def _stride_of_streams(tensor: Tensor, dim: int) -> int:
     """Return the distance of streams; 0 where all share one row."""
     return tensor.stride(dim) if tensor.dim() == dim + 2 and tensor.shape[dim] != 1 else 0
+
+
+def _lies_by_columns(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a matrix whose columns, and not its rows, are dense."""
+    if tensor.dim() != 2 or min(tensor.shape) < 2:
+        return False
+    return tensor.stride(0) == 1 and tensor.stride(1) >= tensor.shape[0]

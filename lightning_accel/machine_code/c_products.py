@@ -23,8 +23,9 @@ typedef real lanes __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real
 static inline long tile_columns(long rows) {
     return (rows == 1 ? 8 : 2) * LANES;
 }
-/* W (inner, columns), row by row, as tiles one after another; NULL where the library's product is the better one. */
-static inline real *packed(long rows, long steps, long columns, long inner, const real *W) {
+/* W (inner, columns) as tiles one after another; NULL where the library's product is the better one. `whead` is the
+   distance of its rows, or less the distance of its columns (below 0) where it lies column by column. */
+static inline real *packed(long rows, long steps, long columns, long inner, const real *W, long whead) {
     if (rows > FEW_ROWS || steps < 4)
         return 0;
     const long tile = tile_columns(rows), tiles = (columns + tile - 1) / tile;
@@ -33,11 +34,19 @@ static inline real *packed(long rows, long steps, long columns, long inner, cons
         return 0;
     for (long j = 0; j < tiles; ++j) {
         const long start = j * tile, width = columns - start < tile ? columns - start : tile;
-        for (long k = 0; k < inner; ++k) {
-            real *const row = made + (j * inner + k) * tile;
-            memcpy(row, W + k * columns + start, (size_t)width * sizeof(real));
-            memset(row + width, 0, (size_t)(tile - width) * sizeof(real));
-        }
+        real *const panel = made + j * inner * tile;
+        if (width < tile)
+            memset(panel, 0, (size_t)(inner * tile) * sizeof(real));
+        if (whead >= 0)
+            for (long k = 0; k < inner; ++k)
+                memcpy(panel + k * tile, W + k * columns + start, (size_t)width * sizeof(real));
+        else
+            for (long first = 0; first < inner; first += LANES) {
+                const long end = inner - first < LANES ? inner : first + LANES;
+                for (long v = 0; v < width; ++v)
+                    for (long k = first; k < end; ++k)
+                        panel[k * tile + v] = W[k - (start + v) * whead];
+            }
     }
     return made;
 }
@@ -63,11 +72,15 @@ TILE_OF_ROWS(one_row, 1, 2)
 TILE_OF_ROWS(two_rows, 2, 2)
 TILE_OF_ROWS(four_rows, 4, 2)
 TILE_OF_ROWS(eight_rows, 8, 2)
-static void tiles(long rows, long columns, long inner, const real *A, long ahead, const real *W, real *C, long chead,
-    real keep) {
-    const long tile = tile_columns(rows);
-    for (long j = 0; j < columns; j += tile, W += inner * tile) {
+/* Every other product goes through the tiles from the last to the first: what the one before it read at its end is
+   still in the processor's own memory, which holds a part of them only. */
+static void tiles(long rows, long columns, long inner, const real *A, long ahead, const real *made, real *C, long chead,
+    real keep, long turn) {
+    const long tile = tile_columns(rows), count = (columns + tile - 1) / tile;
+    for (long i = 0; i < count; ++i) {
+        const long at = turn & 1 ? count - 1 - i : i, j = at * tile;
         const long width = columns - j < tile ? columns - j : tile;
+        const real *const W = made + at * inner * tile;
         if (rows == 1) {
             wide_row(inner, A, ahead, W, C + j, chead, width, keep);
             continue;
@@ -87,15 +100,17 @@ static void tiles(long rows, long columns, long inner, const real *A, long ahead
             one_row(inner, A + r * ahead, ahead, W, C + r * chead + j, chead, width, keep);
     }
 }
-/* C (rows, columns) = A (rows, inner) W (inner, columns) + keep * C, all row by row; keep is 0 or 1. */
+/* C (rows, columns) = A (rows, inner) W (inner, columns) + keep * C, row by row but for W, see `packed`. `keep` is 0
+   or 1, `turn` the time step. */
 static inline void product(product_t call, long rows, long columns, long inner, const real *A, long ahead,
-    const real *W, const real *W_packed, real *C, long chead, real keep) {
+    const real *W, long whead, const real *W_packed, real *C, long chead, real keep, long turn) {
     if (W_packed) {
-        tiles(rows, columns, inner, A, ahead, W_packed, C, chead, keep);
+        tiles(rows, columns, inner, A, ahead, W_packed, C, chead, keep, turn);
         return;
     }
     const int m = (int)columns, n = (int)rows, k = (int)inner, lda = (int)ahead, ldc = (int)chead;
+    const int ldw = (int)(whead < 0 ? -whead : columns);
     const real one = 1;
-    call("N", "N", &m, &n, &k, &one, W, &m, A, &lda, &keep, C, &ldc);
+    call(whead < 0 ? "T" : "N", "N", &m, &n, &k, &one, W, &ldw, A, &lda, &keep, C, &ldc);
 }
 """

@@ -216,10 +216,10 @@ class OuterProduct(nn.Module):
 
 PRODUCTS = """
 void products(int64_t n, int64_t B, const int64_t *at, product_t call) {
-    real *const w = (real *)at[6], *const made = packed(B, n, COLUMNS, INNER, w);
+    real *const w = (real *)at[6], *const made = packed(B, n, COLUMNS, INNER, w, at[8]);
     for (int64_t t = 0; t < n; ++t)
-        product(call, B, COLUMNS, INNER, (real *)at[0] + t * at[1], at[2], w, made, (real *)at[3] + t * at[4], at[5],
-            t % 2);
+        product(call, B, COLUMNS, INNER, (real *)at[0] + t * at[1], at[2], w, at[8], made, (real *)at[3] + t * at[4],
+            at[5], t % 2, t);
     free(made);
 }
 """
@@ -227,9 +227,10 @@ void products(int64_t n, int64_t B, const int64_t *at, product_t call) {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("columns", "inner"), [(1, 1), (7, 5), (40, 20), (300, 33)])
-def test_products_of_few_and_of_many_rows(columns, inner, dtype):
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_products_of_few_and_of_many_rows(by_columns, columns, inner, dtype):
     machine = MachineCode(PRODUCTS.replace("COLUMNS", str(columns)).replace("INNER", str(inner)), dtype)
-    w = torch.randn(inner, columns, dtype=dtype)
+    w = torch.randn(columns, inner, dtype=dtype).t() if by_columns else torch.randn(inner, columns, dtype=dtype)
     for rows in (*range(1, 18), 31, 32, 33):
         a, c = torch.randn(5, rows, inner + 3, dtype=dtype), torch.randn(5, rows, columns + 2, dtype=dtype)
         expected, around = c.clone(), c[..., columns:].clone()

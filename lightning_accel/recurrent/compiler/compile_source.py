@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.machine_code import large_products
-from lightning_accel.machine_code.c_functions import MachineCode
+from lightning_accel.machine_code.c_functions import MachineCode, second_factor
 from lightning_accel.machine_code.toolchain import CannotCompileError
 from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
 from lightning_accel.recurrent.compiler.emit_python.weight_gradients import layer_norm_sums
@@ -54,6 +54,7 @@ def compile_source(source: str, constants: dict[str, Tensor], device: torch.devi
         "nan": math.nan,
         "scan_into": scan_into,
         "MachineCode": MachineCode,
+        "second_factor": second_factor,
         "TritonCode": TritonCode,
         "layer_norm_sums": layer_norm_sums,
         "add_to": _add_to,

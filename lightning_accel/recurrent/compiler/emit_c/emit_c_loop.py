@@ -198,17 +198,27 @@ class CLoop:
 
     def _place_of(self, node: Node) -> Place | None:
         """Find a value's memory; one from outside the loop is handed to the function."""
+        if node in self.text.stages.invariant and len(shape(node)) == 2 and node not in self.inside:
+            self.text.contiguous.add(node)
         if node in self.place or node in self.inside:
             return self.place.get(node)
         if node in self.text.stages.invariant:
-            if len(shape(node)) == 2:
-                self.text.contiguous.add(node)
             self.constants[node.name] = self.text.name(node)
         else:
             self.blocks[node.name] = self.text.name(node)
         self.place[node] = Place(node.name)
         self.types[node.name] = node.meta["val"].dtype
         return self.place[node]
+
+    def _place_of_matrix(self, node: Node) -> Place:
+        """Find the memory of a product's second factor, which may lie column by column if nothing else reads it."""
+        is_read_by_rows = node in self.text.contiguous
+        found = self._place_of(node)
+        assert found is not None
+        if not is_read_by_rows:
+            self.text.contiguous.discard(node)
+            self.text.matrices.add(node)
+        return found
 
     def _stored(self, node: Node) -> list[Place]:
         own = [self.place[node]] if node in self.place else []
@@ -235,7 +245,7 @@ class CLoop:
             lines.append(f"    {number} *const p_{name} = ({number} *)at[{3 * k}];")
             lines.append(f"    const int64_t t_{name} = at[{3 * k + 1}], b_{name} = at[{3 * k + 2}];")
         for name, sizes in self.packed.items():
-            lines.append(f"    real *const w_{name} = packed(B, n, {sizes}, p_{name});")
+            lines.append(f"    real *const w_{name} = packed(B, n, {sizes}, p_{name}, b_{name});")
         count = "int64_t t = n - 1; t >= 0; --t" if self.reverse else "int64_t t = 0; t < n; ++t"
         lines.append(f"    for ({count}) {{")
         for name in [*self.blocks, *self.constants]:
@@ -258,9 +268,8 @@ class CLoop:
             out = self.place[node].name
             left, right = node.args[-2:]
             source, start = self.order.resolve(left)
-            a, w = self._place_of(source), self._place_of(right)
+            a, w = self._place_of(source), self._place_of_matrix(right)
             assert a is not None
-            assert w is not None
             keep = "0"
             if node.target is aten.addmm.default:
                 keep = "1"
@@ -271,8 +280,8 @@ class CLoop:
             self.packed[w.name] = sizes  # a matrix has one size
             lines.append(
                 f"{_INDENT}product(call, B, {sizes}, {first}, b_{a.name} > 0 ? b_{a.name} : {width(left)}, "
-                f"s_{w.name}, w_{w.name}, s_{out} + {self.place[node].start}, "
-                f"b_{out} > 0 ? b_{out} : {width(node)}, {keep});"
+                f"s_{w.name}, b_{w.name}, w_{w.name}, s_{out} + {self.place[node].start}, "
+                f"b_{out} > 0 ? b_{out} : {width(node)}, {keep}, t);"
             )
         return lines
 

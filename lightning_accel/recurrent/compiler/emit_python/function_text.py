@@ -22,6 +22,7 @@ class FunctionText:
 
     Attributes:
         contiguous: Invariant values that are wanted contiguous.
+        matrices: Invariant values that only products in C read.
     """
 
     def __init__(self, stages: Stages, outputs: Iterable[Node], saved: Iterable[Node]) -> None:
@@ -29,6 +30,7 @@ class FunctionText:
         self.outputs = dict.fromkeys(outputs)
         self.saved = list(saved)
         self.contiguous: set[Node] = set()
+        self.matrices: set[Node] = set()
         self._lines: list[str] = []
         self._invariants: dict[Node, None] = {}
 
@@ -75,10 +77,15 @@ class FunctionText:
                 )
             else:
                 lines.append(f"{INDENT}{name} = {emit_aten_call.call(node, lambda m: f'v_{m.name}')}")
-        kept = [f"v_{n.name}.contiguous()" if n in self.contiguous else f"v_{n.name}" for n in self._invariants]
-        lines.append(f"{INDENT}return [{', '.join(kept)}]")
+        lines.append(f"{INDENT}return [{', '.join(map(self._kept, self._invariants))}]")
         unpack = [f"{INDENT}[{', '.join(f'v_{n.name}' for n in self._invariants)}] = inv"] if self._invariants else []
         return "\n".join([*lines, "", f"def {header}:", *unpack, *self._lines, ""])
+
+    def _kept(self, node: Node) -> str:
+        name = f"v_{node.name}"
+        if node in self.contiguous:
+            return f"{name}.contiguous()"
+        return f"second_factor({name}, B)" if node in self.matrices else name
 
 
 def parts(node: Node) -> list[Node]:
