@@ -81,9 +81,9 @@ def _scheduled_backward(ctx: Any, tensors: Sequence[Tensor], gradients: Sequence
     steps, streams = xs[0].shape[:2]
     code = schedule.code(wanted, streams)
     given = [
-        torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+        torch.zeros((1, *shape[1:]), dtype=dtype, device=device).expand(shape) if g is None else g
         for g, (shape, dtype, device) in zip(gradients, ctx.like, strict=True)
-    ]
+    ]  # absent ones are one step's zeros, or for states one stream's: nobody writes to them
     dys, bounds = given[:ny], given[ny:]
     sums: list[Tensor | None] = [None] * len(weights)
     with torch.autocast(xs[0].device.type, enabled=False):

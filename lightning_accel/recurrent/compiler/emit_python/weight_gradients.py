@@ -57,13 +57,20 @@ class TimeSums:
         self._name = name
         self._made: set[Node] = set()
         texts = {}
+        known: dict[str, str] = {}  # two biases that are added have one gradient
         for weight, gradient in self._wanted.items():
             self._before = []
             before = f"sums[{weight}]"
             if self._rule(gradient)[0] == "product":
                 expression = f"add_product({before}, {self._factors(gradient)})"
             else:
-                expression = f"add_to({before}, {self._sum(gradient)})"
+                total = self._sum(gradient)
+                if total not in known:
+                    known[total] = f"part_{weight}"
+                    self._before.append(f"part_{weight} = {total}")
+                    expression = f"add_to({before}, part_{weight})"
+                else:
+                    expression = f"add_to({before}, {known[total]}.clone())"
             texts[weight] = [*self._before, expression]
         return texts
 
