@@ -86,19 +86,28 @@ class _Text:
 
 
 def call_reader(layout: CallLayout) -> Callable[[tuple[Any, ...], dict[str, Any]], Found | None]:
-    """Return what does ``layout.split`` of a call's arguments."""
+    """Return what does ``layout.split`` of a call's arguments, but for a look at its states.
+
+    The results of the call before, which these are in a loop, have been looked at; see `is_batched` for all others.
+    """
     text = _Text()
-    text.lines.append("call = (args, kwargs)")
-    text.take_apart(layout.arguments, "call")
+    _, args, kwargs = layout.arguments
+    text.take_apart(args, "args")
+    text.take_apart(kwargs, "kwargs")
     for place, value in layout.fixed:
         leaf = text.leaves[place]
         text.refuse_if(f"type({leaf}) is not {text.constant(type(value))} or {leaf} != {text.constant(value)}")
     xs, states = ([text.leaves[k] for k in places] for places in (layout.x_places, layout.state_places))
-    for leaf in (*xs, *states):
+    for leaf in xs:
         text.refuse_if(f"not isinstance({leaf}, Tensor) or {leaf}.dim() < 2")
     text.lines.append(f"return ({''.join(f'{x}, ' for x in xs)}), ({''.join(f'{s}, ' for s in states)})")
     found: Callable[[tuple[Any, ...], dict[str, Any]], Found | None] = text.function("args, kwargs")
     return found
+
+
+def is_batched(values: Sequence[Any]) -> bool:
+    """Tell whether all values are tensors of at least two dimensions."""
+    return all(isinstance(value, Tensor) and value.dim() > 1 for value in values)
 
 
 def result_writer(layout: CallLayout) -> Callable[[Sequence[Tensor]], Any]:

@@ -10,6 +10,7 @@ node makes the backward of its own step instead, as the loop's nodes would.
 
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import chain as chain_together
 from typing import Any
 
 import torch
@@ -83,9 +84,11 @@ class Chain:
         self._ready: list[tuple[Tensor, ...] | None] = list(copies)
         self._slots = kernel.layout.state_slots
         self._heard = [k for k, feed in enumerate(feeds) if feed.wants_gradient]
-        self.no_gradients = (None,) * (4 + len(feeds) + len(states))
-        self._last: list[weakref.ref[Tensor]] = []
-        self._watched: list[weakref.ref[Tensor]] = []
+        self._hears_all = len(self._heard) == len(feeds)
+        self.no_gradients = (None,) * (4 + len(self._heard) + len(states))
+        self._last: tuple[weakref.ref[Tensor], ...] = ()
+        self._given: list[tuple[weakref.ref[Tensor], ...]] = []
+        self._taken: list[weakref.ref[Tensor]] = []
         self.listened_to = False
         self._received: dict[int, _Gradients | None] = {}
         self._rows_received: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
@@ -122,9 +125,12 @@ class Chain:
     def follows(self, states: Sequence[Tensor]) -> bool:
         """Tell whether these are the very results of the last call."""
         last = self._last
-        if not last or states[0] is not last[self._slots[0]]():
+        if not last:
             return False
-        return all(state is last[slot]() for state, slot in zip(states[1:], self._slots[1:], strict=True))
+        for state, slot in zip(states, self._slots, strict=True):  # noqa: SIM110  # a third of what `all` takes
+            if state is not last[slot]():
+                return False
+        return True
 
     def gave(self, tensor: Tensor, step: int, slot: int) -> bool:
         """Tell whether a tensor is a result of a step, as it was given."""
@@ -136,17 +142,25 @@ class Chain:
                 return False
         return not tensor._version and self._known[slot].are_in(tensor, step)
 
-    def next(self, token: Tensor, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the next call's results."""
+    def next(self, token: Tensor | None, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the next call's results; the first call takes the token."""
         step = self.given
         self.given = step + 1
         results, self._ready[step] = self._ready[step], None
+        if not self._hears_all:
+            xs = [xs[k] for k in self._heard]
         outputs: tuple[Tensor, ...] = apply_step(self, step, results, token, *xs, *states)
-        last = self._last = [weakref.ref(o) for o in outputs]
-        self._watched += [last[slot] for slot in self._slots]
-        for k in self._heard:
-            self._watched.append(weakref.ref(xs[k]))
+        self._last = last = tuple(map(weakref.ref, outputs))
+        self._given.append(last)
+        if xs:
+            self._taken.extend(map(weakref.ref, xs))
         return outputs
+
+    def _is_listened_to(self) -> bool:
+        """Tell whether somebody wants to know the gradient of a state or of an input."""
+        states = (last[slot]() for last in self._given for slot in self._slots)
+        inputs = (ref() for ref in self._taken)
+        return any(t is not None and is_listened_to(t) for t in chain_together(states, inputs))
 
     def receiving(self, backward: int) -> _Gradients | None:
         """Return what collects the steps' gradients in a backward; ``None`` if each step makes its own part of it."""
@@ -158,7 +172,7 @@ class Chain:
             torch.is_grad_enabled()
             or self.listened_to
             or not backward_reaches(self._mark)
-            or any(tensor is not None and is_listened_to(tensor) for tensor in (r() for r in self._watched))
+            or self._is_listened_to()
             or any(isinstance(feed, Rows) and feed.source.receiving(backward) is None for feed in self.feeds)
         )
         self._received[backward] = None if by_step else {}
@@ -170,21 +184,27 @@ class Chain:
         """Keep gradients of one result at several steps, from a loop that it feeds."""
         self._rows_received.setdefault(running_backward(), []).append((slot, steps, gradients))
 
-    def step_back(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def step_back(
+        self, step: int, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
         """Make the backward of one step.
 
         Args:
-            tensors: The step's inputs and states.
+            step: Which one.
+            tensors: Its inputs that want a gradient, and its states.
             gradients: Of its results.
 
         Returns:
             Gradients of ``tensors``; those of the parameters wait for `collect`.
         """
         twice = torch.is_grad_enabled()
-        count = len(self.feeds)
+        count = len(self._heard)
         with torch.enable_grad(), without_autocast(self._xs[0]):
             leaves = [twin(t, twice) for t in (*tensors, *self.parameters)]
-            xs, states, weights = leaves[:count], leaves[count : len(tensors)], leaves[len(tensors) :]
+            heard, states, weights = leaves[:count], leaves[count : len(tensors)], leaves[len(tensors) :]
+            xs = [x[step] for x in self._xs]
+            for k, x in zip(self._heard, heard, strict=True):
+                xs[k] = x
             outputs = [o[0] for o in self.kernel.run_one_by_one([x[None] for x in xs], states, weights)]
         found = gradients_of(outputs, gradients, leaves, create_graph=twice)
         known = self._weight_gradients.setdefault(running_backward(), [None] * len(weights))

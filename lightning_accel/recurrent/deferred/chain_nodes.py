@@ -15,8 +15,24 @@ class Step(torch.autograd.Function):
     """One call: results that depend on its inputs and states and on the whole loop."""
 
     @staticmethod
-    def forward(ctx: Any, chain: "Chain", step: int, results: tuple[Tensor, ...], *tensors: Tensor) -> Any:
-        """Take the results, which are computed already; ``tensors`` are the token, inputs and states."""
+    def forward(
+        ctx: Any,
+        chain: "Chain",
+        step: int,
+        results: tuple[Tensor, ...],
+        token: Tensor | None,  # noqa: ARG004
+        *tensors: Tensor,
+    ) -> Any:
+        """Take the results, which are computed already.
+
+        Args:
+            ctx: The node.
+            chain: Of the loop.
+            step: Which call it is.
+            results: Of the call.
+            token: Of the whole loop, for the first call; all others depend on it through their states.
+            tensors: Inputs that want a gradient, and states.
+        """
         ctx.chain, ctx.step = chain, step
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
@@ -30,10 +46,10 @@ class Step(torch.autograd.Function):
         if received is not None:
             received[ctx.step] = gradients
             return chain.no_gradients
-        tensors = ctx.saved_tensors[1:]
+        tensors = ctx.saved_tensors
         if all(g is None for g in gradients):
             return chain.no_gradients
-        return (None, None, None, None, *chain.step_back(tensors, gradients))
+        return (None, None, None, None, *chain.step_back(ctx.step, tensors, gradients))
 
 
 class Whole(torch.autograd.Function):

@@ -1,11 +1,12 @@
 """Stand before one cell's ``forward``: answer the calls of a loop from what its first call has computed."""
 
-import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from operator import attrgetter
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_accel.recurrent.cell_step import is_torch_cell
 from lightning_accel.recurrent.deferred.call_layout import CallLayout, flatten
-from lightning_accel.recurrent.deferred.call_reader import Found, call_reader, result_writer
+from lightning_accel.recurrent.deferred.call_reader import Found, call_reader, is_batched, result_writer
 from lightning_accel.recurrent.deferred.chain import GOES_ON, WRITTEN, Chain
 from lightning_accel.recurrent.deferred.circumstances import CLOSE, refusal, unusual
 from lightning_accel.recurrent.deferred.feeds import Feed, FeedForm, feed_of
@@ -25,7 +26,9 @@ from lightning_accel.torch_private import nothing_is_around
 _SIDE_BY_SIDE = 4  # loops over one cell at a time
 _PATIENCE = 3  # batches in a row in which more steps were computed in vain than used
 _DOUBTS = 3  # changes of the cell, or backwards step by step, until it is plain for good
+_ANOTHER_FORM = "it is called in another form"
 _TO_THE_END = 2  # slices of an input that a loop which runs to its end may leave out: a target, a token
+_version_of: Any = attrgetter("_version")
 
 
 @dataclass(eq=False)
@@ -34,14 +37,14 @@ class _Loop:
 
     Attributes:
         chain: Its steps.
-        token: Of the graph.
+        token: Of the graph, until the first call has taken it.
         versions: Of the cell's tensors.
         left: How many steps its inputs would have allowed.
         order: Which loop of the batch it is.
     """
 
     chain: Chain
-    token: Tensor
+    token: Tensor | None
     versions: list[int]
     left: float
     order: int
@@ -81,7 +84,7 @@ class DeferredCell:
         self._seen: dict[int, tuple[int, float]] = {}
         self._begun = self._vain = self._used = self._vain_batches = self._changes = self._asked = 0
         self._traced = False
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
         self._forward = InstanceForward(cell, self._call)
         try:
             self._key = assumptions_of(cell)
@@ -123,7 +126,7 @@ class DeferredCell:
         self.active = not self.doubt
         self._begun = self._vain = self._used = 0
         self._seen = {}
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
 
     def end(self) -> None:
         """End a training step; give up what does not pay."""
@@ -152,12 +155,12 @@ class DeferredCell:
     def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any], steps: int) -> None:
         """Choose now how loops of ``steps`` calls like this one run, which else the first one does."""
         found = self._read(args, kwargs)
-        if found is not None and steps >= SHORTEST and self._cannot(*found) is None:
+        if found is not None and is_batched(found[1]) and steps >= SHORTEST and self._cannot(*found) is None:
             xs, states = ([t.detach() for t in group] for group in found)
             self.kernel.run([x.expand(steps, *x.shape).contiguous() for x in xs], states)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.active or threading.get_ident() != self._thread or not self._forward.stands_first():
+        if not self.active or get_ident() != self._thread or not self._forward.stands_first():
             return self._forward.original(*args, **kwargs)
         outputs, is_rest = None, False
         try:
@@ -180,13 +183,16 @@ class DeferredCell:
             return None, False
         found = self._read(args, kwargs)
         if found is None:
-            self.idle = "it is called in another form"
+            self.idle = _ANOTHER_FORM
             return None, False
         xs, states = found
         for loop in self._running:
             if loop.chain.follows(states):
                 break
         else:
+            if not is_batched(states):
+                self.idle = _ANOTHER_FORM
+                return None, False
             if any(ref() is state for known in self._plain for ref in known for state in states):
                 return None, True  # the rest of a loop that left the foretold way
             begun = self._start(xs, states)
@@ -195,7 +201,7 @@ class DeferredCell:
             loop = begun
         if loop.chain.given:
             problem = loop.chain.problem(xs, states)
-            if problem is None and loop.versions != self._versions():
+            if problem is None and loop.versions != list(map(_version_of, self._tensors)):
                 problem = "its weights change between the steps"
             if problem is not None:
                 if problem == WRITTEN:
@@ -204,7 +210,8 @@ class DeferredCell:
                 self._running.remove(loop)
                 self._close(loop, problem)
                 return None, True
-        outputs = loop.chain.next(loop.token, xs, states)
+        token, loop.token = loop.token, None
+        outputs = loop.chain.next(token, xs, states)
         self.steps += 1
         return outputs, False
 
@@ -238,7 +245,7 @@ class DeferredCell:
             torch.set_rng_state(random_state)
         if not self.native and not self._is_what_it_was(chain, xs, states):
             return None
-        loop = _Loop(chain, chain.begin(), self._versions(), left, order)
+        loop = _Loop(chain, chain.begin(), list(map(_version_of, self._tensors)), left, order)
         self._running.appendleft(loop)
         self.chains += 1
         return loop
@@ -290,9 +297,10 @@ class DeferredCell:
         return True
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found | None:
-        found = self._split(args, kwargs)
-        if found is not None or not self.native:
-            return found
+        return self._split(args, kwargs) or (self._read_torchs(args, kwargs) if self.native else None)
+
+    def _read_torchs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found | None:
+        """Read a call of a torch cell in another form than the usual one: by keywords, without a state."""
         named = dict(zip(("input", "hx"), args, strict=False)) | kwargs
         if len(named) != len(args) + len(kwargs) or not {"input"} <= set(named) <= {"input", "hx"}:
             return None
@@ -314,9 +322,6 @@ class DeferredCell:
         if found is None and any(a is not b for a, b in zip_longest(_tensors(self.cell), self._tensors)):
             found = "its weights are other tensors for the time of a call"
         return found
-
-    def _versions(self) -> list[int]:
-        return [t._version for t in self._tensors]
 
 
 def _tensors(cell: nn.Module) -> list[Tensor]:
