@@ -3,6 +3,7 @@
 import torch
 
 from lightning_accel.recurrent.compiler.emit_c.emit_c_expression import expression
+from lightning_accel.recurrent.compiler.emit_c.emit_c_matrix_loop import MatrixLoop
 from lightning_accel.recurrent.compiler.emit_c.emit_c_row import NotInCError, Place, RowWriter, passes, width
 from lightning_accel.recurrent.compiler.emit_c.fusion import PRODUCTS, RowOrder, is_view, owner_of
 from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
@@ -42,6 +43,14 @@ class CText:
     def loop(self, text: FunctionText, segment: Segment, *, reverse: bool, extra: list[Node]) -> "CLoop":
         """Write a loop; see `CLoop`."""
         return CLoop(text, segment, self, reverse=reverse, extra=extra)
+
+    def matrix_loop(self, text: FunctionText, segment: Segment, *, reverse: bool) -> MatrixLoop | None:
+        """Write a loop whose values are more than rows; ``None``, and a refusal, if it has no such form."""
+        try:
+            return MatrixLoop(text, segment, self, reverse=reverse)
+        except NotInCError as refusal:
+            self.refusals.append(str(refusal))
+            return None
 
     def machine(self) -> str:
         """Write what makes the functions callable."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_accel.recurrent.compiler.emit_c.emit_c_loop import CLoop, CText
+from lightning_accel.recurrent.compiler.emit_c.emit_c_matrix_loop import MatrixLoop
 from lightning_accel.recurrent.compiler.emit_c.emit_c_row import NotInCError
 from lightning_accel.recurrent.compiler.emit_c.fusion import inlined
 from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
@@ -94,7 +95,7 @@ class Generator:
     def _write_segments(
         self, text: FunctionText, segments: list[Segment], apart: Iterable[Node], *, reverse: bool
     ) -> None:
-        loops: dict[int, CLoop] = {}
+        loops: dict[int, CLoop | MatrixLoop] = {}
         taken: set[Node] = set()
         kernels = self._kernels
         if kernels is not None:
@@ -107,6 +108,10 @@ class Generator:
                         continue
                     taken.update(calls)
                     break
+                else:
+                    loop = kernels.matrix_loop(text, segments[k], reverse=reverse)
+                    if loop is not None:
+                        loops[k] = loop
         for k, segment in enumerate(segments):
             if k in loops:
                 loops[k].write()

@@ -43,6 +43,9 @@ class TritonText(CText):
         """Write a loop; see `CLoop`."""
         return TritonLoop(text, segment, self, reverse=reverse, extra=extra)
 
+    def matrix_loop(self, text: FunctionText, segment: Segment, *, reverse: bool) -> None:
+        """Return that there is no kernel of values that are more than rows."""
+
     def machine(self) -> str:
         """Write what makes the kernels callable."""
         source = "\n\n".join(self.functions)
