@@ -1,6 +1,7 @@
-"""What the recurrent rows run: models as a reader would write them, and the floor of any schedule."""
+"""What the recurrent rows run: models and cells as a reader would write them, and the floor of any schedule."""
 
 import contextlib
+import copy
 import resource
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -14,6 +15,7 @@ from lightning_accel.machine_code.c_functions import MachineCode, refusal
 from lightning_accel.machine_code.large_products import are_worth_it, multiply
 from lightning_accel.recurrent.cells import PeepholeLSTMCell
 from lightning_accel.recurrent.graph_rnn import GraphRNN
+from lightning_accel.recurrent.module import Recurrent
 from lightning_accel.recurrent.schedule_choice import Schedule
 
 INPUT, HIDDEN = 128, 256
@@ -130,6 +132,68 @@ class Decoder(nn.Module):
             y = self.head(h)
             outputs.append(y)
         return torch.stack(outputs)
+
+
+class LoopThatLooks(nn.Module):
+    """One ``nn.LSTMCell``, each of whose states is looked at before the next step.
+
+    Args:
+        way: ``"head"``: a linear layer a step; ``"written"``: into one tensor; ``"masked"``: the states, between the
+            steps; ``"sampled"``: the next input is now and then made of the last output.
+    """
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.cell, self.head = way, nn.LSTMCell(INPUT, HIDDEN), nn.Linear(HIDDEN, INPUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (T, B, I) to (T, B, I), or to (T, B, H) without a head."""
+        h = c = x.new_zeros(x.shape[1], HIDDEN)
+        written, outputs, y = x.new_zeros(len(x), x.shape[1], HIDDEN), [], x[0]
+        keep = torch.ones(x.shape[1], 1, device=x.device)
+        for t in range(len(x)):
+            h, c = self.cell(y if self.way == "sampled" and t % 4 == 3 else x[t], (h, c))
+            if self.way == "written":
+                written[t] = h
+                continue
+            if self.way == "masked":
+                h, c = h * keep, c * keep
+            y = self.head(h)
+            outputs.append(y)
+        return written if self.way == "written" else torch.stack(outputs)
+
+
+def gradients(
+    recurrence: Callable[..., Tensor], inputs: tuple[Tensor, Tensor], gradient: Tensor
+) -> Callable[[], object]:
+    """Return what makes a forward and backward of a linear recurrence."""
+    return lambda: torch.autograd.grad(recurrence(*inputs), inputs, gradient)
+
+
+def unbind_loop(a: Tensor, b: Tensor) -> Tensor:
+    """Run ``h = a h + b`` as a loop."""
+    state, outputs = None, []
+    for a_t, b_t in zip(a.unbind(0), b.unbind(0), strict=True):
+        state = b_t if state is None else torch.addcmul(b_t, a_t, state)
+        outputs.append(state)
+    return torch.stack(outputs)
+
+
+def layer_of(cell: nn.Module, schedule: Schedule) -> Recurrent:
+    """Return a layer of a copy of the cell."""
+    return Recurrent(copy.deepcopy(cell), schedule=schedule)
+
+
+def training_step(layer: nn.Module, x: Tensor | tuple[Tensor, ...], *state: object) -> Callable[[], object]:
+    """Return what makes a forward and backward of a layer; its result is an output or begins with one."""
+
+    def step() -> None:
+        layer.zero_grad()
+        result = layer(x, *state)
+        y = result[0] if isinstance(result, tuple) else result
+        y.sum().backward()
+
+    return step
 
 
 def floor(

@@ -23,11 +23,23 @@ from lightning_accel.bench.recurrent_cases import (
     LoopOverLSTMCell,
     LoopOverPeephole,
     LoopOverTwoCells,
+    LoopThatLooks,
     floor,
     floor_in_one_piece,
+    gradients,
+    layer_of,
     lstm_graph,
     peak_kib,
     scan_floor,
+    training_step,
+    unbind_loop,
+)
+from lightning_accel.bench.recurrent_matrix_cells import (
+    AttentionMemory,
+    DeltaRule,
+    DiagonalStateSpace,
+    MatrixLSTM,
+    matrix_states,
 )
 from lightning_accel.bench.recurrent_trainer_rows import rows as trainer_rows
 from lightning_accel.evidence.rows import BenchRow
@@ -69,6 +81,12 @@ _LAYERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
 _MEMORY_BATCH = 32
 _NOTICED = 5  # batches after which a loop that gains nothing runs plain
 _NOT_SLOWER = 0.97  # what a program may measure against itself
+_LOOKS = {
+    "head": ("with a head a step", 1.3),
+    "written": ("that writes every state into one tensor", 1.3),
+    "masked": ("that masks its states between the steps", _NOT_SLOWER),  # no step is known before the one before it
+    "sampled": ("that is fed its own output now and then", _NOT_SLOWER),  # likewise
+}
 
 
 def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
@@ -85,6 +103,7 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
     if device == "cpu" and not quick:
         yield from _memory_rows()
     yield from _auto_rows((8,) if quick else (8, 32), rounds, device)
+    yield from _matrix_rows((1,) if quick else (1, 32), rounds, device)
     yield from trainer_rows(quick=quick, device=device)
 
 
@@ -99,12 +118,12 @@ def _cell_rows(  # noqa: PLR0917
     for batch, target in zip(batches, _TARGETS[steps], strict=False):
         cell = kind(INPUT, HIDDEN).to(device)
         x = torch.randn(steps, batch, INPUT, device=device)
-        auto = _layer(cell, "auto")
+        auto = layer_of(cell, "auto")
         variants = {
-            "loop": _training_step(_layer(cell, "loop"), x),
-            "auto": _training_step(auto, x),
-            "in Python": _training_step(_layer(cell, "intra_stream"), x),
-            "nn.LSTM": _training_step(nn.LSTM(INPUT, HIDDEN).to(device), x),
+            "loop": training_step(layer_of(cell, "loop"), x),
+            "auto": training_step(auto, x),
+            "in Python": training_step(layer_of(cell, "intra_stream"), x),
+            "nn.LSTM": training_step(nn.LSTM(INPUT, HIDDEN).to(device), x),
             "floor": floor(steps, batch, device),
         }
         case = f"{name}, H={HIDDEN}, T={steps}, B={batch}"
@@ -118,9 +137,9 @@ def _graph_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[
         loop = copy.deepcopy(network)
         loop.rnn.schedules[0].schedule = "loop"
         variants = {
-            "nn.LSTM": _training_step(nn.LSTM(INPUT, HIDDEN).to(device), x),
-            "GraphRNN": _training_step(network, x),
-            "loop": _training_step(loop, x),
+            "nn.LSTM": training_step(nn.LSTM(INPUT, HIDDEN).to(device), x),
+            "GraphRNN": training_step(network, x),
+            "loop": training_step(loop, x),
             "floor": floor(128, batch, device),
         }
         seconds = time_interleaved(variants, rounds=rounds, warmup=1, device=device)
@@ -142,20 +161,24 @@ def _deferred_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterat
         for batch, target in zip(batches, targets, strict=False):
             x = torch.randn(128, batch, INPUT, device=device)
             beside = {
-                "torch's layer": _training_step(native().to(device), x),
+                "torch's layer": training_step(native().to(device), x),
                 "floor": floor(128, batch, device, gates=gates, inputs=inputs),
             }
             yield _deferred_row(f"unchanged loop over {name}", kind().to(device), x, beside, rounds, target)
     x = torch.randn(128, 8, INPUT, device=device)
     beside = {"floor": floor(128, 8, device)}
     yield _deferred_row("decoder that is fed its own output", Decoder().to(device), x, beside, rounds, _NOT_SLOWER)
+    x = torch.randn(128, 1, INPUT, device=device)
+    beside = {"floor": floor(128, 1, device)}
+    for way, (name, target) in _LOOKS.items():
+        yield _deferred_row(f"loop {name}", LoopThatLooks(way).to(device), x, beside, rounds, target)
 
 
 def _deferred_row(  # noqa: PLR0917
     name: str, model: nn.Module, x: Tensor, beside: dict[str, Callable[[], object]], rounds: int, target: float
 ) -> BenchRow:
-    plain = _training_step(copy.deepcopy(model), x)
-    recorded = _training_step(model, x)
+    plain = training_step(copy.deepcopy(model), x)
+    recorded = training_step(model, x)
     deferred = DeferredCells(model)
     with deferred.watch():
         recorded()
@@ -192,7 +215,7 @@ def _packed_row(steps: int, rounds: int) -> BenchRow:
     variants = {
         "packed kernel": packed,
         "padded": padded,
-        "nn.LSTM without lengths": _training_step(rnn, x),
+        "nn.LSTM without lengths": training_step(rnn, x),
         "floor": floor(steps, batch, "cpu"),
     }
     case = f"packed nn.LSTM, H={HIDDEN}, T={steps}, B={batch}"
@@ -206,25 +229,11 @@ def _scan_rows(lengths: tuple[int, ...], rounds: int, device: str) -> Iterator[B
         gradient = torch.randn(steps, 1, HIDDEN, device=device)
         inputs = (a, b)
         variants = {
-            "unbind loop": _gradients(_unbind_loop, inputs, gradient),
-            "scan": _gradients(linear_scan, inputs, gradient),
+            "unbind loop": gradients(unbind_loop, inputs, gradient),
+            "scan": gradients(linear_scan, inputs, gradient),
             "floor": scan_floor(a, b, gradient),
         }
         yield _row(f"h = a h + b, D={HIDDEN}, T={steps}, B=1", "unbind loop", "scan", variants, rounds, device, target)
-
-
-def _gradients(
-    recurrence: Callable[..., Tensor], inputs: tuple[Tensor, Tensor], gradient: Tensor
-) -> Callable[[], object]:
-    return lambda: torch.autograd.grad(recurrence(*inputs), inputs, gradient)
-
-
-def _unbind_loop(a: Tensor, b: Tensor) -> Tensor:
-    state, outputs = None, []
-    for a_t, b_t in zip(a.unbind(0), b.unbind(0), strict=True):
-        state = b_t if state is None else torch.addcmul(b_t, a_t, state)
-        outputs.append(state)
-    return torch.stack(outputs)
 
 
 def _auto_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
@@ -238,16 +247,32 @@ def _auto_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[B
             x = torch.randn(64, batch, INPUT, device=device)
             masks = (torch.rand(64, batch, 2 * HIDDEN, device=device) < 0.1).float()
             given = (x, masks) if kind is ZoneoutLSTMCell else x
-            auto = _layer(cell, "auto")
+            auto = layer_of(cell, "auto")
             variants = {
-                "loop": _training_step(_layer(cell, "loop"), given),
-                "auto": _training_step(auto, given),
+                "loop": training_step(layer_of(cell, "loop"), given),
+                "auto": training_step(auto, given),
                 "floor": floor_in_one_piece(cell, len(x), batch, device),
             }
             if kind in _LAYERS:
-                variants["torch's layer"] = _training_step(_LAYERS[kind](INPUT, HIDDEN).to(device), x)
+                variants["torch's layer"] = training_step(_LAYERS[kind](INPUT, HIDDEN).to(device), x)
             case = f"auto, {kind.__name__}, H={HIDDEN}, T=64, B={batch}"
             yield _row(case, "loop", "auto", variants, rounds, device, 1.0, _chosen(auto))
+
+
+def _matrix_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
+    size, steps = 128, 128
+    for kind in (DiagonalStateSpace, DeltaRule, MatrixLSTM, AttentionMemory):
+        for batch, target in zip(batches, (4.0, 1.5), strict=False):
+            cell = kind(size).to(device)
+            state, x = matrix_states(cell, size, batch, device), torch.randn(steps, batch, size, device=device)
+            auto = layer_of(cell, "auto")
+            variants = {
+                "loop": training_step(layer_of(cell, "loop"), x, state),
+                "auto": training_step(auto, x, state),
+                "floor": floor_in_one_piece(cell, steps, batch, device),
+            }
+            case = f"{kind.__name__}, a matrix-valued state, D={size}, T={steps}, B={batch}"
+            yield _row(case, "loop", "auto", variants, rounds, device, target, _chosen(auto))
 
 
 def _memory_rows() -> Iterator[BenchRow]:
@@ -277,27 +302,13 @@ def print_peak(name: str, schedule: Schedule) -> None:
     """Print the growth of this process in two training steps, in KiB; called in a process of its own."""
     torch.set_num_threads(1)
     cell = _CELLS[name](INPUT, HIDDEN)
-    layer = _layer(cell, schedule)
-    _training_step(layer, torch.randn(4, _MEMORY_BATCH, INPUT))()  # plans and libraries are loaded
+    layer = layer_of(cell, schedule)
+    training_step(layer, torch.randn(4, _MEMORY_BATCH, INPUT))()  # plans and libraries are loaded
     before = peak_kib()
-    step = _training_step(layer, torch.randn(128, _MEMORY_BATCH, INPUT))
+    step = training_step(layer, torch.randn(128, _MEMORY_BATCH, INPUT))
     step()
     step()
     print(max(1, peak_kib() - before))
-
-
-def _layer(cell: nn.Module, schedule: Schedule) -> Recurrent:
-    return Recurrent(copy.deepcopy(cell), schedule=schedule)
-
-
-def _training_step(layer: nn.Module, x: Tensor | tuple[Tensor, ...]) -> Callable[[], object]:
-    def step() -> None:
-        layer.zero_grad()
-        result = layer(x)
-        y = result[0] if isinstance(result, tuple) else result
-        y.sum().backward()
-
-    return step
 
 
 def _row(  # noqa: PLR0917
