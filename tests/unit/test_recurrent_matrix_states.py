@@ -16,6 +16,7 @@ from lightning_accel.machine_code.c_functions import refusal
 from lightning_accel.recurrent import Recurrent
 from lightning_accel.recurrent.compiler.emit_c.emit_c_nest import NestWriter
 from lightning_accel.recurrent.compiler.emit_python.generator import Wanted
+from lightning_accel.recurrent.deferred.find_cells import DeferredCells
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason="no C compiler")
 F, T = 6, 7
@@ -77,6 +78,38 @@ def test_results_and_gradients_are_those_of_the_plain_loop_and_no_loop_is_left_t
         assert " in zip(" not in backward
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
+
+
+class Loop(nn.Module):
+    """A loop by hand over a cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = DeltaRule(F).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, outputs = x.new_zeros(x.shape[1], 32, 32), []
+        for step in x:
+            y, state = self.cell(step, state)
+            outputs.append(y)
+        return torch.stack(outputs)
+
+
+def test_an_unchanged_loop_over_such_a_cell_is_computed_at_its_first_call():
+    torch.manual_seed(0)
+    model, x = Loop(), torch.randn(T, 3, F, dtype=torch.double)
+
+    def gradients():
+        return torch.autograd.grad(model(x).cos().sum(), list(model.parameters()))
+
+    expected, cells = gradients(), DeferredCells(model, "compiled")
+    with cells.watch():
+        gradients()
+    with cells.active():
+        actual = gradients()
+    assert (cells.cells["cell"].chains, cells.cells["cell"].steps) == (1, T)
+    assert set(cells.cells["cell"].choice.choices.values()) == {"compiled"}
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
 class MovesStreams(nn.Module):
