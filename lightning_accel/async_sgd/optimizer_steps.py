@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_accel.async_sgd.optimizer_side import refuse_elsewhere
 from lightning_accel.async_sgd.policy.optimizer_copy import refuse_what_needs_a_loss
 from lightning_accel.async_sgd.policy.stepping import ELEMENTWISE, get_groups
 
@@ -60,13 +61,15 @@ def places_in(optimizer: Optimizer, places: dict[int, int]) -> list[int]:
     return owned
 
 
-def refuse_unsupported(optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers that cannot step on a server, which has gradients and no loss.
+def refuse_unsupported(optimizers: Sequence[Optimizer], optimizer_device: str = "cpu") -> None:
+    """Refuse optimizers that cannot step on a server, which has gradients and no loss, on its device.
 
     Raises:
         ValueError: For `torch.optim.LBFGS`, `torch.optim.SparseAdam`, optimizers of two steps (SAM) or of two sets of
-            parameters (schedule-free), those whose step needs or uses the loss, and what cannot be pickled.
+            parameters (schedule-free), those whose step needs or uses the loss, and what cannot be pickled; see
+            `refuse_elsewhere` too.
     """
+    refuse_elsewhere(optimizers, optimizer_device)
     for optimizer in optimizers:
         name = type(optimizer).__name__
         if isinstance(optimizer, torch.optim.LBFGS):

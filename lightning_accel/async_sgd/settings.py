@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch
+
 from lightning_accel.arguments import check_choice, check_integer, check_number, check_switch
 from lightning_accel.async_sgd.policy.encoding.compression import Compression
 from lightning_accel.async_sgd.policy.rules import STALENESS_RULES, StalenessRule
@@ -59,6 +61,8 @@ class Settings:
             step) is ended and replaced, > 0. None: twenty times its longest step or load so far, at least 30 s for a
             step and 300 s for a load, ten times that while its process computes, and no limit before its first one.
         record_log: Whether the server keeps the log that `replay` needs.
+        optimizer_device: Where the server's optimizers step and keep parameters and states: ``cpu``, or a CUDA device
+            (``cuda:0``), for optimizers of `torch.optim`.
 
     Raises:
         TypeError: If a value is of another kind, such as text for a number.
@@ -94,6 +98,7 @@ class Settings:
     straggler_grace: float = 5.0
     stall_seconds: float | None = None
     record_log: bool = False
+    optimizer_device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -110,6 +115,7 @@ class Settings:
             check_switch(name, getattr(self, name))
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+        check_device("optimizer_device", self.optimizer_device)
         if self.local_steps and max(self.n_push, self.n_fetch) > 1:
             raise ValueError("`local_steps` already says when to push and pull; leave `n_push` and `n_fetch` at 1.")
         if self.local_steps and self.overlap:
@@ -138,6 +144,23 @@ class Settings:
             raise ValueError("`delayed_nesterov` is for ways that come one by one; use `outer='nesterov'` with rounds.")
         if self.max_staleness is not None:
             raise ValueError("rounds keep workers together already; leave `max_staleness` out with `min_workers`.")
+
+
+def check_device(name: str, value: object) -> None:
+    """Check that ``value`` names the host or a CUDA device.
+
+    Raises:
+        TypeError: If it is no text.
+        ValueError: If it names another kind of device, or none.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be a text such as 'cpu' or 'cuda:0', got {value!r}.")
+    try:
+        kind = torch.device(value).type
+    except RuntimeError:
+        kind = "unknown"
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"`{name}` must be 'cpu' or a CUDA device such as 'cuda:0', got {value!r}.")
 
 
 _LEAST: dict[str, int] = {

@@ -73,7 +73,7 @@ class Worker:
         self._local_steps: list[Callable[[], Any]] = [optimizer.step for optimizer in self.optimizers]
         self._module = module
         self._recomputation: Recomputation | None = None
-        refuse_unsupported(self.optimizers)
+        refuse_unsupported(self.optimizers, settings.optimizer_device)
         self.follow(parameters, buffers)
 
     def follow(self, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:

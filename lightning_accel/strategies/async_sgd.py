@@ -23,7 +23,12 @@ from lightning_accel.async_sgd.settings import Buffers, Outer, Validate
 from lightning_accel.async_sgd.shared_memory.spawn import StartMethod
 from lightning_accel.lightning_private import attach_launcher, keep_written_metrics
 from lightning_accel.strategies.collectives import NobodyWaits
-from lightning_accel.strategies.engines import Engine, checked_engine, refuse_replicas_elsewhere
+from lightning_accel.strategies.engines import (
+    Engine,
+    checked_engine,
+    refuse_device_elsewhere,
+    refuse_replicas_elsewhere,
+)
 from lightning_accel.strategies.one_cut import SavesOneCut
 from lightning_accel.strategies.refusals import refuse_lock_step
 from lightning_accel.strategies.replicas import Places
@@ -77,6 +82,8 @@ class AsyncSGDBody(NobodyWaits, SavesOneCut, Places, _Base):
         snapshot_every_n_steps: Write ``async_sgd.ckpt`` into the Trainer's ``default_root_dir`` each time that the
             server took so many steps, so that a killed parent loses no more; None for never.
         live: Show a table with one row a worker while training.
+        optimizer_device: See `Settings`.
+        workers_per_device: Workers that share each of ``devices``, >= 1: two on one GPU, say, where one leaves it idle.
         devices_per_replica: Processes that make up one worker, >= 1. With more than 1 the module's ``configure_model``
             finds a mesh in ``self.device_mesh`` (dimensions ``data_parallel``, of 1, and ``tensor_parallel``) and
             spreads its layers over it, as with Lightning's `ModelParallelStrategy`; ``devices`` is a multiple of it.
@@ -149,6 +156,8 @@ class AsyncSGDBody(NobodyWaits, SavesOneCut, Places, _Base):
         deterministic_replay: bool = False,
         snapshot_every_n_steps: int | None = None,
         live: bool = False,
+        optimizer_device: str = Settings.optimizer_device,
+        workers_per_device: int = 1,
         devices_per_replica: int = 1,
         start_method: StartMethod = "auto",
         engine: Engine = "shared_memory",
@@ -190,6 +199,7 @@ class AsyncSGDBody(NobodyWaits, SavesOneCut, Places, _Base):
             straggler_grace=straggler_grace,
             stall_seconds=stall_seconds,
             record_log=deterministic_replay,
+            optimizer_device=optimizer_device,
         )
         check_integer("snapshot_every_n_steps", snapshot_every_n_steps, at_least=1, optional=True)
         check_switch("live", live)
@@ -197,11 +207,13 @@ class AsyncSGDBody(NobodyWaits, SavesOneCut, Places, _Base):
         self.snapshot_every_n_steps = snapshot_every_n_steps
         self.live = live
         check_integer("devices_per_replica", devices_per_replica, at_least=1)
-        self.devices_per_replica = devices_per_replica
+        check_integer("workers_per_device", workers_per_device, at_least=1)
+        self.devices_per_replica, self.workers_per_device = devices_per_replica, workers_per_device
         self.check_replicas(self.settings)
         self.start_method: StartMethod = start_method
         self.engine: Engine = checked_engine(engine)
         refuse_replicas_elsewhere(engine, devices_per_replica)
+        refuse_device_elsewhere(engine, optimizer_device)
         self.ray = RayOptions(
             address, shards, shard_snapshot_steps, cpus_per_worker, allow_without_token, runtime_env=runtime_env
         )

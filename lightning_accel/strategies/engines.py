@@ -41,6 +41,19 @@ def refuse_replicas_elsewhere(engine: Engine, devices_per_replica: int) -> None:
         )
 
 
+def refuse_device_elsewhere(engine: Engine, optimizer_device: str) -> None:
+    """Refuse a device for the optimizers where they have none.
+
+    Raises:
+        ValueError: For ``ray``.
+    """
+    if engine == "ray" and torch.device(optimizer_device).type != "cpu":
+        raise ValueError(
+            f"`optimizer_device` must be 'cpu' with `engine='ray'`, got {optimizer_device!r}: shards of the parameters "
+            "are actors without a device; use `engine='shared_memory'` for optimizers on a device."
+        )
+
+
 def run_on_engine(
     strategy: Any,
     function: Callable[..., Any],
@@ -65,7 +78,8 @@ def run_on_engine(
         )
     from lightning_accel.async_sgd.ray_engine.run import run_on_ray
 
-    options = replace(strategy.ray, gpus_per_worker=float(strategy.root_device.type == "cuda"))
+    share = float(strategy.root_device.type == "cuda") / strategy.workers_per_device
+    options = replace(strategy.ray, gpus_per_worker=share)
     return run_on_ray(
         function,
         args,

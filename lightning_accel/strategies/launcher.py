@@ -93,9 +93,7 @@ class AsyncSGDLauncherBody:
     def _prepare_start(self, strategy: Any, threads: int) -> StartMethod:
         """Make ready what workers of this machine start from; returns how they start."""
         parts = launcher_module(strategy.distribution)
-        start_method = resolve_start_method(
-            strategy.start_method, threads=threads, on_cpu=strategy.root_device.type == "cpu"
-        )
+        start_method = resolve_start_method(strategy.start_method, threads=threads, on_cpu=strategy.computes_on_cpu)
         if strategy.engine == "ray":
             return start_method  # which Ray does not ask
         if start_method != "fork":

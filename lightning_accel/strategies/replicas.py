@@ -1,6 +1,7 @@
 """Who is who among the processes of an asynchronous run, where each worker may be a replica of several processes."""
 
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,6 +27,8 @@ class Places(_Base):
 
     distribution: ClassVar[str]
     devices_per_replica: int
+    workers_per_device: int
+    settings: Settings
     _store: ParameterStore | None
     _trainer: Any
 
@@ -38,7 +41,9 @@ class Places(_Base):
     @property
     def num_processes(self) -> int:
         """Number of workers, each a replica of ``devices_per_replica`` processes."""
-        return max(1, len(self.parallel_devices or [None]) // self.devices_per_replica)
+        return number_of_workers(
+            len(self.parallel_devices or [None]), self.workers_per_device, self.devices_per_replica
+        )
 
     @property
     def global_rank(self) -> int:
@@ -76,7 +81,15 @@ class Places(_Base):
         if self._store is None:
             return devices[0]
         rank = self._store.ranks.rank if isinstance(self._store, ReplicaStore) else 0
-        return devices[(self._store.worker * self.devices_per_replica + rank) % len(devices)]
+        return device_of(self._store.worker, rank, devices, self.devices_per_replica)
+
+    @property
+    def computes_on_cpu(self) -> bool:
+        """Whether neither workers nor optimizers use an accelerator."""
+        kinds = {device.type for device in self.parallel_devices or []} | {
+            torch.device(self.settings.optimizer_device).type
+        }
+        return kinds == {"cpu"}
 
     def check_replicas(self, settings: Settings) -> None:
         """Refuse what replicas of several processes cannot do.
@@ -86,6 +99,11 @@ class Places(_Base):
         """
         if self.devices_per_replica == 1:
             return
+        if self.workers_per_device > 1:
+            raise ValueError(
+                f"`workers_per_device={self.workers_per_device}` and `devices_per_replica={self.devices_per_replica}` "
+                "exclude each other: a device is shared by workers, or a worker has several."
+            )
         wanted = {
             "local_steps": settings.local_steps == 0,
             "compression": settings.compression.name == "none",
@@ -104,11 +122,18 @@ class Places(_Base):
         """Refuse devices that do not make whole replicas.
 
         Raises:
-            MisconfigurationException: If they do not, or are no CPUs, where replicas are of several.
+            MisconfigurationException: If they do not, or are no CPUs, where replicas are of several; and if there is
+                no device for the optimizers.
         """
         devices = self.parallel_devices or []
         each = self.devices_per_replica
         error = import_module(f"{self.distribution}.utilities.exceptions").MisconfigurationException
+        there = torch.device(self.settings.optimizer_device)
+        if there.type == "cuda" and (there.index or 0) >= torch.cuda.device_count():
+            raise error(
+                f"`optimizer_device={self.settings.optimizer_device}` is no device of this machine, which has "
+                f"{torch.cuda.device_count()} of CUDA; leave it at 'cpu'."
+            )
         if each > 1 and len(devices) % each:
             raise error(
                 f"`devices` must be a multiple of `devices_per_replica={each}`, got {len(devices)}; every replica "
@@ -139,6 +164,19 @@ class Places(_Base):
         state = checkpoint["state_dict"]
         values = {k: spread_like(spread[k], v) if k in spread and not is_spread(v) else v for k, v in state.items()}
         super().load_model_state_dict({**checkpoint, "state_dict": values}, strict=strict)
+
+
+def number_of_workers(devices: int, workers_per_device: int, devices_per_replica: int) -> int:
+    """Return how many workers there are on so many devices."""
+    return max(1, devices * workers_per_device // devices_per_replica)
+
+
+def device_of(worker: int, rank: int, devices: Sequence[torch.device], devices_per_replica: int) -> torch.device:
+    """Return the device of a worker's rank: neighbours take devices in turn, and begin anew where all are taken.
+
+    So the first workers have one each, and those beyond the number of devices share.
+    """
+    return devices[(worker * devices_per_replica + rank) % len(devices)]
 
 
 def is_replica(store: Any) -> bool:

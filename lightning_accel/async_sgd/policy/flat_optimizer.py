@@ -21,7 +21,7 @@ class Arena:
     """Parameters in one piece of memory; they stay the objects that they are.
 
     Args:
-        parameters: Moved here if all are dense, on CPU and of one floating dtype.
+        parameters: Moved here if all are dense, on one device and of one floating dtype.
 
     Attributes:
         spans: First element and end of each parameter; empty if they were not moved.
@@ -31,17 +31,17 @@ class Arena:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.spans: list[tuple[int, int]] = []
         self.memory = torch.empty(0)
-        kinds = {(p.dtype, p.device.type, p.layout) for p in parameters}
+        kinds = {(p.dtype, p.device, p.layout) for p in parameters}
         if len(kinds) != 1:
             return
         dtype, device, layout = kinds.pop()
-        if not dtype.is_floating_point or device != "cpu" or layout != torch.strided:
+        if not dtype.is_floating_point or layout != torch.strided:
             return
         end = 0
         for parameter in parameters:
             self.spans.append((end, end + parameter.numel()))
             end += aligned(parameter.numel() * dtype.itemsize) // dtype.itemsize
-        self.memory = torch.zeros(end, dtype=dtype)
+        self.memory = torch.zeros(end, dtype=dtype, device=device)
         for parameter, place in zip(parameters, self.views(self.memory, parameters), strict=True):
             place.copy_(parameter.detach())
             parameter.data = place

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_accel.async_sgd.optimizer_side import OptimizerSide, on_host
 from lightning_accel.async_sgd.policy.buffers import take_buffers
 from lightning_accel.async_sgd.policy.counts import Counts
 from lightning_accel.async_sgd.policy.flat_optimizer import Arena, FlatOptimizer
@@ -29,6 +30,7 @@ class ParameterServer:
 
     def __init__(self, opening: Opening, settings: Settings) -> None:
         self.settings = settings
+        self._side = OptimizerSide(torch.device("cpu"), [], [])
         self._hold_state(opening)
         self.version = opening.version
         self._autocast = opening.autocast
@@ -54,7 +56,10 @@ class ParameterServer:
         self.buffers = opening.buffers
         self.buffer_roles = opening.buffer_roles
         self.optimizers = opening.optimizers
+        self._side.close()
+        self._side = OptimizerSide(torch.device(self.settings.optimizer_device), self.parameters, self.optimizers)
         arena = Arena(self.parameters)
+        self._side.know_spans(arena.spans)
         self._flat = [FlatOptimizer(optimizer, self.parameters, arena) for optimizer in self.optimizers]
         self._begin_looking_ahead()
         settings = self.settings
@@ -73,9 +78,10 @@ class ParameterServer:
         self._hold_state(opening)
 
     def state(self) -> Opening:
-        """Return parameters, buffers and optimizers themselves, no copies."""
+        """Return parameters, buffers and optimizers themselves, no copies, on the host: no push can follow."""
         for flat in self._flat:
             flat.scatter()
+        self._side.leave()
         return Opening(
             names=self.names,
             parameters=self.parameters,
@@ -107,7 +113,7 @@ class ParameterServer:
         Refused: replayed or out of order, of an earlier incarnation, or with a lease that is somebody else's by now.
         Dropped: not finite (its batches count as seen), or too stale (its batches are given out again).
         """
-        outcome = self._apply(push, from_coordinator)
+        outcome = self._apply(self._side.received(push), from_coordinator)
         self._counts.outcomes[outcome] += 1
         return outcome
 
@@ -125,7 +131,7 @@ class ParameterServer:
         began = time.perf_counter()
         outcomes: list[Outcome] = []
         counting: list[tuple[Push, int, float]] = []
-        for push in pushes:
+        for push in map(self._side.received, pushes):
             decided, staleness, weight = self._decide(push, push.worker == coordinator)
             outcomes.append(decided or "applied")
             if decided is None:
@@ -280,15 +286,15 @@ class ParameterServer:
             )
 
     def published(self) -> list[Tensor]:
-        """Return what workers read: the parameters, or a forecast of them with rule ``look_ahead``."""
-        return [*self.parameters] if self._look_ahead is None else self._look_ahead.published()
+        """Return what workers read, on the host: the parameters, or a forecast of them with rule ``look_ahead``."""
+        return self._side.published(self.parameters if self._look_ahead is None else self._look_ahead.published())
 
     def snapshot(self) -> Snapshot:
         """Return a copy of everything, one consistent cut."""
         return Snapshot(
             version=self.version,
             steps=list(self.steps),
-            parameters=[p.detach().clone() for p in self.parameters],
+            parameters=[on_host(p.detach()) for p in self.parameters],
             buffers=[b.clone() for b in self.buffers],
             optimizer_states=[_copied(optimizer.state_dict()) for optimizer in self.optimizers],
             epochs=self.leases.state(),
@@ -320,7 +326,7 @@ class ParameterServer:
 
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.clone()
+        return on_host(value)
     if isinstance(value, dict):
         return {k: _copied(v) for k, v in value.items()}
     return [_copied(v) for v in value] if isinstance(value, list) else value

@@ -163,7 +163,9 @@ class SharedMemoryStore:
         began = time.perf_counter()
         targets = [None if p is None else p.detach() for p in parameters]
         targets += list(buffers) or [None] * (len(page.specs) - len(parameters))
-        self._base_version, steps = page.read_into(targets)
+        assert self._writer is not None
+        lane = self._writer.beside(page.segment.bytes, targets)
+        self._base_version, steps = page.read_into(targets, lane.copy)
         self._pull_seconds = time.perf_counter() - began
         return self._base_version, steps
 

@@ -121,10 +121,16 @@ class ParameterPage:
         self._header[1] = number
 
     @torch.no_grad()
-    def read_into(self, targets: Sequence[Tensor | None]) -> tuple[int, list[int]]:
+    def read_into(
+        self, targets: Sequence[Tensor | None], copy: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None = None
+    ) -> tuple[int, list[int]]:
         """Copy the latest publication into ``targets`` (None: skip); returns version and counters.
 
         Retries while the writer laps it; two full publications within one copy are rare.
+
+        Args:
+            targets: One a tensor of the publication.
+            copy: Copies tensors, and returns when that is done; `copy_all` by default.
         """
         wanted = [place for place, target in enumerate(targets) if target is not None]
         into = [target for target in targets if target is not None]
@@ -132,7 +138,9 @@ class ParameterPage:
             number = self._header[1]
             fence()
             published = self._tensors[number % 2]
-            copy_all(into, published if len(wanted) == len(published) else [published[place] for place in wanted])
+            (copy or copy_all)(
+                into, published if len(wanted) == len(published) else [published[place] for place in wanted]
+            )
             version, *counters = self._meta[number % 2]
             fence()
             if self._header[0] <= number + 1:

@@ -10,8 +10,9 @@ from torch import Tensor
 from lightning_accel.async_sgd.policy.encoding.compression import ErrorFeedback
 from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.settings import Settings
-from lightning_accel.async_sgd.shared_memory.memory import Mailbox, copy_all
+from lightning_accel.async_sgd.shared_memory.memory import Mailbox
 from lightning_accel.async_sgd.shared_memory.peers import mailbox_areas, typed
+from lightning_accel.transfers import Lane, lane_of
 
 
 class PushWriter:
@@ -26,14 +27,30 @@ class PushWriter:
 
     def __init__(self, specs: list[TensorSpec], parameters: int, settings: Settings, fd: int) -> None:
         self._parameters = parameters
+        self._lane = Lane(torch.device("cpu"))  # until the worker's device is known
+        self._known = False
         self._mailbox = Mailbox(*mailbox_areas(specs, parameters, settings), fd)
         self._slots: list[list[Tensor]] = []  # both slots of the mailbox as tensors, where nothing is compressed
         if settings.compression.name == "none":
             self._slots = [typed(self._mailbox.areas(slot), specs[:parameters]) for slot in range(2)]
         self._feedback = ErrorFeedback(settings.compression)
 
+    def beside(self, page: Tensor, tensors: Sequence[Tensor | None]) -> Lane:
+        """Return what copies between shared memory and the worker's device, which shows in the tensors that it pulls.
+
+        Args:
+            page: All bytes of the parameters' page; pinned, as the mailbox is.
+            tensors: On the device.
+        """
+        if not self._known:
+            self._known, self._lane = True, lane_of(tensors)
+            self._lane.pin(page)
+            self._lane.pin(self._mailbox.segment.bytes)
+        return self._lane
+
     def close(self) -> None:
         """Give up the mailbox."""
+        self._lane.unpin()
         self._mailbox.segment.close()
 
     def write(
@@ -66,13 +83,17 @@ class PushWriter:
             self._write(sequence, present[:middle] if finite else [], here[:middle], areas)
             probe("half-way")
             self._write(sequence, present[middle:] if finite else [], here[middle:], areas)
+            rest = areas[self._parameters :]
+            self._begin(rest, buffers)
+            self._begin(rest[len(rest) - len(base) :], base)
+            self._lane.wait()  # what is looked at now, and what is committed after it, is there
             if here and self._slots and not (self._is_slot_finite(sequence) or is_finite(here)):
                 meta.update(finite=False, present=[])
-            rest = areas[self._parameters :]
-            for tensor, area in zip(buffers, rest, strict=False):
-                area.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-            for tensor, area in zip(base, rest[len(rest) - len(base) :], strict=True):
-                area.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+
+    @torch.no_grad()
+    def _begin(self, areas: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        pairs = zip(areas, tensors, strict=False)
+        self._lane.begin([area.view(t.dtype).view(t.shape) for area, t in pairs], [t.detach() for t in tensors])
 
     @torch.no_grad()
     def _write(
@@ -80,7 +101,7 @@ class PushWriter:
     ) -> None:
         if self._slots:
             slot = self._slots[sequence % 2]
-            copy_all([slot[i] for i in places], gradients[: len(places)])
+            self._lane.begin([slot[i] for i in places], gradients[: len(places)])
             return
         for i, gradient in zip(places, gradients, strict=False):
             self._feedback.write(i, gradient, areas[i])

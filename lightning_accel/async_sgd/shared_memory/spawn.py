@@ -86,7 +86,8 @@ def starter(
     ranks: int = 1,
 ) -> StartWorker:
     """Return what starts one worker process (or the ``ranks`` of one) for a `Supervisor`."""
-    method = resolve_start_method(start_method)
+    on_cpu = torch.device(settings.optimizer_device).type == "cpu"
+    method = resolve_start_method(start_method, on_cpu=on_cpu)
     context: Any = multiprocessing.get_context(method)  # a context without processes, says its type
     task = Task(function, args)
 
@@ -129,8 +130,16 @@ def resolve_start_method(wanted: StartMethod, *, threads: int = 1, on_cpu: bool 
     Args:
         wanted: By the caller.
         threads: With which a worker is going to compute.
-        on_cpu: Whether the workers compute on CPU.
+        on_cpu: Whether workers and optimizers compute on CPU.
+
+    Raises:
+        ValueError: For ``fork`` where CUDA is in use, which does not survive one.
     """
+    if wanted == "fork" and not (on_cpu and not torch.cuda.is_initialized()):
+        raise ValueError(
+            "`start_method` must be 'auto', 'forkserver' or 'spawn' where CUDA is in use, got 'fork': a forked process "
+            "cannot use CUDA, nor one whose parent has used it."
+        )
     if wanted != "auto":
         return wanted
     _rest_progress_bars()
