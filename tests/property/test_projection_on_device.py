@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_projection_properties import DTYPES, cases, exact_by_bisection, l1inf, matrices, same_bits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_accel import transfers
 from lightning_accel.projection import (
     project_l1,
     project_l1inf,
@@ -154,6 +156,144 @@ def test_a_projected_step_looks_at_no_number(name, frozen):
     projector.hold()
     with pytest.raises(Exception, match="meta"):  # the look that the callback takes at the end of an epoch
         projector.check_finite()
+
+
+def layers_of(shape, count, dims, dtype):
+    """Return layers with weights of one shape, some of them of zeros or with ties, and their targets."""
+    generator = torch.Generator().manual_seed(0)
+    layers = []
+    for k in range(count):
+        layer = nn.Linear(1, 1)
+        weight = torch.randn(shape, generator=generator) * 10.0 ** (k - 1)
+        if k == 1:
+            weight = weight.round()
+        if k == 2:
+            weight[:2] = 0.0
+        if len(shape) == 4:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        layer.weight = nn.Parameter(weight.to(dtype))
+        layers.append(layer)
+    return layers, [Target(f"{k}", m, "weight", dims, tuple(m.weight.shape)) for k, m in enumerate(layers)]
+
+
+SHARED = {
+    "radius": {"radius": 1.0},
+    "radius 0": {"radius": 0.0},
+    "infinite radius": {"radius": math.inf},
+    "floor": {"radius": 0.5, "min_groups": 3},
+    "fraction of groups": {"target_sparsity": 0.5},
+    "all groups": {"target_sparsity": 1.0},
+    "fraction of the norm": {"radius_fraction": 0.3},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [((6, 5), (0,)), ((6, 5), (1,)), ((6, 4, 3, 3), (0,)), ((6, 4, 3, 3), (1,)), ((4, 3, 5), (0, 1))],
+    ids=str,
+)
+@pytest.mark.parametrize("name", SHARED)
+def test_parameters_of_one_shape_are_projected_as_each_alone(name, shape, dims, dtype):
+    frozen, zeros_only = name in ("fraction of groups", "radius"), name == "fraction of groups"
+    found = []
+    for together in (False, True):
+        layers, targets = layers_of(shape, 4, dims, dtype)
+        if not together:  # a look at each by itself
+            for target in targets:
+                single = Projector([target], Ball(**SHARED[name]), freeze_zero_groups=frozen, zeros_only=zeros_only)
+                single.remember_first_norms()
+                single.project(1)
+                with torch.no_grad():
+                    target.parameter.add_(0.01)
+                single.project(2)
+            found.append([m.weight.detach() for m in layers])
+            continue
+        projector = Projector(targets, Ball(**SHARED[name]), freeze_zero_groups=frozen, zeros_only=zeros_only)
+        projector.remember_first_norms()
+        stacked = projector._of_equal_shapes(targets, 1.0)
+        expected = [] if name == "fraction of the norm" else [4]  # radii of their own
+        assert [len(equal) for equal, _ in stacked] == expected
+        projector.project(1)
+        with torch.no_grad():
+            for target in targets:
+                target.parameter.add_(0.01)
+        projector.project(2)
+        assert set(projector.last) == {"0", "1", "2", "3"}
+        found.append([m.weight.detach() for m in layers])
+    for alone, shared in zip(*found, strict=True):
+        assert same_bits(alone, shared)
+
+
+def test_not_a_number_in_one_of_them_leaves_that_one_alone():
+    layers, targets = layers_of((6, 5), 3, (0,), torch.float32)
+    layers[1].weight.data[2, 2] = math.nan
+    before = layers[1].weight.detach().clone()
+    projector = Projector(targets, Ball(target_sparsity=0.5), freeze_zero_groups=True)
+    projector.project(1)
+    assert same_bits(layers[1].weight.detach(), before)
+    assert [int((layers[k].weight == 0).all(1).sum()) for k in (0, 2)] == [3, 3]
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        projector.check_finite()
+
+
+class Launches(TorchDispatchMode):
+    """Count operations that are more than another view of some memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and "detach" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def launches(shapes, ball, **how):
+    layers = [nn.Linear(b, a) for a, b in shapes]
+    targets = [Target(f"{k}", m, "weight", (0,), tuple(m.weight.shape)) for k, m in enumerate(layers)]
+    projector = Projector(targets, ball, **how)
+    projector.project(1)
+    with Launches() as counted:
+        projector.project(2)
+    return counted.count
+
+
+@pytest.mark.parametrize(
+    ("ball", "most"), [(Ball(radius=1.0), 45), (Ball(target_sparsity=0.5), 75)], ids=["radius", "fraction"]
+)
+def test_parameters_of_one_shape_take_the_launches_of_two(ball, most):
+    frozen = {"freeze_zero_groups": ball.target_sparsity is not None}
+    two, ten = (launches([(8, 6)] * count, ball, **frozen) for count in (2, 10))
+    assert ten == two <= most
+    assert launches([(8, 6), (8, 5)] * 5, ball, **frozen) == 2 * two
+    assert launches([(8, k) for k in range(2, 12)], ball, **frozen) > 3 * ten  # each of its own shape
+
+
+def test_norms_are_looked_at_when_they_have_come(monkeypatch):
+    passed = []
+
+    class Mark:
+        def __init__(self, device):
+            """Of any device."""
+
+        def is_passed(self):
+            return bool(passed)
+
+        def wait(self):
+            assert passed, "nobody was to wait"
+
+    monkeypatch.setattr(transfers, "Mark", Mark)
+    layer = nn.Linear(4, 3)
+    layer.weight.data[0, 0] = math.nan
+    projector = Projector([Target("weight", layer, "weight", (0,), (3, 4))], Ball(radius=1.0))
+    projector.project(1)
+    projector.check_finite(wait=False)  # not there yet
+    projector.check_finite(wait=False)
+    passed.append(True)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        projector.check_finite(wait=False)
+    projector.check_finite()  # said once
 
 
 def test_a_look_is_seen():

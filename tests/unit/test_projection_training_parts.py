@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_accel.callbacks import GroupSparsity, L1InfProjection, MultilevelProjection
 from lightning_accel.projection import project_l1inf
+from lightning_accel.projection.on_device.late_norms import LateNorms
 from lightning_accel.projection.training.ball_specification import Ball
 from lightning_accel.projection.training.projector import Projector
 from lightning_accel.projection.training.ramp import Ramp
@@ -329,7 +330,7 @@ def test_one_bad_parameter_leaves_all_unchanged():
 
 
 def test_norms_that_were_not_waited_for_are_checked_later():
-    projector = Projector([], Ball(radius=1.0), unchecked=[torch.tensor(1.0), torch.tensor(math.nan)])
+    projector = Projector([], Ball(radius=1.0), late=LateNorms([torch.tensor(1.0), torch.tensor(math.nan)]))
     with pytest.raises(ValueError, match="a projected parameter` holds NaN"):
         projector.check_finite()
     projector.check_finite()

@@ -25,6 +25,7 @@ from lightning_accel.projection.sharded import alike, gather
 from lightning_accel.projection.training.ball_specification import Ball
 from lightning_accel.projection.training.projector import Projector
 
+_LOOKED_AT = 50  # optimizer steps from one look at a GPU's norms to the next
 _REFUSED = {"FSDPStrategy", "DeepSpeedStrategy"}
 
 
@@ -211,8 +212,8 @@ class ProjectedTraining:
             self.projector.project(self.position)
             self._projected = True
         self.finish(trainer)
-        if trainer.is_last_batch or trainer.global_step % 50 == 0:
-            self.projector.check_finite()
+        if trainer.is_last_batch or trainer.global_step % _LOOKED_AT == 0:
+            self.projector.check_finite(wait=trainer.is_last_batch)
 
     def finish(self, trainer: "pl.Trainer") -> None:
         """Project where the fit is about to end, so that the last checkpoint is projected in every mode.

@@ -17,7 +17,8 @@ from lightning_accel.projection.balls.outcome import Cut, LoneCut, NothingNew
 from lightning_accel.projection.balls.shared_radius import Team, clear_alone, cut, cut_alone
 from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.compiled import Compile, compiling
-from lightning_accel.projection.kernels.rounding import require_finite
+from lightning_accel.projection.on_device.equal_shapes import cut_equal_shapes, find_equal_shapes
+from lightning_accel.projection.on_device.late_norms import LateNorms
 from lightning_accel.projection.sharded import GatheredPyramid, ShardedMaxPyramid, alike, gather, scatter
 from lightning_accel.projection.training.ball_specification import Ball
 from lightning_accel.projection.training.parameter_state import Memory
@@ -42,7 +43,7 @@ class Projector:
         compile: As in `project_l1inf`.
         zeros_only: For a target sparsity: clear the groups that the projection clears, leave the others as they are.
         memories: By the targets' names.
-        unchecked: Norms on a GPU that `check_finite` has not looked at yet.
+        late: Norms on a GPU that `check_finite` has not looked at yet.
     """
 
     targets: list[Target]
@@ -52,7 +53,7 @@ class Projector:
     compile: Compile = "auto"
     zeros_only: bool = False
     memories: dict[str, Memory] = field(default_factory=dict)
-    unchecked: list[Tensor] = field(default_factory=list)
+    late: LateNorms = field(default_factory=LateNorms, repr=False)
     _layouts: dict[str, tuple[nn.Parameter, Place, MaxPyramid]] = field(default_factory=dict, repr=False)
     _last: dict[str, Cut | LoneCut | NothingNew] = field(default_factory=dict, repr=False)
     _dead: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # masks and their indices
@@ -89,6 +90,9 @@ class Projector:
         alone = len(chosen) == 1 or (self.zeros_only and self.ball.scope == "parameter")
         with compiling(self.compile):
             left = [target for target in chosen if not (alone and self._project_alone(target, part))]
+            for equal, floor in self._of_equal_shapes(left, part):
+                self._project_stacked(equal, floor)
+                left = [target for target in left if target not in equal]
             if left:
                 self._project_together(left, part)
 
@@ -111,12 +115,31 @@ class Projector:
                     self.memory(team[0]).tau = float(found.tau)
         self._last |= zip(names, cuts, strict=True)
         if not waits and self.ball.nonfinite == "raise":
-            self.unchecked += [c.norm for c in cuts]
+            self.late.add(cuts)
         if self.freeze_zero_groups:
             for team, found in zip(teams, cuts, strict=True):
                 for target, bounds in zip(team, found.bounds, strict=True):
                     memory = self.memory(target)
                     memory.dead = bounds == 0.0 if memory.dead is None else memory.dead | (bounds == 0.0)
+
+    def _of_equal_shapes(self, targets: Sequence[Target], part: float) -> list[tuple[list[Target], Floor]]:
+        """Return parameters on an accelerator that are projected as one tensor, with the floor that they share."""
+        ball = self.ball
+        plain = ball.method == "bilevel" and ball.norms == ("l1", "linf") and ball.dims is None
+        if not plain or ball.scope == "global" or len(targets) < 2 or not placement.is_far(targets[0].view()):
+            return []
+        return find_equal_shapes(targets, lambda target: self._floor([target], part))
+
+    @torch.no_grad()
+    def _project_stacked(self, targets: Sequence[Target], floor: Floor) -> None:
+        dead = [self.memory(t).dead for t in targets] if self.freeze_zero_groups else []
+        cuts, cleared = cut_equal_shapes(targets, floor, dead)
+        self._last |= zip((t.name for t in targets), cuts, strict=True)
+        if self.ball.nonfinite == "raise":
+            self.late.add(cuts)
+        if self.freeze_zero_groups:
+            for target, row in zip(targets, cleared.unbind(0), strict=True):
+                self.memory(target).dead = row
 
     def _project_alone(self, target: Target, part: float) -> bool:
         """Take the short way where one plain parameter on CPU is all there is to project; say whether it was."""
@@ -141,9 +164,8 @@ class Projector:
             if self.freeze_zero_groups:
                 memory.dead = found.left == 0.0 if dead is None else dead | (found.left == 0.0)
             return True
-        size: float | Callable[[Tensor], float] = floor.radius
-        if ball.target_sparsity is not None:
-            size = functools.partial(_sparse_radius, floor)
+        sparse = ball.target_sparsity is not None
+        size: float | Callable[[Tensor], float] = (lambda norms: float(floor.radii(norms))) if sparse else floor.radius
         found = cut_alone(whole, size, start=memory.tau, nonfinite=ball.nonfinite, name=target.name, floor=floor)
         self._last[target.name], memory.tau = found, found.tau
         return True
@@ -221,15 +243,13 @@ class Projector:
             return 0.0
         return float((torch.minimum(found.bounds[place], found.tops[place]) == 0.0).double().mean())
 
-    def check_finite(self) -> None:
-        """Look at the norms that were found on a GPU since the last call.
+    def check_finite(self, *, wait: bool = True) -> None:
+        """Look at the norms that were found on a GPU since the last call; without waiting, at those that have come.
 
         Raises:
             ValueError: If one of them was NaN or infinite; the parameter was left as it was.
         """
-        norms, self.unchecked = self.unchecked, []
-        if norms:
-            require_finite(torch.stack(norms), "a projected parameter")
+        self.late.check(wait=wait)
 
     def memory(self, target: Target) -> Memory:
         """Return what is known of ``target``."""
@@ -317,15 +337,9 @@ class Projector:
         return found
 
 
-def _sparse_radius(floor: Floor, norms: Tensor) -> float:
-    return float((norms - floor.tau(norms)).clamp_min_(0.0).sum())
-
-
 def _radius(floor: Floor, norms: Tensor) -> Tensor:
     """Return the radius, float64 ``(1,)``, for norms of groups; without a host synchronization."""
-    if floor.sparsity is None:
-        return torch.full((1,), floor.radius, dtype=torch.float64, device=norms.device)
-    return (norms - floor.tau(norms)).clamp_min_(0.0).sum().reshape(1)
+    return floor.radii(norms.flatten()).reshape(1)
 
 
 def _place_of(x: Tensor) -> Place:
