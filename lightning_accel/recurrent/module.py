@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_accel.recurrent.cell_step import CellStep, HeldStep, Step, is_torch_cell, run_loop, torch_cell_step
 from lightning_accel.recurrent.schedule_choice import Schedule, ScheduleChoice
+from lightning_accel.transfers import send_to_device
 
 
 class Recurrent(nn.Module):
@@ -72,7 +73,8 @@ class Recurrent(nn.Module):
             x: A tensor (T, B, ...), a tuple of such, or a `PackedSequence`.
             state: As the cell takes it; with ``bidirectional`` a pair. By default the cell's ``initial_state``.
             lengths: Steps of each stream, shape (B,), 0 to T. Past its end a stream's state stays as it is, its outputs
-                are zero, and its inputs are not looked at.
+                are zero, and its inputs are not looked at. On a device they are not checked, which would wait for it:
+                there a number that is out of range counts as the next one that is not.
 
         Returns:
             Outputs and the final state, nested as the cell nests them. Each output is of shape (T, B, ...), or packed
@@ -98,10 +100,12 @@ class Recurrent(nn.Module):
         return (pytree.tree_map(lambda t: t.transpose(0, 1), y) if self.batch_first else y), last
 
     def _run(self, leaves: list[Tensor], tree: Any, state: Any, lengths: Tensor | None) -> tuple[Any, Any]:
+        if lengths is not None:
+            lengths = _checked(lengths, leaves[0])
         if self.cell_reverse is None:
             return self._run_direction(0, leaves, tree, state, lengths)
         steps, streams = leaves[0].shape[:2]
-        ends = torch.full((streams,), steps) if lengths is None else lengths
+        ends = torch.full((streams,), steps, device=leaves[0].device) if lengths is None else lengths
         flipped = [_flip(leaf, ends) for leaf in leaves]
         states = (None, None) if state is None else state
         forward, last = self._run_direction(0, leaves, tree, states[0], lengths)
@@ -120,7 +124,7 @@ class Recurrent(nn.Module):
         step: Step = torch_cell_step
         if not is_torch_cell(cell):
             step = CellStep(tree, state_tree) if choice is None else choice.known_step(CellStep(tree, state_tree))
-        running = None if lengths is None else _running(lengths, leaves[0])
+        running = None if lengths is None else _running(lengths, leaves[0].shape[0])
         used = step if running is None else HeldStep(step)
         if running is not None:
             leaves = [*(leaf.masked_fill(~_wide(running, leaf), 0) for leaf in leaves), running]
@@ -150,9 +154,13 @@ class Recurrent(nn.Module):
         y, last = self._run(*pytree.tree_flatten(padded), state, lengths)
         if x.unsorted_indices is not None:
             last = pytree.tree_map(lambda s: s.index_select(0, x.unsorted_indices), last)
-        inside = _running(lengths, padded)
+        # which rows there are is known on the host
+        rows = send_to_device(_running(lengths, padded.shape[0]).flatten().nonzero()[:, 0], padded.device)
         return pytree.tree_map(
-            lambda t: PackedSequence(t[inside], x.batch_sizes, x.sorted_indices, x.unsorted_indices), y
+            lambda t: PackedSequence(
+                t.flatten(0, 1).index_select(0, rows), x.batch_sizes, x.sorted_indices, x.unsorted_indices
+            ),
+            y,
         ), last
 
     def _cells(self) -> list[nn.Module]:
@@ -182,13 +190,18 @@ def _initial_state(cell: nn.Module, x: Any) -> Any:
     raise ValueError(f"`state` must be given: {type(cell).__name__} has no method `initial_state(x_t)`.")
 
 
-def _running(lengths: Tensor, like: Tensor) -> Tensor:
+def _checked(lengths: Tensor, like: Tensor) -> Tensor:
+    """Return lengths on the device of an input; those of the host have to fit it."""
     steps, streams = like.shape[:2]
-    if lengths.shape != (streams,) or int(lengths.min()) < 0 or int(lengths.max()) > steps:
-        raise ValueError(
-            f"`lengths` must be {streams} numbers from 0 to {steps}, got {lengths.tolist()}; make them fit `x`."
-        )
-    return torch.arange(steps, device=like.device)[:, None] < lengths.to(like.device)[None, :]
+    here = lengths.device.type == "cpu"
+    if lengths.shape != (streams,) or (here and (int(lengths.min()) < 0 or int(lengths.max()) > steps)):
+        found = lengths.tolist() if here else f"a tensor of shape {tuple(lengths.shape)}"
+        raise ValueError(f"`lengths` must be {streams} numbers from 0 to {steps}, got {found}; make them fit `x`.")
+    return send_to_device(lengths if here else lengths.clamp(0, steps), like.device)
+
+
+def _running(lengths: Tensor, steps: int) -> Tensor:
+    return torch.arange(steps, device=lengths.device)[:, None] < lengths[None, :]
 
 
 def _wide(mask: Tensor, like: Tensor) -> Tensor:
@@ -198,6 +211,6 @@ def _wide(mask: Tensor, like: Tensor) -> Tensor:
 def _flip(x: Tensor, lengths: Tensor) -> Tensor:
     """Turn every stream around in itself; what lies past its end stays there."""
     steps = torch.arange(x.shape[0], device=x.device)[:, None]
-    ends = lengths.to(x.device)[None, :]
+    ends = lengths[None, :]
     source = torch.where(steps < ends, ends - 1 - steps, steps)
     return x[source, torch.arange(x.shape[1], device=x.device)[None, :]]

@@ -122,6 +122,37 @@ def test_a_scan_on_a_device_is_the_kernel(monkeypatch):
     assert torch.autograd.gradcheck(linear_scan, (a, b, h0))
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2.0 * EPSILON)], ids=str)
+def test_a_scan_by_the_kernel_and_its_gradients_are_those_of_the_recurrence(dtype, limit, monkeypatch):
+    """Numbers of 16 bits are scanned as float32, so that only the last rounding is theirs."""
+    used = []
+    plain = scan_kernel.scan_rows
+    monkeypatch.setattr(scan_kernel, "can_scan", lambda *tensors: True)
+    monkeypatch.setattr(
+        scan_kernel, "scan_rows", lambda h, *rest, **how: used.append(h.dtype) or plain(h, *rest, **how)
+    )
+    torch.manual_seed(0)
+    given = [torch.rand(12, 2, 70), torch.randn(12, 2, 70), torch.randn(2, 70)]
+    given = [t.to(dtype) for t in given]
+    found = []
+    for kind, scan in ((dtype, linear_scan), (torch.float64, step_by_step)):
+        leaves = [t.to(kind).requires_grad_() for t in given]
+        h = scan(*leaves)
+        found.append([h.detach(), *torch.autograd.grad(h.double().cos().sum(), leaves)])
+    assert set(used) == {torch.float32}
+    assert len(used) == 2
+    for a, e in zip(*found, strict=True):
+        assert float((a.double() - e).abs().max()) <= limit * float(e.abs().max())
+
+
+def step_by_step(a, b, h):
+    states = []
+    for a_t, b_t in zip(a, b, strict=True):
+        h = a_t * h + b_t
+        states.append(h)
+    return torch.stack(states)
+
+
 EXPRESSIONS = [
     *(torch.tanh, torch.sigmoid, torch.exp, torch.sin, torch.cos, torch.erf, torch.floor, torch.ceil, torch.trunc),
     *(torch.log1p, torch.expm1, torch.abs, torch.sign, torch.reciprocal, torch.square, torch.neg, torch.rsqrt),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from recurrent_emitted import CELLS, Case
 
-from lightning_accel.recurrent.compiler.emit_triton.ahead_of_time import SHARED_BYTES, compile_kernel
+from lightning_accel.recurrent.compiler.emit_triton.ahead_of_time import SHARED_BYTES, compile_kernel, compile_scan
 from lightning_accel.recurrent.compiler.emit_triton.triton_code import LaunchPlan
 
 ALONE = LaunchPlan(blocks=4, parts=1, columns=128, at_once=True)
@@ -46,7 +46,40 @@ def test_other_numbers_fit_the_chip(name, dtype):
 @pytest.mark.parametrize("name", sorted(set(CELLS) - {n for n, _ in WIDE}))
 def test_kernels_of_all_other_cells_compile(name):
     for found in compile_all(Case(name, 8, 128, steps=2, streams=2), 90, ALONE):
+        assert found.shared_bytes <= SHARED_BYTES[90]
         assert found.spilled_bytes <= SPILLED[torch.float32]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CELLS)
+def test_kernels_of_every_cell_fit_every_chip_in_either_type(name, dtype, capability):
+    for found in compile_all(Case(name, 8, 128, steps=2, streams=2, dtype=dtype), capability, ALONE):
+        assert found.shared_bytes <= SHARED_BYTES[capability]
+        assert found.spilled_bytes <= SPILLED[dtype]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("name", CELLS)
+def test_kernels_under_autocast_fit_every_chip(name, capability):
+    """Weights in bfloat16, states and sums in float32."""
+    for found in compile_all(Case(name, 8, 128, steps=2, streams=2, autocast=torch.bfloat16), capability, ALONE):
+        assert found.shared_bytes <= SHARED_BYTES[capability]
+        assert found.spilled_bytes <= SPILLED[torch.float32]
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_scan_fits_the_chip_and_stays_in_registers(dtype, capability, reverse):
+    """Its gradient is the same kernel, with time running backwards; 16-bit numbers are scanned as float32."""
+    found = compile_scan(dtype, capability, reverse=reverse)
+    assert found.shared_bytes <= SHARED_BYTES[capability]
+    assert found.spilled_bytes == 0
+    assert found.registers <= 128
+    assert found.tensor_core_products == 0
 
 
 def test_weights_that_fit_are_read_once_and_nothing_of_a_later_step_is_fetched_early():

@@ -91,7 +91,7 @@ class Chain:
         self._taken: list[weakref.ref[Tensor]] = []
         self.listened_to = False
         self._received: dict[int, _Gradients | None] = {}
-        self._rows_received: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+        self._rows_received: dict[int, list[tuple[int, Tensor, Tensor, int]]] = {}
         self._weight_gradients: dict[int, list[Tensor | None]] = {}
         mark = torch.zeros((), requires_grad=True)
         self._mark = get_gradient_edge(mark).node
@@ -180,9 +180,9 @@ class Chain:
             self._asked()
         return self._received[backward]
 
-    def receive_rows(self, slot: int, steps: Tensor, gradients: Tensor) -> None:
-        """Keep gradients of one result at several steps, from a loop that it feeds."""
-        self._rows_received.setdefault(running_backward(), []).append((slot, steps, gradients))
+    def receive_rows(self, slot: int, steps: Tensor, gradients: Tensor, last: int) -> None:
+        """Keep gradients of one result at several steps, the latest of them ``last``, from a loop that it feeds."""
+        self._rows_received.setdefault(running_backward(), []).append((slot, steps, gradients, last))
 
     def step_back(
         self, step: int, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
@@ -224,7 +224,7 @@ class Chain:
         rows = self._rows_received.pop(backward, [])
         used = 1 + max(
             max((t for t, gradients in received.items() if any(g is not None for g in gradients)), default=-1),
-            max((int(steps.max()) for _, steps, _ in rows if len(steps)), default=-1),
+            max((last for *_, last in rows), default=-1),
         )
         if not used:
             return [None] * (sum(for_xs) + sum(for_states) + sum(for_weights))
@@ -253,7 +253,7 @@ class Chain:
         slot: int,
         steps: int,
         received: _Gradients,
-        rows: list[tuple[int, Tensor, Tensor]],
+        rows: list[tuple[int, Tensor, Tensor, int]],
     ) -> Tensor | None:
         single = [received[t][slot] if t in received else None for t in range(steps)]
         rows = [part for part in rows if part[0] == slot]
@@ -261,7 +261,7 @@ class Chain:
             return None
         zero = torch.zeros_like(self.values[slot][0])
         joined = torch.stack([zero if g is None else g for g in single])
-        for _, places, gradient in rows:
+        for _, places, gradient, _ in rows:
             joined.index_add_(0, places, gradient)
         return joined
 

@@ -229,7 +229,9 @@ class Rows:
     def bring(self, gradient: Tensor) -> Tensor:
         """Bring the inputs' gradient to its place; return the part of the first input."""
         steps = torch.arange(1, len(gradient), device=gradient.device) * self._stride + self._start
-        self.source.receive_rows(self._slot, steps, gradient[1:])
+        latest = len(gradient) - 1 if self._stride > 0 else min(len(gradient) - 1, 1)
+        last = self._start + self._stride * latest if latest else -1
+        self.source.receive_rows(self._slot, steps, gradient[1:], last)
         return gradient[0]
 
 

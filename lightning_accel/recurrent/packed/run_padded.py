@@ -119,16 +119,21 @@ class RunPackedPadded(TorchFunctionMode):
         )
 
 
+def packed_refusal(device: str, dtype: torch.dtype, *, autocast: bool) -> str | None:
+    """Return why packed calls on a type of device go to torch's packed kernel; ``None`` if they may run padded."""
+    if device != "cpu":
+        return f"the packed kernel of {device} takes one call for all steps, and reads no padding"
+    if dtype not in (torch.float32, torch.float64):
+        return f"padded forms are for float32 and float64, not {dtype}"
+    return "autocast is on" if autocast else None
+
+
 def _layout(args: tuple[Any, ...]) -> PaddedGrid | Stretches | None:
     """Return how a packed call runs best, ``None`` as it is: the unpacked overload has other arguments."""
     if len(args) != _PACKED_ARGUMENTS or not isinstance(args[1], Tensor) or not isinstance(args[3], (list, tuple)):
         return None
     data, batch_sizes, weights = args[0], args[1], args[3]
-    if (
-        data.device.type != "cpu"
-        or data.dtype not in (torch.float32, torch.float64)
-        or torch.is_autocast_enabled("cpu")
-    ):
+    if packed_refusal(data.device.type, data.dtype, autocast=torch.is_autocast_enabled("cpu")) is not None:
         return None
     layout = best_layout(batch_sizes, weights[0].numel() + weights[1].numel())
     return None if layout is None else layout(batch_sizes, data.device)

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lightning_accel.recurrent.compiler.emit_triton.scan_kernel import scan_text
 from lightning_accel.recurrent.compiler.emit_triton.triton_code import (
-    CONSTANTS,
     OPTIONS,
     LaunchPlan,
     TritonCode,
     functions,
     precision_of,
 )
+from lightning_accel.recurrent.compiler.emit_triton.triton_expression import TYPES
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Shared memory that one program can have, by compute capability (CUDA C programming guide, technical specifications).
@@ -64,21 +67,43 @@ def compile_kernel(code: TritonCode, name: str, capability: int, plan: LaunchPla
     Raises:
         Exception: Whatever Triton or the assembler has against it.
     """
+    kernel = functions(code.source, interpreted=False)[name]
+    types = code.kernels[name][2]
+    signature, aligned = _signature(kernel.arg_names, types)
+    constants = plan.constants(-1, precision_of(types))
+    return _resources(kernel, signature, aligned, constants, capability=capability, cooperative=plan.parts > 1)
+
+
+def compile_scan(dtype: torch.dtype, capability: int, *, reverse: bool) -> KernelResources:
+    """Compile the kernel of the linear recurrence for numbers of a type; see `compile_kernel`."""
+    kernel = functions(scan_text(TYPES[dtype]), interpreted=False)["loop_scan"]
+    pointer = _POINTERS[str(dtype).removeprefix("torch.")]
+    signature = {a: pointer if a.startswith("p_") else "i64" if a.startswith("t_") else "i32" for a in kernel.arg_names}
+    del signature["REVERSE"]
+    aligned = [a for a in signature if a[:2] in ("p_", "t_")]
+    return _resources(kernel, signature, aligned, {"REVERSE": reverse}, capability=capability, cooperative=False)
+
+
+def _resources(
+    kernel: Any,
+    signature: dict[str, str],
+    aligned: list[str],
+    constants: dict[str, Any],
+    *,
+    capability: int,
+    cooperative: bool,
+) -> KernelResources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = functions(code.source, interpreted=False)[name]
-    types = code.kernels[name][2]
-    constants = plan.constants(-1, precision_of(types))
-    signature, aligned = _signature(kernel.arg_names, types)
     source = ASTSource(
         fn=kernel,
-        signature=signature | dict.fromkeys(CONSTANTS, "constexpr"),
+        signature=signature | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
         attrs={(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned},
     )
-    options = {**OPTIONS, "launch_cooperative_grid": plan.parts > 1}
+    options = {**OPTIONS, "launch_cooperative_grid": cooperative}
     compiled: Any = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assembly = compiled.asm["ptx"]
     registers, spilled = _registers(compiled.asm["cubin"])

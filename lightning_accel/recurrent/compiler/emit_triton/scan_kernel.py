@@ -35,10 +35,25 @@ def scan_text(real: str) -> str:
 def can_scan(*tensors: Tensor) -> bool:
     """Whether a kernel can compute the recurrence of these tensors, the first of which is written."""
     first = tensors[0]
-    if first.device.type != "cuda" or first.dtype not in (torch.float32, torch.float64):
-        return False
     dense = all(t.dtype is first.dtype and t[0].is_contiguous() for t in tensors)
-    return dense and triton_code.triton_refusal() is None
+    return scan_refusal(first.device.type, first.dtype, dense=dense) is None
+
+
+def scan_refusal(device: str, dtype: torch.dtype, *, dense: bool) -> str | None:
+    """Return why no kernel computes a recurrence on a type of device; ``None`` if one can.
+
+    Args:
+        device: Type of the device.
+        dtype: Of the numbers.
+        dense: Whether each step lies densely in memory, and all tensors hold that type.
+    """
+    if device != "cuda":
+        return f"there is no kernel for {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"the kernel computes float32 and float64, not {dtype}"
+    if not dense:
+        return "the numbers of a step do not lie densely in memory"
+    return triton_code.triton_refusal()
 
 
 def scan_rows(h: Tensor, a: Tensor, b: Tensor, first: Tensor, *, reverse: bool) -> None:
