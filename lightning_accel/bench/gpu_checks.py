@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_accel.low_rank import decompose, make_plan
 from lightning_accel.measure import synchronize
 from lightning_accel.projection import project_l1inf
+from lightning_accel.projection.training.ball_specification import Ball
+from lightning_accel.projection.training.projector import Projector
+from lightning_accel.projection.training.targets import Target
 from lightning_accel.recurrent.cells import (
     CoupledGateLSTMCell,
     FeedbackLSTMCell,
@@ -46,6 +50,8 @@ def checks(device: str, *, quick: bool) -> Iterator[tuple[str, float, float]]:
             yield f"{name}, compiled, bfloat16", _recurrent_error(make, "compiled", device, half=True), _HALF
     for method in ("bilevel", "exact"):
         yield f"projection, {method}", _projection_error(method, device), 1e-5
+    yield "projection, parameters of one shape together", _stacked_error(device), 1e-5
+    yield "packed sequences, compiled, float32", _packed_error(device), _FLOAT32
     yield "linear scan", _scan_error(device), _FLOAT32
     for half in (False, True):
         yield (
@@ -83,6 +89,39 @@ def _projection_error(method: str, device: str) -> float:
     if not feasible or not torch.equal(there, again):
         return float("inf")
     return _largest_error([there.cpu()], [expected])
+
+
+def _stacked_error(device: str) -> float:
+    """Compare parameters that are stacked on the device with each alone on the CPU."""
+    torch.manual_seed(0)
+    weights = [torch.randn(40, 30) * (k + 1.0) for k in range(4)]
+    found = []
+    for where, together in ((device, True), ("cpu", False)):
+        layers = [nn.Linear(30, 40, device=where) for _ in weights]
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight.data.copy_(weight)
+        targets = [Target(str(k), layer, "weight", (0,), (40, 30)) for k, layer in enumerate(layers)]
+        for group in [targets] if together else [[target] for target in targets]:
+            Projector(group, Ball(target_sparsity=0.5), freeze_zero_groups=True).project(1)
+        found.append([layer.weight.detach().cpu() for layer in layers])
+    return _largest_error(*found)
+
+
+def _packed_error(device: str) -> float:
+    torch.manual_seed(0)
+    loop = Recurrent(LayerNormLSTMCell(24, 40), schedule="loop").to(device)
+    fast = Recurrent(copy.deepcopy(loop.cell), schedule="compiled")
+    lengths = torch.tensor([7, 30, 1, 18])
+    x = torch.randn(30, 4, 24, device=device)
+    found = []
+    for rnn in (loop, fast):
+        leaf = x.clone().requires_grad_()
+        y, _ = rnn(pack_padded_sequence(leaf, lengths, enforce_sorted=False))
+        gradients = torch.autograd.grad(y.data.cos().sum(), [leaf, *rnn.parameters()])
+        found.append([y.data.detach(), *gradients])
+    if set(fast.schedules[0].choices.values()) != {"compiled"}:
+        return float("inf")
+    return _largest_error(found[1], found[0])
 
 
 def _scan_error(device: str) -> float:
@@ -129,9 +168,15 @@ def _captured(model: nn.Module, x: Tensor) -> Tensor:
 def _reads_back(device: str) -> float:
     """Return 1 if a projected step waits for the device, 0 if not; torch itself watches on CUDA."""
     weights = [torch.randn(64, 32, device=device) for _ in range(2)]
+    layers = [nn.Linear(32, 64, device=device) for _ in range(3)]
+    targets = [Target(str(k), layer, "weight", (0,), (64, 32)) for k, layer in enumerate(layers)]
+    projector = Projector(targets, Ball(target_sparsity=0.5), freeze_zero_groups=True)
     synchronize(device)
     with _no_waiting(device):
         try:
+            for step in (1, 2):
+                projector.project(step)
+            projector.check_finite(wait=False)
             for method in ("bilevel", "exact"):
                 for weight in weights:
                     project_l1inf(weight, 5.0, method=method, out=weight, nonfinite="skip")

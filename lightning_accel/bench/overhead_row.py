@@ -97,7 +97,7 @@ def _overhead_row(
 
 
 def _fit(callbacks: list[Callback], data: TensorDataset, device: str) -> None:
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _quiet():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quiet_trainer():
         warnings.simplefilter("ignore")  # advice about workers
         Trainer(
             max_epochs=1,
@@ -113,7 +113,7 @@ def _fit(callbacks: list[Callback], data: TensorDataset, device: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_trainer() -> Iterator[None]:
     """Keep what the Trainer says about devices out of the table."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
