@@ -100,6 +100,15 @@ def test_help_of_a_command_shows_its_groups_and_options(capsys):
     assert "monitoring: checkpoint, device_stats" in out
 
 
+def test_quick_help_says_what_hydras_own_does(tmp_path, capsys):
+    texts = []
+    for own in ([], ["--config-dir", str(tmp_path)]):  # configurations of the user's are listed by Hydra
+        assert call("compare", *own, "--help", "trainer.max_epochs=7") == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert "max_epochs: 7" in texts[0]
+
+
 def test_everything_that_watches_a_run_works_together(capsys):
     watching = "monitoring=[progress_bar,checkpoint,throughput,device_stats]"
     small = [word for word in SMALL if not word.startswith("monitoring")]
