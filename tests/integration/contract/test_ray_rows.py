@@ -1,47 +1,62 @@
-"""Rows of the contract that an engine can break, for asynchronous SGD on Ray; the others are one strategy's code."""
+"""Asynchronous SGD on Ray: every row of the contract is run, or its reason not to be stands in a table.
 
+All of them share one session of Ray.
+"""
+
+import inspect
 from dataclasses import replace
 
 import pytest
-import test_row_01_resume as resume
-import test_row_02_neutral as neutral
 import test_row_05_composition as composition
-import test_row_06_trainer_features as features
-from accelerators import by_name
+from ray_rows import ENTRY, REASONS, RUN, on_ray, rows_of
 
+from lightning_accel.async_sgd.ray_engine import run
 from lightning_accel.async_sgd.ray_engine.cluster import connected
 from lightning_accel.async_sgd.ray_engine.options import RayOptions
+from lightning_accel.async_sgd.ray_engine.run import run_on_ray
 from lightning_accel.strategies.for_lightning import AsyncSGDStrategy
-
-pytestmark = pytest.mark.slow
+from lightning_accel.strategies.for_pytorch_lightning import AsyncSGDStrategy as OtherAsyncSGDStrategy
 
 ON_RAY = {"engine": "ray", "shards": 2, "heartbeat_seconds": 300.0}
-ENTRY = replace(
-    by_name("async_sgd"),
+RAY_ENTRY = replace(
+    ENTRY,
     strategy=lambda: AsyncSGDStrategy(**ON_RAY),
     neutral_strategy=lambda: AsyncSGDStrategy(**ON_RAY),
+    other_strategy=lambda: OtherAsyncSGDStrategy(**ON_RAY),
 )
+ROWS = rows_of(ENTRY)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _ray():
-    with connected(RayOptions(), cores=2):
-        yield
+@pytest.fixture(scope="module")
+def ray():
+    with connected(RayOptions(), cores=2) as found:
+        yield found
 
 
-def test_resumed_run_equals_uninterrupted_run(tmp_path):
-    resume.test_resumed_run_equals_uninterrupted_run(ENTRY, 9, tmp_path)
+def test_every_row_is_run_or_has_a_reason():
+    assert len(ROWS) == 66, "a row came or went: say here whether it runs on Ray"
+    assert sorted([*RUN, *REASONS]) == sorted(ROWS)
+    assert all(len(reason.split()) >= 3 for reason in REASONS.values())
 
 
-def test_neutral_setting_equals_plain_training(tmp_path):
-    neutral.test_neutral_setting_equals_plain_training(ENTRY, tmp_path)
+@pytest.mark.slow
+@pytest.mark.parametrize("row", RUN)
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_row_holds_on_ray(row, ray, tmp_path, caplog, monkeypatch):
+    # pairs look their entries up by name
+    table = tuple(RAY_ENTRY if entry is ENTRY else entry for entry in composition.ACCELERATORS)
+    monkeypatch.setattr(composition, "by_name", lambda name: next(entry for entry in table if entry.name == name))
+    monkeypatch.setattr(composition, "COMPOSED", tuple(e for e in table if e.conf or e is RAY_ENTRY))
+    fits = []
 
+    def counted(*args, **kwargs):
+        fits.append(row)
+        return run_on_ray(*args, **kwargs)
 
-def test_layers_are_exchanged_while_it_trains(tmp_path):
-    composition.check_fit([by_name("rank_quantization"), ENTRY], tmp_path)
-
-
-@pytest.mark.parametrize("name", ["bf16-mixed", "double", "average before"])
-def test_neutral_setting_changes_nothing(name, tmp_path):
-    feature = next(feature for feature in features.FEATURES if feature.name == name)
-    features.test_neutral_setting_changes_nothing(ENTRY, feature, tmp_path)
+    monkeypatch.setattr(run, "run_on_ray", counted)
+    function, arguments = ROWS[row]
+    own = {"tmp_path": tmp_path, "caplog": caplog}
+    wanted = inspect.signature(function).parameters
+    function(**on_ray(arguments, RAY_ENTRY), **{name: value for name, value in own.items() if name in wanted})
+    assert fits, "something was trained on Ray"
