@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lightning_accel.bench.gpu_checks import checks
+from lightning_accel.bench.on_gpu.checks import checks
 from lightning_accel.bench.suites import gpu
 
 TIMED = ("_low_rank", "_recurrent", "_projections", "_overhead", "_asynchronous")

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lightning_accel.bench.gpu_checks import CELLS, checks
-from lightning_accel.bench.gpu_models import resnet50, vit_small
-from lightning_accel.bench.gpu_training import asynchronous_rows, overhead_rows
+from lightning_accel.bench.on_gpu.checks import CELLS, checks
+from lightning_accel.bench.on_gpu.models import resnet50, vit_small
+from lightning_accel.bench.on_gpu.training import asynchronous_rows, overhead_rows
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.low_rank import decompose, make_plan
 from lightning_accel.measure import PairedRatio, compare_paired, environment, time_interleaved

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_accel.async_sgd import ParameterStore, Settings, Worker, run_workers
-from lightning_accel.bench.gpu_models import resnet50
+from lightning_accel.bench.on_gpu.models import resnet50
 from lightning_accel.bench.overhead_row import quiet_trainer
 from lightning_accel.callbacks.projection.l1inf_projection import L1InfProjection
 from lightning_accel.callbacks.sequential_freezing import SequentialFreezing

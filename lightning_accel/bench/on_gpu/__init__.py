@@ -1,0 +1,1 @@
+"""What the suite ``gpu`` checks, builds and trains."""
