@@ -19,7 +19,7 @@ from lightning_accel.recurrent.compiler.emit_c.emit_c_row import NotInCError
 from lightning_accel.recurrent.compiler.emit_c.fusion import PRODUCTS
 from lightning_accel.recurrent.compiler.emit_c.stream_views import StreamView, view_of, whole
 from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
-from lightning_accel.recurrent.compiler.emit_python.buffer_assignment import BufferAssignment
+from lightning_accel.recurrent.compiler.emit_python.buffer_assignment import BufferAssignment, name_states
 from lightning_accel.recurrent.compiler.emit_python.function_text import (
     FunctionText,
     buffer_text,
@@ -286,14 +286,7 @@ class MatrixLoop:
 
     def _name_results(self) -> None:
         write_line, text = self.text.write_line, self.text
-        for j, place, following in self.places.delays:
-            first, second = (
-                (f"slab_{j}[1:]", f"slab_{j}[:-1]") if self.reverse else (f"state_{j}[:-1]", f"state_{j}[1:]")
-            )
-            write_line(f"v_{place.name} = {first}")
-            write_line(f"v_{following.name} = {second}")
-            if self.reverse:
-                write_line(f"start_{place.name} = slab_{j}[0]")
+        name_states(text, self.places, reverse=self.reverse)
         for node in sorted(self.outside, key=text.stages.order.__getitem__):
             if node in self.places.next_of or node.op == "placeholder":
                 continue

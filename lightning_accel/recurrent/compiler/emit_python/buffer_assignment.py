@@ -245,3 +245,13 @@ class BufferAssignment:
             self.zip_steps(node, f"list_{node.name}")
             if node in self.text.outputs:
                 self._copy_out(node)
+
+
+def name_states(text: FunctionText, places: BufferAssignment, *, reverse: bool) -> None:
+    """Write the lines that name what a loop read of each state and what it left, of all steps: views of one buffer."""
+    for j, place, following in places.delays:
+        first, second = (f"slab_{j}[1:]", f"slab_{j}[:-1]") if reverse else (f"state_{j}[:-1]", f"state_{j}[1:]")
+        text.write_line(f"v_{place.name} = {first}")
+        text.write_line(f"v_{following.name} = {second}")
+        if reverse:
+            text.write_line(f"start_{place.name} = slab_{j}[0]")
