@@ -1,5 +1,6 @@
 """The state that workers share and the one place that changes it; knows nothing of processes or memory."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -260,7 +261,7 @@ class ParameterServer:
         if scale != 1.0:
             memory = None
             gradients = [None if g is None else g * scale for g in gradients]
-        with torch.autocast("cpu", self._autocast, enabled=self._autocast is not None):
+        with contextlib.nullcontext() if self._autocast is None else torch.autocast("cpu", self._autocast):
             self._flat[push.optimizer].step(gradients, weight=weight, flat=memory)
         self.steps[push.optimizer] += 1
 
