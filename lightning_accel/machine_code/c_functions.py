@@ -84,13 +84,14 @@ class MachineCode:
         source: C functions ``void name(int64_t n, int64_t B, const int64_t *at, product_t call)`` on numbers of the
             type ``real``; ``at`` holds, for each tensor, its address and its strides in time and in streams.
         dtype: Of the numbers, float32 or float64.
+        quick: See `lightning_accel.machine_code.toolchain.load`.
 
     Raises:
         CannotCompileError: If there is no compiler, or the text does not compile.
     """
 
-    def __init__(self, source: str, dtype: torch.dtype) -> None:
-        self._library = compiled_library(source, dtype)
+    def __init__(self, source: str, dtype: torch.dtype, *, quick: bool = False) -> None:
+        self._library = compiled_library(source, dtype, quick=quick)
         self._product = product_address(dtype)
 
     def run(self, name: str, steps: int, streams: int, blocks: Sequence[Tensor], constants: Sequence[Tensor]) -> None:
@@ -185,13 +186,18 @@ def _torch_library() -> ctypes.CDLL | None:
 
 
 @functools.lru_cache(maxsize=256)
-def compiled_library(source: str, dtype: torch.dtype) -> ctypes.CDLL:
+def compiled_library(source: str, dtype: torch.dtype, *, quick: bool = False) -> ctypes.CDLL:
     """Compile functions behind the prelude, once a process.
+
+    Args:
+        source: Of the functions.
+        dtype: Of the type ``real`` in it.
+        quick: See `lightning_accel.machine_code.toolchain.load`.
 
     Raises:
         CannotCompileError: If there is no compiler, or the text does not compile.
     """
-    return load(f"typedef {REALS[dtype]} real;\n{_PRELUDE}\n{PRODUCTS_IN_C}\n{source}\n")
+    return load(f"typedef {REALS[dtype]} real;\n{_PRELUDE}\n{PRODUCTS_IN_C}\n{source}\n", quick=quick)
 
 
 def _rows(tensor: Tensor) -> Tensor:

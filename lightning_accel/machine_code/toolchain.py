@@ -2,7 +2,7 @@
 
 A compiler may hang (a wrapper on a slow file system, a licence server). Machine code saves parts of a second, so nobody
 waits for it longer than `LIMIT_SECONDS`: then the compiler and all that it started are killed, and it is not asked
-again.
+again. Of a compiler that has worked before, on a busy machine or with a long text, only that text is given up.
 """
 
 import contextlib
@@ -15,12 +15,15 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 LIMIT_SECONDS = 4.0  # of all compiling that one piece of work waits for, by the clock on the wall
+_MOST_LATE = 3  # texts that a compiler which has worked may not end in time, before it is given up
 
-_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread", "-shared", "-fPIC")
+_FAST, _QUICK = "-O3", "-O1"  # code that runs for long, and code that is compiled in a third of the time
+_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread", "-shared", "-fPIC")
 _TUNED = ("-march=native", "-mprefer-vector-width=512")  # not every compiler knows them
 
 
@@ -28,27 +31,62 @@ class CannotCompileError(Exception):
     """There is no machine code to be had; the message says why."""
 
 
-class _GivenUp:
-    """Compilers that did not end in time, by their command."""
+class _Experience:
+    """What is known of compilers, by their command: which have worked, how often they were late, which are given up."""
 
     def __init__(self) -> None:
-        self.reasons: dict[tuple[str, ...], str] = {}
-        self.lock = threading.Lock()
+        self._worked: set[tuple[str, ...]] = set()
+        self._late: Counter[tuple[str, ...]] = Counter()
+        self._given_up: dict[tuple[str, ...], str] = {}
+        self._lock = threading.Lock()
+
+    def why_given_up(self, compiler: tuple[str, ...]) -> str | None:
+        with self._lock:
+            return self._given_up.get(compiler)
+
+    def note_work(self, compiler: tuple[str, ...]) -> None:
+        with self._lock:
+            self._worked.add(compiler)
+
+    def note_late(self, compiler: tuple[str, ...]) -> str:
+        """Note that a text was not compiled in time, and return what to say of it."""
+        late = f"it had not ended after {LIMIT_SECONDS:g} s."
+        with self._lock:
+            self._late[compiler] += 1
+            if compiler in self._worked and self._late[compiler] < _MOST_LATE:
+                return f"{compiler[0]} is stopped at this text: {late}"
+            return self._given_up.setdefault(compiler, f"{compiler[0]} is given up: {late}")
 
 
-_given_up = _GivenUp()
-_budget = threading.local()
+_experience = _Experience()
+_thread = threading.local()
 
 
 @contextlib.contextmanager
 def compile_budget(seconds: float = LIMIT_SECONDS) -> Iterator[None]:
     """Let all compiling inside, in this thread, take no longer than ``seconds`` together."""
-    before = getattr(_budget, "left", None)
-    _budget.left = seconds
+    before = getattr(_thread, "left", None)
+    _thread.left = seconds
     try:
         yield
     finally:
-        _budget.left = before
+        _thread.left = before
+
+
+@contextlib.contextmanager
+def compiling_for_comparison() -> Iterator[None]:
+    """Schedules made inside, in this thread, only run for the sake of their numbers."""
+    before = is_for_comparison()
+    _thread.for_comparison = True
+    try:
+        yield
+    finally:
+        _thread.for_comparison = before
+
+
+def is_for_comparison() -> bool:
+    """Tell whether schedules made now, in this thread, only run for the sake of their numbers."""
+    return getattr(_thread, "for_comparison", False)
 
 
 def find_compiler() -> tuple[str, ...] | None:
@@ -64,8 +102,12 @@ def find_compiler() -> tuple[str, ...] | None:
     return None
 
 
-def load(text: str) -> ctypes.CDLL:
+def load(text: str, *, quick: bool = False) -> ctypes.CDLL:
     """Compile C text and load it; wait `LIMIT_SECONDS`, or what a `compile_budget` has left.
+
+    Args:
+        text: C.
+        quick: Compile in a third of the time what only runs for the sake of its numbers.
 
     Raises:
         CannotCompileError: If there is no compiler, it does not end in time, or the text does not compile.
@@ -73,26 +115,27 @@ def load(text: str) -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise CannotCompileError("there is no C compiler.")
-    with _given_up.lock:
-        reason = _given_up.reasons.get(compiler)
+    reason = _experience.why_given_up(compiler)
     if reason is not None:
         raise CannotCompileError(reason)
-    left = getattr(_budget, "left", None)
+    left, level = getattr(_thread, "left", None), _QUICK if quick else _FAST
     begun = time.monotonic()
+    deadline = begun + (LIMIT_SECONDS if left is None else left)
     with tempfile.TemporaryDirectory(prefix="lightning_accel_", ignore_cleanup_errors=True) as folder:
         try:
-            return _opened(_compiled(compiler, text, Path(folder), begun + (LIMIT_SECONDS if left is None else left)))
+            return _opened(_compiled(compiler, level, text, Path(folder), deadline))
         finally:
             if left is not None:
-                _budget.left = left - (time.monotonic() - begun)
+                _thread.left = left - (time.monotonic() - begun)
 
 
-def _compiled(compiler: tuple[str, ...], text: str, folder: Path, deadline: float) -> Path:
+def _compiled(compiler: tuple[str, ...], level: str, text: str, folder: Path, deadline: float) -> Path:
     source, library, messages = folder / "text.c", folder / "text.so", folder / "messages"
     source.write_text(text, encoding="utf-8")
     for flags in ((*_FLAGS, *_TUNED), _FLAGS):
-        command = [*compiler, *flags, "-o", str(library), str(source), "-lm"]
+        command = [*compiler, level, *flags, "-o", str(library), str(source), "-lm"]
         if _run(compiler, command, messages, deadline) == 0:
+            _experience.note_work(compiler)
             return library
     said = messages.read_bytes().decode(errors="replace").strip()[:300]
     raise CannotCompileError(f"{compiler[0]} refused the text: {said}")
@@ -110,10 +153,7 @@ def _run(compiler: tuple[str, ...], command: list[str], messages: Path, deadline
         try:
             return process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            reason = f"{compiler[0]} is given up: it had not ended after {LIMIT_SECONDS:g} s."
-            with _given_up.lock:
-                _given_up.reasons[compiler] = reason
-            raise CannotCompileError(reason) from None
+            raise CannotCompileError(_experience.note_late(compiler)) from None
         finally:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.machine_code.toolchain import compiling_for_comparison
 from lightning_accel.recurrent.cell_step import Step, is_native, run_native, torch_cell_step
 from lightning_accel.recurrent.compiler.executor import EXAMPLE_STREAMS, StepSchedule
 from lightning_accel.recurrent.compiler.trace import CannotScheduleError, StepGraph, TensorSpec
@@ -102,7 +103,7 @@ class VerifiedSchedules:
         self, name: str, kind: Hashable, step: Step, xs: tuple[TensorSpec, ...], states: tuple[TensorSpec, ...]
     ) -> StepSchedule:
         schedule = self._traced(self._module, name, kind, (step, xs, states))
-        with torch.autocast(xs[0].device.type, enabled=False):
+        with torch.autocast(xs[0].device.type, enabled=False), compiling_for_comparison():
             double = private_copy(self._module).double()
             wide_xs, wide_states = ([_doubled(s) for s in specs] for specs in (xs, states))
             twin = self._traced(double, name, ("double", kind), (step, wide_xs, wide_states))

@@ -1,7 +1,9 @@
 """Loops as machine code: the same results as the plain loop, and nothing lost where there is no compiler."""
 
 import copy
+import functools
 import math
+import re
 import time
 from pathlib import Path
 
@@ -296,6 +298,40 @@ def test_a_compiler_that_hangs_is_killed_with_its_children_and_given_up(monkeypa
     assert not any(map(runs, started))
     with pytest.raises(CannotCompileError, match="is given up"):
         load("int five(void) { return 5; }")
+
+
+def test_one_long_text_does_not_cost_the_others_their_machine_code(monkeypatch, tmp_path):
+    slow = tmp_path / "cc"  # takes its time for one text only
+    slow.write_text(
+        '#!/bin/sh\nfor a; do case "$a" in *.c) grep -q sleepy "$a" && exec sleep 300;; esac; done\nexec cc "$@"\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setenv("CC", str(slow))
+    assert load("int six(void) { return 6; }").six() == 6
+    for attempt in range(2):
+        with compile_budget(0.5), pytest.raises(CannotCompileError, match="is stopped at this text"):
+            load(f"int sleepy{attempt}(void) {{ return 0; }}")
+        assert load(f"int seven{attempt}(void) {{ return 7; }}")[f"seven{attempt}"]() == 7
+    with compile_budget(0.5), pytest.raises(CannotCompileError, match="is given up"):  # it is the compiler after all
+        load("int sleepy(void) { return 0; }")
+    with pytest.raises(CannotCompileError, match="is given up"):
+        load("int eight(void) { return 8; }")
+
+
+def test_only_what_is_never_timed_is_compiled_quickly(monkeypatch):
+    asked = []
+
+    def note(text, *, quick=False):
+        asked.append((re.match(r"typedef (\w+) real", text)[1], quick))
+        return load(text, quick=quick)
+
+    monkeypatch.setattr(c_functions, "load", note)
+    monkeypatch.setattr(c_functions, "compiled_library", functools.cache(c_functions.compiled_library.__wrapped__))
+    Recurrent(PeepholeLSTMCell(F, H), schedule="compiled")(torch.randn(T, B, F))
+    assert [kind for kind in asked if kind != ("float", False)] == [("double", True)]
+    asked.clear()
+    Recurrent(PeepholeLSTMCell(F, H).double(), schedule="compiled")(torch.randn(T, B, F, dtype=torch.double))
+    assert ("double", False) in asked
 
 
 def runs(pid):

@@ -1,5 +1,6 @@
 """Make functions of the text of a schedule, for any number of streams where the text allows it."""
 
+import functools
 import io
 import math
 import tokenize
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lightning_accel.machine_code import large_products
 from lightning_accel.machine_code.c_functions import MachineCode, second_factor
-from lightning_accel.machine_code.toolchain import CannotCompileError
+from lightning_accel.machine_code.toolchain import CannotCompileError, is_for_comparison
 from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
 from lightning_accel.recurrent.compiler.emit_python.weight_gradients import layer_norm_sums
 from lightning_accel.recurrent.compiler.emit_triton.triton_code import TritonCode
@@ -53,7 +54,7 @@ def compile_source(source: str, constants: dict[str, Tensor], device: torch.devi
         "inf": math.inf,
         "nan": math.nan,
         "scan_into": scan_into,
-        "MachineCode": MachineCode,
+        "MachineCode": functools.partial(MachineCode, quick=is_for_comparison()),
         "second_factor": second_factor,
         "TritonCode": TritonCode,
         "layer_norm_sums": layer_norm_sums,
