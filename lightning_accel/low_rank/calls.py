@@ -1,5 +1,6 @@
 """What a layer gets to see in a real batch: input shapes, types and second moments, learnt by hooks."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -63,11 +64,23 @@ def record_calls(model: nn.Module, layers: Mapping[str, nn.Module], run_batch: R
     return result
 
 
-def input_second_moments(model: nn.Module, layers: Mapping[str, nn.Module], run_batch: RunBatch) -> dict[str, Tensor]:
+def input_second_moments(
+    model: nn.Module, layers: Mapping[str, nn.Module], run_batch: RunBatch, *, shrink: bool = False
+) -> dict[str, Tensor]:
     """Return the mean of ``x x^T`` over the inputs (or input channels) of each layer that ran, (in, in), float64.
 
     For a convolution the mean runs over batch and positions of the input. Call ``run_batch`` on several batches by
     looping inside it.
+
+    Args:
+        model: Runs in ``run_batch``.
+        layers: Name to layer of ``model``.
+        run_batch: Runs one batch or several.
+        shrink: Return an estimate for inputs that were not seen, too: of fewer rows than channels the mean knows
+            nothing in most directions, and what is decomposed by it forgets them. It is drawn towards a multiple of the
+            identity, the more the fewer rows there are (oracle-approximating shrinkage, Chen, Wiesel, Eldar, Hero,
+            IEEE Transactions on Signal Processing 58(10), 2010). *Deviation*: rows are counted as independent,
+            and no mean is taken off.
     """
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
@@ -81,7 +94,20 @@ def input_second_moments(model: nn.Module, layers: Mapping[str, nn.Module], run_
         counts[name] += rows.shape[0]
 
     _run_hooked(model, layers, run_batch, note)
-    return {name: total / max(1, counts[name]) for name, total in sums.items()}
+    moments = {name: total / max(1, counts[name]) for name, total in sums.items()}
+    return {name: _shrunk(moment, counts[name]) for name, moment in moments.items()} if shrink else moments
+
+
+def _shrunk(moment: Tensor, rows: int) -> Tensor:
+    """Return the second moment (p, p) of ``rows`` rows, drawn towards the identity times its mean eigenvalue."""
+    p = moment.shape[0]
+    trace, squares = float(moment.trace()), float(moment.square().sum())
+    spread = squares - trace**2 / p  # how far it is from a multiple of the identity
+    if rows == 0 or spread <= 0.0 or not math.isfinite(spread):
+        return moment
+    share = min(1.0, ((1.0 - 2.0 / p) * squares + trace**2) / ((rows + 1.0 - 2.0 / p) * spread))
+    target = torch.eye(p, dtype=moment.dtype, device=moment.device) * (trace / p)
+    return moment.lerp(target, share)
 
 
 def _run_hooked(

@@ -206,6 +206,40 @@ def test_second_moments_are_those_of_the_inputs():
     torch.testing.assert_close(alone[""], moments["0"])
 
 
+@pytest.mark.parametrize("rows", [2, 8, 40])
+def test_a_batch_with_fewer_rows_than_channels_does_not_make_the_layer_forget_the_others(rows):
+    random = torch.Generator().manual_seed(rows)
+    scales = 10.0 ** torch.linspace(0, -2, 64)
+    turn = torch.linalg.qr(torch.randn(64, 64, generator=random)).Q
+
+    def inputs(count):
+        return torch.randn(count, 64, generator=random) * scales @ turn.T
+
+    layer, seen, unseen = nn.Linear(64, 48, bias=False), inputs(rows), inputs(2000)
+    nn.init.normal_(layer.weight, generator=random)
+
+    def error(moment):
+        low_rank = factorize(layer, (16,), second_moment=moment)
+        return float((low_rank(unseen) - layer(unseen)).square().sum())
+
+    raw = input_second_moments(layer, {"": layer}, lambda m: m(seen))[""]
+    shrunk = input_second_moments(layer, {"": layer}, lambda m: m(seen), shrink=True)[""]
+    assert error(shrunk) < error(raw)
+    assert error(shrunk) < 1.05 * error(None)
+    torch.testing.assert_close(shrunk.trace(), raw.trace())
+    many = inputs(20000)
+    raw = input_second_moments(layer, {"": layer}, lambda m: m(many))[""]
+    torch.testing.assert_close(
+        input_second_moments(layer, {"": layer}, lambda m: m(many), shrink=True)[""], raw, rtol=0.01, atol=1e-3
+    )
+
+
+def test_inputs_of_zeros_or_of_one_channel_are_not_shrunk():
+    for layer, x in ((nn.Linear(3, 2), torch.zeros(4, 3)), (nn.Linear(1, 2), torch.ones(4, 1))):
+        moments = input_second_moments(layer, {"": layer}, lambda m, x=x: m(x), shrink=True)
+        torch.testing.assert_close(moments[""], x.T.double() @ x.double() / 4)
+
+
 def test_user_hooks_move_to_the_new_layer(net):
     seen = []
     net.head[0].register_forward_hook(lambda module, args, output: seen.append(type(module)))

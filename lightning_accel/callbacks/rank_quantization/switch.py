@@ -82,7 +82,7 @@ def factor_as_planned(plan: RankPlan, inputs: RecordedInputs | None, module: nn.
         return decompose(module, plan)
     eligible, _ = eligible_layers(module)
     planned = {layer.name: eligible[layer.name] for layer in plan.layers if layer.ranks and layer.name in eligible}
-    return decompose(module, plan, second_moments=input_second_moments(module, planned, inputs.replay))
+    return decompose(module, plan, second_moments=input_second_moments(module, planned, inputs.replay, shrink=True))
 
 
 def explain_failure(module: nn.Module, names: Sequence[str], problem: BaseException) -> None:

@@ -139,7 +139,7 @@ def make_plan(
     calls = record_calls(model, layers, run_batch) if run_batch is not None else {}
     moments: Mapping[str, Tensor] = {}
     if weighting == "activation" and run_batch is not None:
-        moments = input_second_moments(model, layers, run_batch)
+        moments = input_second_moments(model, layers, run_batch, shrink=True)
     cache = DiskCache(cache_dir) if cache_dir is not None else None
     drafts: list[LayerPlan] = []
     known_times: dict[object, dict[str, float]] = {}
