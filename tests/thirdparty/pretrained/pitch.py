@@ -142,10 +142,11 @@ def main() -> None:
     parser.add_argument("--capacity", choices=("full", "tiny"), default="full")
     parser.add_argument("--ratio", type=float, default=2.0)
     parser.add_argument("--method", choices=("snapped", "knapsack", "fixed"), default="fixed", help="of choosing ranks")
+    parser.add_argument("--weighting", choices=("none", "activation"), default="none", help="of the decomposition")
     parser.add_argument("--train", type=int, default=1920, help="frames")
     parser.add_argument("--test", type=int, default=4000, help="frames")
     parser.add_argument("--batch", type=int, default=8, help="frames")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the low-rank network")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of the low-rank network")
     parser.add_argument("--dense-lr", type=float, default=1e-4)
     parser.add_argument("--rounds", type=int, default=8, help="of steps and inferences that are timed in turns")
     parser.add_argument("--threads", type=int, default=available_cores())
@@ -156,7 +157,7 @@ def main() -> None:
     dense, low_rank = Pitch(given.capacity, given.dense_lr), Pitch(given.capacity, given.lr)
     shipped = dense.is_right(TensorDataset(*(tensor[: given.test // 4] for tensor in test.tensors)))
     quantization = RankQuantization(
-        given.ratio, method=given.method, weighting="activation", when="setup", on_loss="keep", min_energy=0.0
+        given.ratio, method=given.method, weighting=given.weighting, when="setup", on_loss="keep", min_energy=0.0
     )
     seconds = {
         "low rank": fine_tune(low_rank, train, [quantization], given.batch),
@@ -206,8 +207,9 @@ def page(result: dict) -> str:
     verdict = "within" if gap["low"] >= -gap["margin"] else "not shown to be within"
     lines = [
         f"{result['package']}: {settings['capacity']} network, pretrained, decomposed at ratio {settings['ratio']:g} "
-        f"(ranks {settings['method']}, weighted by activations), both fine-tuned on {settings['train']} frames, tested "
-        f"on {settings['test']} others; rates {settings['dense_lr']:g} (dense) and {settings['lr']:g}",
+        f"(ranks {settings['method']}, weighting {settings['weighting']}), both fine-tuned on "
+        f"{settings['train']} frames, tested on {settings['test']} others; "
+        f"rates {settings['dense_lr']:g} (dense) and {settings['lr']:g}",
         "",
         "| | dense, fine-tuned | low rank, fine-tuned | ratio or difference [95 % interval] |",
         "|---|---:|---:|---:|",
