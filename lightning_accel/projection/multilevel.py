@@ -13,6 +13,7 @@ from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.compiled import Compile, check_compile, compiling
 from lightning_accel.projection.kernels.huge_pages import empty_like_dense
 from lightning_accel.projection.kernels.layout import is_sharded, normalize_dims, overlap
+from lightning_accel.projection.kernels.one_call import project_in_one_call
 from lightning_accel.projection.kernels.rounding import check_input, check_nonfinite, check_out, check_radius
 
 Nonfinite = Literal["raise", "skip"]
@@ -107,10 +108,10 @@ def project_l1inf(
         out: As in `project_multilevel`.
         nonfinite: As in `project_multilevel`.
         state: Of the exact method: where the last call for this tensor ended, to start from; it is updated.
-        compile: Let the machine's C compiler make the passes over memory whose results stay the same bit for bit
-            (bi-level: all of them; exact: the last), which takes about half a second once a type of numbers: ``True``
-            from now on, ``"auto"`` once as much memory has passed that it pays (1 GiB), ``False`` never. Where there
-            is no compiler, warn once and go on without.
+        compile: Let the machine's C compiler make the passes over memory, which changes no bit and takes about a second
+            once a type of numbers: ``True`` from now on, ``"auto"`` once so much has passed that it pays (1 GiB, or
+            some 16,000 calls for small tensors), ``False`` never. Where there is no compiler, warn once and go on
+            without.
 
     Returns:
         As `project_multilevel`.
@@ -134,6 +135,10 @@ def project_l1inf(
         tensor([[2.0000, 1.0000],
                 [0.0000, 0.0000]])
     """
+    if method == "bilevel" and compile in (True, "auto") and nonfinite in ("raise", "skip"):
+        found = project_in_one_call(x, radius, group_dims, out)
+        if found is not None:
+            return found
     check_compile(compile)
     check_input(x)
     group = normalize_dims(group_dims, x.ndim)

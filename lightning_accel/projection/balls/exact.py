@@ -11,9 +11,11 @@ from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.newton import SMALL_RADIUS, Newton, joined
 from lightning_accel.projection.balls.outcome import Cut
 from lightning_accel.projection.kernels import placement
-from lightning_accel.projection.kernels.eager import clamp, excess, group_norms, quick_group_norms
+from lightning_accel.projection.kernels.eager import clamp, group_norms, quick_group_norms
 from lightning_accel.projection.kernels.layout import Blocks
 from lightning_accel.projection.kernels.rounding import inner_radius, require_finite, round_bound
+
+_MEASURES = quick_group_norms, group_norms
 
 
 @dataclass
@@ -80,22 +82,24 @@ def project_exact(
     blocks = [Blocks.of(x, dims, out) for x, dims, out in parts]
     sources = [b.source for b in blocks]
     clear = _joined_mask(dead, sources)
-    largest, totals, both = _norms(sources, clear)
+    limit = None if callable(radius) else float(radius)
+    precise = clear is None and limit is not None and _is_small(limit, sources)
+    largest, totals, both = _norms(sources, clear, (_precise_group_norms,) if precise else _MEASURES)
     norm, size = both[0], float(both[0])
     finite = math.isfinite(float(both.sum()))
     if nonfinite == "raise" and not finite:
         require_finite(both, name)
     bounds, theta, iterations = None, torch.zeros_like(norm), 0
     if finite:
-        if not callable(radius) and 0.0 < float(radius) < SMALL_RADIUS * float(totals.max()):
+        if not precise and limit is not None and 0.0 < limit < SMALL_RADIUS * float(totals.max()):
             largest, totals, _ = _norms(sources, clear, (_precise_group_norms,))
         newton, start = Newton(sources, largest, totals), None if state is None else state.mu
         if callable(radius):
             level = radius(totals)
             if bool(level > 0.0):
                 theta, bounds = level, newton.levels(level, start)
-        elif size > float(radius):
-            bounds, theta = newton.solve(inner_radius(float(radius), len(largest)), start)
+        elif limit is not None and size > limit:
+            bounds, theta = newton.solve(inner_radius(limit, len(largest)), start)
         iterations = newton.iterations
     if state is not None:
         state.mu, state.iterations = bounds, iterations
@@ -119,7 +123,7 @@ def project_exact(
 def _norms(
     sources: Sequence[Tensor],
     clear: Tensor | None,
-    measures: Sequence[Callable[[Tensor], tuple[Tensor, Tensor]]] = (quick_group_norms, group_norms),
+    measures: Sequence[Callable[[Tensor], tuple[Tensor, Tensor]]],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the largest magnitudes and the l1 norms of all groups, 0 for those to clear, and the sums of both."""
     for measure in measures:
@@ -136,11 +140,12 @@ def _norms(
 
 
 def _precise_group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Do what `group_norms` does, with all sums in float64."""
-    largest, _ = quick_group_norms(x)
-    every = torch.arange(x.shape[1], device=x.device)
-    total, _ = excess(x, every, torch.zeros_like(largest), precise=True)
-    return largest, total
+    return quick_group_norms(x, precise=True)
+
+
+def _is_small(radius: float, sources: Sequence[Tensor]) -> bool:
+    """Whether a radius surely is too small for sums of float32, as one group tells, most often."""
+    return 0.0 < radius < 0.999 * SMALL_RADIUS * float(sources[0][:, 0].abs().sum(dtype=torch.float64))
 
 
 def _joined_mask(masks: Sequence[Tensor | None], sources: Sequence[Tensor]) -> Tensor | None:

@@ -78,7 +78,7 @@ def single_threshold(norms: Tensor, radius: float, terms: int) -> tuple[Tensor, 
     Returns:
         What `Thresholds` holds, without the dimension of the batch.
     """
-    size = float(norms.sum())
+    size = _summed(norms)
     if not size > radius or not math.isfinite(size):
         return torch.full_like(norms, torch.inf), 0.0, size
     target = inner_radius(radius, terms)
@@ -90,7 +90,7 @@ def single_threshold(norms: Tensor, radius: float, terms: int) -> tuple[Tensor, 
     previous = -1
     while True:
         kept = (below - tau).clamp_min_(0.0)
-        rest = float(kept.sum())
+        rest = _summed(kept)
         if rest <= enough:
             break
         count = int(torch.count_nonzero(kept))
@@ -126,7 +126,7 @@ def threshold_near(norms: Tensor, radius: float, terms: int, start: float) -> tu
     tau = start
     for _ in range(EVALUATIONS):
         kept = torch.nn.functional.softshrink(norms, tau)
-        rest = float(kept.cumsum(0)[-1])  # from the first to the last, as machine code adds up
+        rest = _summed(kept)
         if low <= rest <= target:
             return kept, tau
         count = int(torch.count_nonzero(kept)) if math.isfinite(rest) else 0
@@ -136,6 +136,11 @@ def threshold_near(norms: Tensor, radius: float, terms: int, start: float) -> tu
         if not 0.0 < tau <= radius:
             return None
     return None
+
+
+def _summed(norms: Tensor) -> float:
+    """Return a sum that goes from the first to the last, as machine code adds up."""
+    return float(norms.cumsum(0)[-1])
 
 
 def near_limits(groups: int, radius: float, terms: int) -> tuple[float, float, float]:

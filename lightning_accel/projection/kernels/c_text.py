@@ -7,7 +7,8 @@ Tensors are contiguous ``(before, groups, after)``. Long runs of one group are w
 columns of ``(before, groups * after)``, of which narrow ones are laid side by side, so that loops stay long.
 """
 
-import sys
+from lightning_accel.projection.kernels.c_sums import SUMS
+from lightning_accel.projection.kernels.c_thresholds import thresholds_text
 
 MAX_THREADS = 64
 
@@ -197,107 +198,13 @@ int clamp_BITS(const TYPE *x, TYPE *out, const TYPE *bounds, int64_t before, int
 }
 """
 
-# sums go from the first group to the last, as those of the eager threshold do, so that both find the same
-_NEAR = """
-/* Project groups in place onto the ball of their largest magnitudes, by Newton's method from a threshold close to the
-   one sought. Return whether it got there; nothing was written to x otherwise.
-   tops, kept: norms before and after, (groups,). shift: the threshold, in and out. */
-int project_near_float(float *x, double *tops, double *kept, int64_t before, int64_t groups, int64_t after,
-    int64_t threads, double target, double low, double slack, double radius, double keep, double *shift) {
-    float *bounds = malloc(groups * sizeof(float));
-    double tau = *shift;
-    int done = 0;
-    if (!bounds || largest_float((const int32_t *)x, (int32_t *)bounds, before, groups, after, threads)) {
-        free(bounds);
-        return 0;
-    }
-    for (int64_t g = 0; g < groups; g++) tops[g] = bounds[g];
-    for (int turn = 0; turn < TURNS && !done; turn++) {
-        double rest = 0.0;
-        int64_t count = 0;
-        for (int64_t g = 0; g < groups; g++) kept[g] = tops[g] <= tau ? 0.0 : tops[g] - tau;
-        for (int64_t g = 0; g < groups; g++) rest += kept[g];
-        for (int64_t g = 0; g < groups; g++) count += kept[g] != 0.0;
-        if (low <= rest && rest <= target) {
-            done = 1;
-        } else {
-            if (!(rest <= MOST) || count == 0) break;
-            tau += (rest - target + slack) / count;
-            if (!(0.0 < tau && tau <= radius)) break;
-        }
-    }
-    if (done) {
-        for (int64_t g = 0; g < groups; g++) {
-            const double bound = kept[g] * keep;
-            bounds[g] = bound > TINY ? (float)bound : 0.0f;
-        }
-        done = !clamp_float((const int32_t *)x, (int32_t *)x, (const int32_t *)bounds, before, groups, after, threads);
-        *shift = tau;
-    }
-    free(bounds);
-    return done;
-}
-
-/* Return the entry of rank k, 0 the smallest, and leave all smaller ones before it (Hoare's selection). */
-static float select_float(float *v, int64_t n, int64_t k) {
-    int64_t left = 0, right = n - 1;
-    while (left < right) {
-        const float pivot = v[(left + right) / 2];
-        int64_t i = left, j = right;
-        while (i <= j) {
-            while (v[i] < pivot) i++;
-            while (pivot < v[j]) j--;
-            if (i <= j) {
-                const float other = v[i];
-                v[i++] = v[j];
-                v[j--] = other;
-            }
-        }
-        if (k <= j) right = j;
-        else if (k >= i) left = i;
-        else break;
-    }
-    return v[k];
-}
-
-/* Clear the groups of the smallest magnitudes in place, of equal ones the first, and all dead ones, which count as the
-   smallest. Return whether that was done: not where a magnitude is NaN or infinite.
-   tops, left: magnitudes before; what is left of them, infinity for all: both (groups,). dead: (groups,), or nothing.
-   tau: between the two kinds, 0 where zeros and dead ones are all that goes. */
-int clear_smallest_float(float *x, double *tops, double *left, const char *dead, int64_t before, int64_t groups,
-    int64_t after, int64_t threads, int64_t cleared, double *tau) {
-    float *bounds = malloc(2 * groups * sizeof(float)), *sorted = bounds + groups;
-    int64_t equal = cleared;
-    int done = 0;
-    if (!bounds || largest_float((const int32_t *)x, (int32_t *)bounds, before, groups, after, threads)) goto end;
-    for (int64_t g = 0; g < groups; g++) {
-        if (!(bounds[g] < INFINITY)) goto end;
-        if (dead && dead[g]) bounds[g] = 0.0f;
-        tops[g] = sorted[g] = bounds[g];
-    }
-    const float low = select_float(sorted, groups, cleared - 1);
-    float high = cleared < groups ? INFINITY : low;
-    for (int64_t g = cleared; g < groups; g++) high = SMALLER(high, sorted[g]);
-    for (int64_t g = 0; g < groups; g++) equal -= bounds[g] < low;
-    for (int64_t g = 0; g < groups; g++) {
-        const int goes = low > 0.0f && (bounds[g] < low || (bounds[g] == low && equal-- > 0));
-        bounds[g] = goes || (dead && dead[g]) ? 0.0f : INFINITY;
-        left[g] = bounds[g];
-    }
-    *tau = low > 0.0f ? low + 0.5 * ((double)high - low) : 0.0;
-    done = !clamp_float((const int32_t *)x, (int32_t *)x, (const int32_t *)bounds, before, groups, after, threads);
-end:
-    free(bounds);
-    return done;
-}
-"""
-
 
 def passes_text(kind: str, bits: int, infinity: int, turns: int) -> str:
     """Return the text of the passes over floats of a kind.
 
     Args:
-        kind: What the names of the functions end in: ``largest_<kind>`` and ``clamp_<kind>``.
+        kind: What the names of the functions end in: ``largest_<kind>`` and ``clamp_<kind>``; there are more for
+            ``float``, see `c_thresholds`.
         bits: Of a float, 16, 32 or 64.
         infinity: Its bits, as an integer.
         turns: Evaluations that ``project_near_float`` makes at most.
@@ -306,7 +213,13 @@ def passes_text(kind: str, bits: int, infinity: int, turns: int) -> str:
     for name, value in (("UNSIGNED", f"uint{bits}_t"), ("TYPE", f"int{bits}_t"), ("BITS", kind)):
         text = text.replace(name, value)
     head = f"#define THREADS {MAX_THREADS}\n{_HEAD}#define INFINITE ((int{bits}_t){infinity})\n"
-    if kind != "float":
-        return head + text
-    limits = f"#define TURNS {turns}\n#define TINY {2.0**-126!r}\n#define MOST {sys.float_info.max!r}\n"
-    return head + text + limits + _NEAR
+    return head + text + (thresholds_text(turns) if kind == "float" else "")
+
+
+def sums_text(real: str) -> str:
+    """Return the text of the sums over float32 groups, a library of its own: the bi-level method needs none.
+
+    Args:
+        real: The type in which levels are subtracted and sums begin, ``float`` or ``double``; names end in it.
+    """
+    return f"#define THREADS {MAX_THREADS}\n{_HEAD}{SUMS}".replace("REAL", real)

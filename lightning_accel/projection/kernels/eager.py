@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from lightning_accel.projection.kernels import compiled, placement
+from lightning_accel.projection.kernels.ordered_sums import LONG_RUN, column_sums, run_sums
 
 _CHUNK = 1 << 17  # entries a thread works on at once with a copy beside them: 512 KiB of float32
 _BARE = 1 << 18  # the same without a copy
 _FLAT = 1 << 21  # one operation is enough; blocks of this size still take half the time that a whole tensor does
 _SUMMED = 1 << 16  # the same for sums over rows, which put what they add up beside them
+_SUMMED_WIDE = 1 << 13  # entries of a row of which columns are summed
+_FEW = 4  # one group of so many is worth moving
 _MAGNITUDE = 0x7FFF
 _SIGN = -0x8000
 _HALVES = (torch.float16, torch.bfloat16)
@@ -71,32 +74,33 @@ def group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     largest, total = quick_group_norms(x)
     if not placement.is_far(x) and bool(torch.isinf(total).any()) and bool(torch.isfinite(largest).all()):
-        every = torch.arange(x.shape[1])
-        total, _ = excess(x, every, torch.zeros(x.shape[1], dtype=torch.float64), precise=True)
+        return quick_group_norms(x, precise=True)
     return largest, total
 
 
-def quick_group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Do what `group_norms` does, but where float32 overflows, so does the l1 norm."""
+def quick_group_norms(x: Tensor, *, precise: bool = False) -> tuple[Tensor, Tensor]:
+    """Do what `group_norms` does, but where float32 overflows, so does the l1 norm; all in float64 if ``precise``."""
     before, groups, after = x.shape
     if placement.is_far(x):
         magnitude = x.abs()
         return magnitude.amax((0, 2)).double(), magnitude.sum((0, 2), dtype=torch.float64)
+    wide = torch.float64 if precise or x.dtype == torch.float64 else torch.float32
+    if after >= LONG_RUN:
+        total, largest = run_sums(x.view(-1, after), None, None, wide)
+        return largest.view(before, groups).amax(0).double(), total.view(before, groups).sum(0)
     if before == 1:
-        magnitudes = (_wide(x[0, rows]).abs() for rows in _slices(groups, after, _SUMMED))
+        magnitudes = (x[0, rows].to(wide).abs() for rows in _slices(groups, after, _SUMMED))
         pairs = [(m.amax(1), m.sum(1)) for m in magnitudes]
         return torch.cat([p[0] for p in pairs]).double(), torch.cat([p[1] for p in pairs]).double()
+    beside, rows = _wide_rows(before, groups * after)
     columns = x.view(before, groups * after)
-    largest = torch.zeros(groups * after, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    total = torch.zeros(groups * after, dtype=torch.float64)
-    slices = list(_row_slices(columns, _BARE))
-    scratch = torch.empty_like(columns[slices[0]]) if largest.dtype == x.dtype else None
-    for rows in slices:
-        piece = columns[rows]
-        magnitude = _wide(piece).abs() if scratch is None else torch.abs(piece, out=scratch[: len(piece)])
-        torch.maximum(largest, magnitude.amax(0), out=largest)
-        total += magnitude.sum(0)
-    return largest.view(groups, after).amax(1).double(), total.view(groups, after).sum(1)
+    total, largest = column_sums(columns[: rows * beside].view(rows, -1), None, wide)
+    total, largest = total.view(beside, groups, after).sum((0, 2)), largest.view(beside, groups, after).amax((0, 2))
+    if rows * beside < before:
+        left = x[rows * beside :].to(wide).abs()
+        total += left.sum((0, 2), dtype=torch.float64)
+        largest = torch.maximum(largest, left.amax((0, 2)))
+    return largest.double(), total
 
 
 def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> tuple[Tensor, Tensor]:
@@ -119,6 +123,10 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
     if placement.is_far(x):
         above = (x.index_select(1, groups).to(wide).abs_() - level.view(1, -1, 1)).clamp_min_(0.0)
         return above.sum((0, 2), dtype=torch.float64), (above > 0).sum((0, 2)).double()
+    if after >= LONG_RUN:
+        chosen = groups if before == 1 else (torch.arange(before).unsqueeze(1) * total_groups + groups).flatten()
+        total, count = run_sums(x.view(-1, after), chosen, level.repeat(before), wide)
+        return total.view(before, -1).sum(0), count.view(before, -1).sum(0, dtype=torch.float64)
     if len(groups) * before * after <= _CHUNK:
         if after == 1 < before:  # columns add up as they lie
             few = x if len(groups) == total_groups else x.index_select(1, groups)
@@ -134,24 +142,19 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
             sums.append(above.sum(1))
             counts.append(above.sign_().sum(1))
         return torch.cat(sums).double(), torch.cat(counts).double()
-    every = 3 * len(groups) > total_groups  # picking columns costs more than working on all of them
-    if every:
-        level = torch.full((total_groups,), torch.inf, dtype=wide).index_copy_(0, groups, level)
-    width = len(level) * after
-    level = level.repeat_interleave(after)
-    total, count = torch.zeros(2, width, dtype=torch.float64).unbind()
-    slices = list(_slices(before, width, _BARE))
-    scratch = torch.empty_like(x[slices[0]]) if every and wide == x.dtype else None
-    for rows in slices:
-        if scratch is None:
-            magnitude = (x[rows] if every else x[rows].index_select(1, groups)).to(wide).abs()
-        else:
-            magnitude = torch.abs(x[rows], out=scratch[: len(x[rows])])
-        above = magnitude.view(-1, width).sub_(level).clamp_min_(0.0)
-        total += above.sum(0)
-        count += above.sign_().sum(0)
-    total, count = total.view(-1, after).sum(1), count.view(-1, after).sum(1)
-    return (total[groups], count[groups]) if every else (total, count)
+    if _FEW * len(groups) <= total_groups:  # then moving them together costs less than reading all of them
+        return excess(x.index_select(1, groups), torch.arange(len(groups)), mu, precise=precise)
+    every = torch.full((total_groups,), torch.inf, dtype=wide).index_copy_(0, groups, level).repeat_interleave(after)
+    beside, rows = _wide_rows(before, total_groups * after)
+    columns = x.view(before, total_groups * after)
+    total, count = column_sums(columns[: rows * beside].view(rows, -1), every.repeat(beside), wide)
+    total = total.view(beside, total_groups, after).sum((0, 2))
+    count = count.view(beside, total_groups, after).sum((0, 2), dtype=torch.float64)
+    if rows * beside < before:
+        left = (columns[rows * beside :].to(wide).abs() - every).clamp_min_(0.0).view(-1, total_groups, after)
+        total += left.sum((0, 2), dtype=torch.float64)
+        count += left.sign_().sum((0, 2), dtype=torch.float64)
+    return total[groups], count[groups]
 
 
 def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> None:
@@ -190,6 +193,12 @@ def _side_by_side(rows: int, width: int) -> tuple[int, int]:
     Some rows may be left over.
     """
     beside = max(1, min(rows // _SHORT, _WIDE // width)) if width < _SHORT else 1
+    return beside, rows // beside
+
+
+def _wide_rows(rows: int, width: int) -> tuple[int, int]:
+    """Return how many narrow rows to lay side by side for sums, which take few rows of thousands of entries best."""
+    beside = max(1, min(rows // _SHORT, _SUMMED_WIDE // width))
     return beside, rows // beside
 
 
@@ -283,10 +292,6 @@ def _extremes(slabs: Tensor) -> tuple[Tensor, Tensor]:
         torch.maximum(high, slabs[:, s].amax(1), out=high)
         torch.minimum(low, slabs[:, s].amin(1), out=low)
     return high, low
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in _HALVES else x
 
 
 def _row_slices(rows: Tensor, entries: int = _CHUNK) -> Iterator[slice]:

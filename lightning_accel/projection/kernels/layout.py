@@ -35,20 +35,29 @@ def dense_blocks(x: Tensor, group_dims: tuple[int, ...]) -> Tensor | None:
     if len(group_dims) == 1 and x.is_contiguous():  # most tensors; the same without looking at strides
         dim = group_dims[0]
         return x.view(math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :]))
-    order = sorted(range(x.ndim), key=lambda d: (-x.stride()[d], d))
-    y = x.permute(order)
-    if not y.is_contiguous():
-        return None
-    positions = [i for i, d in enumerate(order) if d in group_dims and x.shape[d] > 1]
+    found = dense_order(x.shape, x.stride(), group_dims)
+    return None if found is None else x.permute(found[0]).reshape(found[1])
+
+
+def dense_order(
+    shape: Sequence[int], strides: Sequence[int], group_dims: tuple[int, ...]
+) -> tuple[list[int], tuple[int, int, int]] | None:
+    """Return in which order dimensions lie in memory, and ``(before, groups, after)``, see `dense_blocks`."""
+    order = sorted(range(len(shape)), key=lambda d: (-strides[d], d))
+    step = 1
+    for d in reversed(order):
+        if shape[d] != 1 and strides[d] != step and 0 not in shape:
+            return None
+        step *= shape[d]
+    positions = [i for i, d in enumerate(order) if d in group_dims and shape[d] > 1]
     if positions and (
         positions != list(range(positions[0], positions[-1] + 1))
         or [order[i] for i in positions] != sorted(order[i] for i in positions)
     ):
         return None
     first, last = (positions[0], positions[-1] + 1) if positions else (0, 0)
-    sizes = [x.shape[d] for d in order]
-    groups = math.prod(sizes[first:last])
-    return y.reshape(math.prod(sizes[:first]), groups, math.prod(sizes[last:]))
+    sizes = [shape[d] for d in order]
+    return order, (math.prod(sizes[:first]), math.prod(sizes[first:last]), math.prod(sizes[last:]))
 
 
 def copied_blocks(x: Tensor, group_dims: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,115 @@
+"""C text of the sums of the exact method over float32 groups, on one thread or several.
+
+Numbers are added up in the order of `ordered_sums`, so that both find the same bit for bit: 16 by halves in REAL, what
+comes of them in float64, from the first to the last. Threads share columns or runs, and change no order.
+"""
+
+SUMS = """
+#define UNIT 16 /* numbers that are added up in REAL */
+#define SIDE 64 /* neighbours in a run that are added up apart */
+#define PIECE (UNIT * SIDE)
+#define BLOCK 1024 /* columns at once */
+
+/* levels: of each column or chosen run; nothing for norms. others: largest magnitudes without levels, counts with. */
+typedef struct {
+    const float *x;
+    const REAL *levels;
+    const int64_t *chosen;
+    double *totals;
+    REAL *others;
+    int64_t rows, columns;
+} sums_t;
+
+static inline REAL above(float x, REAL level) {
+    const REAL over = (REAL)fabsf(x) - level;
+    return over > 0 ? over : 0;
+}
+
+/* Add up 16 rows of at most BLOCK columns by halves. */
+static void add_unit(const float *const *row, const REAL *restrict levels, double *restrict totals,
+    REAL *restrict others, int64_t width) {
+    REAL quarters[4][BLOCK];
+    for (int q = 0; q < 4; q++) {
+        const float *x = row[q], *y = row[q + 8], *z = row[q + 4], *w = row[q + 12];
+        REAL *restrict sum = quarters[q];
+        if (levels) {
+            _Pragma("omp simd")
+            for (int64_t c = 0; c < width; c++) {
+                const REAL a = above(x[c], levels[c]), b = above(y[c], levels[c]);
+                const REAL d = above(z[c], levels[c]), e = above(w[c], levels[c]);
+                sum[c] = (a + b) + (d + e);
+                others[c] += (REAL)((a > 0) + (b > 0) + (d > 0) + (e > 0));
+            }
+        } else {
+            _Pragma("omp simd")
+            for (int64_t c = 0; c < width; c++) {
+                const REAL a = fabsf(x[c]), b = fabsf(y[c]), d = fabsf(z[c]), e = fabsf(w[c]);
+                const REAL f = LARGER(a, b), g = LARGER(d, e), most = LARGER(f, g);
+                sum[c] = (a + b) + (d + e);
+                others[c] = LARGER(most, others[c]);
+            }
+        }
+    }
+    _Pragma("omp simd")
+    for (int64_t c = 0; c < width; c++)
+        totals[c] += (quarters[0][c] + quarters[2][c]) + (quarters[1][c] + quarters[3][c]);
+}
+
+/* Add up columns [first, last) of (rows, columns); rows that a last unit lacks are zeros. */
+static void *sums_of_columns(void *given) {
+    const piece_t *p = given;
+    const sums_t *s = p->source;
+    static const float zeros[BLOCK];
+    for (int64_t r = 0; r < s->rows; r += UNIT)
+        for (int64_t c = p->first; c < p->last; c += BLOCK) {
+            const float *row[UNIT];
+            for (int64_t i = 0; i < UNIT; i++) row[i] = r + i < s->rows ? s->x + (r + i) * s->columns + c : zeros;
+            add_unit(row, s->levels ? s->levels + c : 0, s->totals + c, s->others + c, SMALLER(BLOCK, p->last - c));
+        }
+    for (int64_t c = p->first; c < p->last; c++)
+        if (s->totals[c] != s->totals[c]) s->others[c] = NAN;
+    return 0;
+}
+
+/* Add up chosen runs [first, last); what a last piece lacks is zeros. */
+static void *sums_of_runs(void *given) {
+    const piece_t *p = given;
+    const sums_t *s = p->source;
+    for (int64_t g = p->first; g < p->last; g++) {
+        const float *x = s->x + (s->chosen ? s->chosen[g] : g) * s->columns;
+        double *totals = s->totals + g * SIDE;
+        float last[PIECE] = {0};
+        REAL levels[SIDE], others[SIDE] = {0}, most = 0;
+        int64_t count = 0;
+        for (int l = 0; l < SIDE; l++) totals[l] = 0.0;
+        for (int l = 0; s->levels && l < SIDE; l++) levels[l] = s->levels[g];
+        for (int64_t at = 0; at < s->columns; at += PIECE) {
+            const int64_t left = s->columns - at;
+            const float *row[UNIT], *piece = x + at;
+            if (left < PIECE) piece = memcpy(last, piece, left * sizeof(float));
+            for (int i = 0; i < UNIT; i++) row[i] = piece + i * SIDE;
+            add_unit(row, s->levels ? levels : 0, totals, others, SIDE);
+        }
+        for (int l = 0; l < SIDE; l++) {
+            count += s->levels ? (int64_t)others[l] : 0;
+            most = totals[l] != totals[l] ? NAN : LARGER(others[l], most);
+        }
+        s->others[g] = s->levels ? (REAL)count : most;
+    }
+    return 0;
+}
+
+/* x: (rows, columns). levels, totals, others: (columns,); the last two hold zeros. */
+void column_sums_REAL(const float *x, const REAL *levels, double *totals, REAL *others, int64_t rows,
+    int64_t columns, int64_t threads) {
+    const sums_t sums = {x, levels, 0, totals, others, rows, columns};
+    in_pieces(sums_of_columns, (piece_t){&sums, 0, 0, 0, 0, 0, 0}, 0, columns, threads);
+}
+
+/* x: (runs, columns), of which some are chosen, or all. levels, others: (chosen,); totals: (chosen, SIDE). */
+void run_sums_REAL(const float *x, const int64_t *chosen, const REAL *levels, double *totals, REAL *others,
+    int64_t runs, int64_t columns, int64_t threads) {
+    const sums_t sums = {x, levels, chosen, totals, others, 0, columns};
+    in_pieces(sums_of_runs, (piece_t){&sums, 0, 0, 0, 0, 0, 0}, 0, runs, threads);
+}
+"""

@@ -1,0 +1,102 @@
+"""Sums of magnitudes whose order is laid down, so that eager operations and machine code find the same bit for bit.
+
+Sixteen numbers are added up by halves in the type of numbers that was asked for, the first to the ninth and so on;
+what comes of them is added up in float64, from the first to the last. Neither the number of threads nor the pieces in
+which memory is worked on change that.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_accel.projection.kernels import compiled
+
+_UNIT = 16  # numbers that are added up by halves
+_SIDE = 64  # neighbours in a run that are added up apart
+_PIECE = _UNIT * _SIDE
+LONG_RUN = _PIECE  # entries; shorter runs are not worth it
+_SLAB = 1 << 14  # columns at once: a unit of them fits into the second-level cache
+_CHUNK = 1 << 18  # entries at once, of runs
+
+
+def column_sums(x: Tensor, levels: Tensor | None, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Add up the columns of magnitudes, or of what of them is above a level.
+
+    Args:
+        x: ``(rows, columns)``, contiguous.
+        levels: In ``wide``, ``(columns,)``; or ``None`` for none.
+        wide: Type of numbers in which units are added up.
+
+    Returns:
+        Sums, float64 ``(columns,)``, and beside them in ``wide`` how many magnitudes are above their levels; without
+        levels, the largest magnitudes.
+    """
+    found = compiled.column_sums(x, levels, wide)
+    if found is not None:
+        return found
+    rows, columns = x.shape
+    totals, others = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns, dtype=wide)
+    scratch = torch.empty(min(rows, _UNIT), min(columns, _SLAB), dtype=wide)
+    for slab in _slices(columns, _SLAB):
+        total, other = totals[slab], others[slab]
+        for unit in _slices(rows, _UNIT):
+            part = x[unit, slab]
+            values = scratch[: part.shape[0], : part.shape[1]]
+            values.copy_(part).abs_() if part.dtype != wide else torch.abs(part, out=values)
+            if levels is None:
+                torch.maximum(other, values.amax(0), out=other)
+            else:
+                values.sub_(levels[slab]).clamp_min_(0.0)
+                other += values.sign().sum(0)
+            total += _by_halves(values, 0).squeeze(0)
+    return totals, others
+
+
+def run_sums(x: Tensor, chosen: Tensor | None, levels: Tensor | None, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Do what `column_sums` does for long runs: rows of a matrix, of which some may be chosen.
+
+    Args:
+        x: ``(runs, columns)``, contiguous.
+        chosen: int64 ``(chosen,)``, or ``None`` for all.
+        levels: In ``wide``, ``(chosen,)``; or ``None`` for none.
+        wide: As in `column_sums`.
+
+    Returns:
+        As `column_sums`, ``(chosen,)``.
+    """
+    found = compiled.run_sums(x, chosen, levels, wide, _SIDE)
+    if found is None:
+        columns = x.shape[1]
+        pieces = -(-columns // _PIECE)
+        parts = []
+        for rows in _slices(len(x) if chosen is None else len(chosen), max(1, _CHUNK // columns)):
+            part = x[rows] if chosen is None else x.index_select(0, chosen[rows])
+            values = torch.zeros(len(part), pieces * _PIECE, dtype=wide)  # what a last piece lacks is zeros
+            values[:, :columns].copy_(part).abs_()
+            if levels is None:
+                other = values.amax(1)
+            else:
+                values.sub_(levels[rows].unsqueeze(1)).clamp_min_(0.0)
+                other = values.sign().sum(1)
+            units = _by_halves(values.view(-1, pieces, _UNIT, _SIDE), 2).squeeze(2)
+            parts.append((units.double().cumsum(1)[:, -1], other))
+        found = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    sides, others = found
+    return sides.cumsum(1)[:, -1], others
+
+
+def _by_halves(values: Tensor, dim: int) -> Tensor:
+    """Add up at most 16 numbers along a dimension, which keeps size 1, over what ``values`` held."""
+    half = _UNIT // 2
+    while half:
+        count = values.shape[dim]
+        if count > half:
+            values.narrow(dim, 0, count - half).add_(values.narrow(dim, half, count - half))
+            values = values.narrow(dim, 0, half)
+        half //= 2
+    return values
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
