@@ -25,7 +25,7 @@ static inline REAL above(float x, REAL level) {
     return over > 0 ? over : 0;
 }
 
-/* Add up 16 rows of at most BLOCK columns by halves. */
+/* Add up 16 rows of at most BLOCK columns by halves, four rows at once: of more, memory brings less. */
 static void add_unit(const float *const *row, const REAL *restrict levels, double *restrict totals,
     REAL *restrict others, int64_t width) {
     REAL quarters[4][BLOCK];
@@ -71,30 +71,63 @@ static void *sums_of_columns(void *given) {
     return 0;
 }
 
+/* Add up a piece of a run by halves: the same for 16 rows of SIDE columns, which fit into registers. */
+static void add_piece(const float *restrict x, const REAL *level, double *restrict totals, REAL *restrict others) {
+    if (level) {
+        const REAL high = *level;
+        _Pragma("omp simd")
+        for (int c = 0; c < SIDE; c++) {
+            REAL quarter[4];
+            int32_t count = 0;
+            for (int q = 0; q < 4; q++) {
+                const REAL a = above(x[q * SIDE + c], high), b = above(x[(q + 8) * SIDE + c], high);
+                const REAL d = above(x[(q + 4) * SIDE + c], high), e = above(x[(q + 12) * SIDE + c], high);
+                quarter[q] = (a + b) + (d + e);
+                count += (a > 0) + (b > 0) + (d > 0) + (e > 0);
+            }
+            others[c] += (REAL)count;
+            totals[c] += (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+        }
+    } else {
+        _Pragma("omp simd")
+        for (int c = 0; c < SIDE; c++) {
+            REAL quarter[4], most = others[c];
+            for (int q = 0; q < 4; q++) {
+                const REAL a = fabsf(x[q * SIDE + c]), b = fabsf(x[(q + 8) * SIDE + c]);
+                const REAL d = fabsf(x[(q + 4) * SIDE + c]), e = fabsf(x[(q + 12) * SIDE + c]);
+                const REAL f = LARGER(a, b), g = LARGER(d, e), h = LARGER(f, g);
+                quarter[q] = (a + b) + (d + e);
+                most = LARGER(h, most);
+            }
+            others[c] = most;
+            totals[c] += (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+        }
+    }
+}
+
 /* Add up chosen runs [first, last); what a last piece lacks is zeros. */
 static void *sums_of_runs(void *given) {
     const piece_t *p = given;
     const sums_t *s = p->source;
     for (int64_t g = p->first; g < p->last; g++) {
         const float *x = s->x + (s->chosen ? s->chosen[g] : g) * s->columns;
+        const REAL *level = s->levels ? s->levels + g : 0;
         double *totals = s->totals + g * SIDE;
-        float last[PIECE] = {0};
-        REAL levels[SIDE], others[SIDE] = {0}, most = 0;
-        int64_t count = 0;
-        for (int l = 0; l < SIDE; l++) totals[l] = 0.0;
-        for (int l = 0; s->levels && l < SIDE; l++) levels[l] = s->levels[g];
+        REAL others[SIDE] = {0}, found = 0;
+        memset(totals, 0, SIDE * sizeof(double));
         for (int64_t at = 0; at < s->columns; at += PIECE) {
+            float last[PIECE];
             const int64_t left = s->columns - at;
-            const float *row[UNIT], *piece = x + at;
-            if (left < PIECE) piece = memcpy(last, piece, left * sizeof(float));
-            for (int i = 0; i < UNIT; i++) row[i] = piece + i * SIDE;
-            add_unit(row, s->levels ? levels : 0, totals, others, SIDE);
+            for (int i = 0; i < PIECE; i += 16) __builtin_prefetch(x + at + 2 * PIECE + i);
+            if (left < PIECE) {
+                memcpy(last, x + at, left * sizeof(float));
+                memset(last + left, 0, (PIECE - left) * sizeof(float));
+            }
+            add_piece(left < PIECE ? last : x + at, level, totals, others);
         }
-        for (int l = 0; l < SIDE; l++) {
-            count += s->levels ? (int64_t)others[l] : 0;
-            most = totals[l] != totals[l] ? NAN : LARGER(others[l], most);
-        }
-        s->others[g] = s->levels ? (REAL)count : most;
+        for (int c = 0; c < SIDE; c++)
+            found = level ? found + others[c] : totals[c] != totals[c] ? NAN : LARGER(others[c], found);
+        s->others[g] = found;
     }
     return 0;
 }
