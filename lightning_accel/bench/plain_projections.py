@@ -14,6 +14,8 @@ from lightning_accel.projection import project_l1inf, radius_for_sparsity
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "MLP 784 x 300, rows": ((784, 300), (0,)),
     "MLP 784 x 300, columns": ((784, 300), (1,)),
+    "encoder 100 x 1000, columns": ((100, 1_000), (1,)),
+    "small layer 10 x 64, rows": ((10, 64), (0,)),
     "convolution stem 64 x 3 x 7 x 7, out-channels": ((64, 3, 7, 7), (0,)),
     "convolution stem 64 x 3 x 7 x 7, in-channels": ((64, 3, 7, 7), (1,)),
     "fused attention 3 x 12 x 64 x 768, heads": ((3, 12, 64, 768), (1,)),

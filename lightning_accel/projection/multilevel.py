@@ -110,7 +110,7 @@ def project_l1inf(
         state: Of the exact method: where the last call for this tensor ended, to start from; it is updated.
         compile: Let the machine's C compiler make the passes over memory, which changes no bit and takes about a second
             once a type of numbers: ``True`` from now on, ``"auto"`` once so much has passed that it pays (1 GiB, or
-            some 16,000 calls for small tensors), ``False`` never. Where there is no compiler, warn once and go on
+            some 8,000 calls for small tensors), ``False`` never. Where there is no compiler, warn once and go on
             without.
 
     Returns:

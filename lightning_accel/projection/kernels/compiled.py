@@ -24,7 +24,7 @@ Compile = bool | Literal["auto"]
 
 _log = logging.getLogger(__name__)
 _WORTH = 1 << 30  # bytes; eager passes over so many lose about as much time as compiling takes
-_CALL = 1 << 15  # bytes; what an eager pass loses whatever its tensor's size, in passes of memory
+_CALL = 1 << 16  # bytes; over so many an eager pass loses what it loses at least, for its operations
 _ALONE = 1 << 18  # entries; starting threads for fewer takes longer than they save
 _KINDS = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "float", torch.float64: "double"}
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes

@@ -37,18 +37,18 @@ def column_sums(x: Tensor, levels: Tensor | None, wide: torch.dtype) -> tuple[Te
         return found
     rows, columns = x.shape
     totals, others = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns, dtype=wide)
-    scratch = torch.empty(min(rows, _UNIT), min(columns, _SLAB), dtype=wide)
+    scratch, signs = torch.empty(2, min(rows, _UNIT), min(columns, _SLAB), dtype=wide).unbind()
     for slab in _slices(columns, _SLAB):
         total, other = totals[slab], others[slab]
         for unit in _slices(rows, _UNIT):
             part = x[unit, slab]
             values = scratch[: part.shape[0], : part.shape[1]]
-            values.copy_(part).abs_() if part.dtype != wide else torch.abs(part, out=values)
+            _magnitudes(part, values)
             if levels is None:
                 torch.maximum(other, values.amax(0), out=other)
             else:
                 values.sub_(levels[slab]).clamp_min_(0.0)
-                other += values.sign().sum(0)
+                other += torch.sign(values, out=signs[: part.shape[0], : part.shape[1]]).sum(0)
             total += _by_halves(values, 0).squeeze(0)
     return totals, others
 
@@ -67,23 +67,40 @@ def run_sums(x: Tensor, chosen: Tensor | None, levels: Tensor | None, wide: torc
     """
     found = compiled.run_sums(x, chosen, levels, wide, _SIDE)
     if found is None:
-        columns = x.shape[1]
-        pieces = -(-columns // _PIECE)
-        parts = []
-        for rows in _slices(len(x) if chosen is None else len(chosen), max(1, _CHUNK // columns)):
-            part = x[rows] if chosen is None else x.index_select(0, chosen[rows])
-            values = torch.zeros(len(part), pieces * _PIECE, dtype=wide)  # what a last piece lacks is zeros
-            values[:, :columns].copy_(part).abs_()
-            if levels is None:
-                other = values.amax(1)
-            else:
-                values.sub_(levels[rows].unsqueeze(1)).clamp_min_(0.0)
-                other = values.sign().sum(1)
-            units = _by_halves(values.view(-1, pieces, _UNIT, _SIDE), 2).squeeze(2)
-            parts.append((units.double().cumsum(1)[:, -1], other))
-        found = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        found = _eager_run_sums(x, chosen, levels, wide)
     sides, others = found
     return sides.cumsum(1)[:, -1], others
+
+
+def _eager_run_sums(
+    x: Tensor, chosen: Tensor | None, levels: Tensor | None, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the sums of each run's sides apart, float64 ``(chosen, sides)``, and what `run_sums` returns beside."""
+    runs, columns = len(x) if chosen is None else len(chosen), x.shape[1]
+    pieces, height = -(-columns // _PIECE), min(runs, max(1, _CHUNK // columns))
+    sides, others = torch.empty(runs, _SIDE, dtype=torch.float64), torch.empty(runs, dtype=wide)
+    scratch = torch.zeros(height, pieces * _PIECE, dtype=wide)  # what a last piece lacks is zeros
+    signs = None if levels is None else torch.empty_like(scratch)
+    for rows in _slices(runs, height):
+        part = x[rows] if chosen is None else x.index_select(0, chosen[rows])
+        values = scratch[: len(part)]
+        values[:, columns:].zero_()
+        _magnitudes(part, values[:, :columns])
+        if levels is None or signs is None:
+            others[rows] = values.amax(1)
+        else:
+            values.sub_(levels[rows].unsqueeze(1)).clamp_min_(0.0)
+            others[rows] = torch.sign(values, out=signs[: len(part)]).sum(1)
+        units = _by_halves(values.view(-1, pieces, _UNIT, _SIDE), 2).squeeze(2)
+        sides[rows] = units.double().cumsum(1)[:, -1]
+    return sides, others
+
+
+def _magnitudes(part: Tensor, values: Tensor) -> None:
+    if part.dtype == values.dtype:
+        torch.abs(part, out=values)
+    else:
+        values.copy_(part).abs_()
 
 
 def _by_halves(values: Tensor, dim: int) -> Tensor:
