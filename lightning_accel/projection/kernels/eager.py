@@ -92,12 +92,12 @@ def quick_group_norms(x: Tensor, *, precise: bool = False) -> tuple[Tensor, Tens
         magnitudes = (x[0, rows].to(wide).abs() for rows in _slices(groups, after, _SUMMED))
         pairs = [(m.amax(1), m.sum(1)) for m in magnitudes]
         return torch.cat([p[0] for p in pairs]).double(), torch.cat([p[1] for p in pairs]).double()
-    beside, rows = _wide_rows(before, groups * after)
+    beside, height = _wide_rows(before, groups * after)
     columns = x.view(before, groups * after)
-    total, largest = column_sums(columns[: rows * beside].view(rows, -1), None, wide)
+    total, largest = column_sums(columns[: height * beside].view(height, -1), None, wide)
     total, largest = total.view(beside, groups, after).sum((0, 2)), largest.view(beside, groups, after).amax((0, 2))
-    if rows * beside < before:
-        left = x[rows * beside :].to(wide).abs()
+    if height * beside < before:
+        left = x[height * beside :].to(wide).abs()
         total += left.sum((0, 2), dtype=torch.float64)
         largest = torch.maximum(largest, left.amax((0, 2)))
     return largest.double(), total
@@ -145,13 +145,13 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
     if _FEW * len(groups) <= total_groups:  # then moving them together costs less than reading all of them
         return excess(x.index_select(1, groups), torch.arange(len(groups)), mu, precise=precise)
     every = torch.full((total_groups,), torch.inf, dtype=wide).index_copy_(0, groups, level).repeat_interleave(after)
-    beside, rows = _wide_rows(before, total_groups * after)
+    beside, height = _wide_rows(before, total_groups * after)
     columns = x.view(before, total_groups * after)
-    total, count = column_sums(columns[: rows * beside].view(rows, -1), every.repeat(beside), wide)
+    total, count = column_sums(columns[: height * beside].view(height, -1), every.repeat(beside), wide)
     total = total.view(beside, total_groups, after).sum((0, 2))
     count = count.view(beside, total_groups, after).sum((0, 2), dtype=torch.float64)
-    if rows * beside < before:
-        left = (columns[rows * beside :].to(wide).abs() - every).clamp_min_(0.0).view(-1, total_groups, after)
+    if height * beside < before:
+        left = (columns[height * beside :].to(wide).abs() - every).clamp_min_(0.0).view(-1, total_groups, after)
         total += left.sum((0, 2), dtype=torch.float64)
         count += left.sign_().sum((0, 2), dtype=torch.float64)
     return total[groups], count[groups]
