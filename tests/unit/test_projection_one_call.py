@@ -76,6 +76,23 @@ def test_one_call_finds_what_many_operations_do(calls, shape, dims, share):
         assert math.fsum(found.double().abs().amax(rest).flatten().tolist()) <= radius
 
 
+@pytest.mark.parametrize("groups", [1, 7, 300, 5_003])
+def test_at_the_border_of_the_ball_the_longer_way_decides(calls, groups):
+    x = made((groups, 9))
+    norm = float(x.abs().amax(1).double().sum())
+    for radius, decided in (
+        (norm, False),
+        (math.nextafter(norm, 0.0), False),
+        (norm * (1.0 + 1e-11), True),
+        (norm * (1.0 - 1e-11), True),
+    ):
+        expected = project_l1inf(x, radius, compile=False)
+        calls.clear()
+        assert torch.equal(bits(project_l1inf(x, radius, compile=True)), bits(expected))
+        assert [c is not None for c in calls] == [decided]
+        assert torch.equal(expected, x) == (radius >= norm)
+
+
 @pytest.mark.parametrize("dims", [(0,), (1,), (2, 3)])
 @pytest.mark.parametrize("layout", ["channels last", "transposed", "part of a larger tensor"])
 def test_other_layouts_end_the_same_in_one_call_or_in_many(calls, dims, layout):

@@ -78,14 +78,14 @@ def single_threshold(norms: Tensor, radius: float, terms: int) -> tuple[Tensor, 
     Returns:
         What `Thresholds` holds, without the dimension of the batch.
     """
-    size = _summed(norms)
+    size = float(norms.sum())
     if not size > radius or not math.isfinite(size):
         return torch.full_like(norms, torch.inf), 0.0, size
     target = inner_radius(radius, terms)
     top = float(norms.max())
     below = norms - top
     # the largest is 0 here, and alone would be cut by `target`; the mean is off by no more than what is taken off it
-    tau = max((size - target) / len(norms) - top - len(norms) * EPSILON * top, -target)
+    tau = max((_summed(norms) - target) / len(norms) - top - len(norms) * EPSILON * top, -target)
     enough = target * (1.0 + EPSILON * len(norms))
     previous = -1
     while True:

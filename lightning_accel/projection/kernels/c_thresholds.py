@@ -2,12 +2,13 @@
 
 import sys
 
-NO_MEMORY, WITHIN, NOT_FINITE, PROJECTED = range(4)  # what `project_float` returns
+UNDECIDED, WITHIN, PROJECTED = range(3)  # what `project_float` returns
 
 # sums go from the first group to the last, as those of the eager threshold do, so that both find the same
 _THRESHOLDS = """
 /* Project groups onto the ball of their largest magnitudes, by Newton's method from below, which drops norms that
-   cannot survive. Return NO_MEMORY, WITHIN (they lie in the ball) or NOT_FINITE, which write nothing, or PROJECTED.
+   cannot survive. Return PROJECTED, or, with nothing written, WITHIN, where they lie in the ball, or UNDECIDED: there
+   is no memory, they are not finite, or so close to the ball that the order of a sum decides.
    rounding: of a sum of norms, relative. target: the radius less what rounding may add; enough: and with it. */
 int project_float(const float *x, float *out, int64_t before, int64_t groups, int64_t after, int64_t threads,
     double radius, double target, double enough, double rounding, double keep) {
@@ -15,13 +16,12 @@ int project_float(const float *x, float *out, int64_t before, int64_t groups, in
     float *bounds = (float *)(below + groups);
     double size = 0.0, top = 0.0, rest;
     int64_t alive = groups, previous = -1;
-    int found = NO_MEMORY;
+    int found = UNDECIDED;
     if (!below || largest_float((const int32_t *)x, (int32_t *)bounds, before, groups, after, threads)) goto end;
     for (int64_t g = 0; g < groups; g++) size += bounds[g];
-    found = NOT_FINITE;
     if (!(size < INFINITY)) goto end;
-    found = WITHIN;
-    if (!(size > radius)) goto end;
+    if (size * (1.0 + 2.0 * rounding) <= radius) found = WITHIN;
+    if (!(size * (1.0 - 2.0 * rounding) > radius)) goto end;
     for (int64_t g = 0; g < groups; g++) top = LARGER(top, bounds[g]);
     for (int64_t g = 0; g < groups; g++) below[g] = bounds[g] - top;
     volatile double lost = rounding * top; /* no fused multiplication, which rounds otherwise */
@@ -47,7 +47,7 @@ int project_float(const float *x, float *out, int64_t before, int64_t groups, in
         bounds[g] = bound > TINY ? (float)bound : 0.0f;
     }
     found = clamp_float((const int32_t *)x, (int32_t *)out, (const int32_t *)bounds, before, groups, after, threads)
-        ? NO_MEMORY : PROJECTED;
+        ? UNDECIDED : PROJECTED;
 end:
     free(below);
     return found;
@@ -154,5 +154,5 @@ def thresholds_text(turns: int) -> str:
         turns: Evaluations that ``project_near_float`` makes at most.
     """
     numbers = {"TURNS": turns, "TINY": 2.0**-126, "MOST": sys.float_info.max}
-    numbers |= {"NO_MEMORY": NO_MEMORY, "WITHIN": WITHIN, "NOT_FINITE": NOT_FINITE, "PROJECTED": PROJECTED}
+    numbers |= {"UNDECIDED": UNDECIDED, "WITHIN": WITHIN, "PROJECTED": PROJECTED}
     return "".join(f"#define {name} {value!r}\n" for name, value in numbers.items()) + _THRESHOLDS

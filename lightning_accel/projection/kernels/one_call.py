@@ -20,8 +20,8 @@ def project_in_one_call(x: Tensor, radius: float, group_dims: Sequence[int], out
     """Project groups onto the ball of their largest magnitudes, in place or to a new tensor.
 
     Returns:
-        The projection; ``None`` where that is not possible, arguments are not valid, or ``x`` is not finite. Nothing
-        was written then.
+        The projection; ``None`` where that is not possible, arguments are not valid, ``x`` is not finite, or it lies
+        so close to the ball that the order of a sum decides. Nothing was written then.
     """
     if not compiled.can_project(x) or not (out is None or out is x):
         return None
