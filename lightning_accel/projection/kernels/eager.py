@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.projection.kernels import compiled, placement
-from lightning_accel.projection.kernels.ordered_sums import LONG_RUN, column_sums, run_sums
+from lightning_accel.projection.kernels.ordered_sums import LONG_RUN, UNIT, column_sums, run_sums
 
 _CHUNK = 1 << 17  # entries a thread works on at once with a copy beside them: 512 KiB of float32
 _BARE = 1 << 18  # the same without a copy
@@ -198,7 +198,7 @@ def _side_by_side(rows: int, width: int) -> tuple[int, int]:
 
 def _wide_rows(rows: int, width: int) -> tuple[int, int]:
     """Return how many narrow rows to lay side by side for sums, which take few rows of thousands of entries best."""
-    beside = max(1, min(rows // _SHORT, _SUMMED_WIDE // width))
+    beside = max(1, min(rows // UNIT, _SUMMED_WIDE // width))
     return beside, rows // beside
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lightning_accel.projection.kernels import compiled
 
-_UNIT = 16  # numbers that are added up by halves
+UNIT = 16  # numbers that are added up by halves
 _SIDE = 64  # neighbours in a run that are added up apart
-_PIECE = _UNIT * _SIDE
+_PIECE = UNIT * _SIDE
 LONG_RUN = _PIECE  # entries; shorter runs are not worth it
 _SLAB = 1 << 14  # columns at once: a unit of them fits into the second-level cache
 _CHUNK = 1 << 18  # entries at once, of runs
@@ -37,10 +37,10 @@ def column_sums(x: Tensor, levels: Tensor | None, wide: torch.dtype) -> tuple[Te
         return found
     rows, columns = x.shape
     totals, others = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns, dtype=wide)
-    scratch, signs = torch.empty(2, min(rows, _UNIT), min(columns, _SLAB), dtype=wide).unbind()
+    scratch, signs = torch.empty(2, min(rows, UNIT), min(columns, _SLAB), dtype=wide).unbind()
     for slab in _slices(columns, _SLAB):
         total, other = totals[slab], others[slab]
-        for unit in _slices(rows, _UNIT):
+        for unit in _slices(rows, UNIT):
             part = x[unit, slab]
             values = scratch[: part.shape[0], : part.shape[1]]
             _magnitudes(part, values)
@@ -91,7 +91,7 @@ def _eager_run_sums(
         else:
             values.sub_(levels[rows].unsqueeze(1)).clamp_min_(0.0)
             others[rows] = torch.sign(values, out=signs[: len(part)]).sum(1)
-        units = _by_halves(values.view(-1, pieces, _UNIT, _SIDE), 2).squeeze(2)
+        units = _by_halves(values.view(-1, pieces, UNIT, _SIDE), 2).squeeze(2)
         sides[rows] = units.double().cumsum(1)[:, -1]
     return sides, others
 
@@ -105,7 +105,7 @@ def _magnitudes(part: Tensor, values: Tensor) -> None:
 
 def _by_halves(values: Tensor, dim: int) -> Tensor:
     """Add up at most 16 numbers along a dimension, which keeps size 1, over what ``values`` held."""
-    half = _UNIT // 2
+    half = UNIT // 2
     while half:
         count = values.shape[dim]
         if count > half:
