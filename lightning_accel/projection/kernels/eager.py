@@ -92,8 +92,12 @@ def quick_group_norms(x: Tensor, *, precise: bool = False) -> tuple[Tensor, Tens
         magnitudes = (x[0, rows].to(wide).abs() for rows in _slices(groups, after, _SUMMED))
         pairs = [(m.amax(1), m.sum(1)) for m in magnitudes]
         return torch.cat([p[0] for p in pairs]).double(), torch.cat([p[1] for p in pairs]).double()
-    beside, height = _wide_rows(before, groups * after)
     columns = x.view(before, groups * after)
+    if x.numel() <= _CHUNK:
+        few = columns.to(wide).abs()
+        total = few.sum(0).double().view(groups, after).sum(1)
+        return few.amax(0).view(groups, after).amax(1).double(), total
+    beside, height = _wide_rows(before, groups * after)
     total, largest = column_sums(columns[: height * beside].view(height, -1), None, wide)
     total, largest = total.view(beside, groups, after).sum((0, 2)), largest.view(beside, groups, after).amax((0, 2))
     if height * beside < before:
