@@ -1,6 +1,7 @@
 """What the projection callback adds to a training step: a row of the suite ``projection``."""
 
 import contextlib
+import functools
 import logging
 import statistics
 import tempfile
@@ -68,17 +69,15 @@ def _overhead_row(
     clock: Callable[[], float],
     note: str,
 ) -> BenchRow:
-    samples = 32 * (2 * _TURN * (turns + 1) + 1)  # the first pair of turns starts up
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(samples, 1_000), torch.randint(0, 2, (samples,)))
+    data = functools.cache(lambda samples: TensorDataset(torch.randn(samples, 1_000), torch.randint(0, 2, (samples,))))
     seconds: dict[str, list[float]] = {"projected": [], "plain": []}
     for _ in range(fits):
         projection = L1InfProjection(parameters="encoder.0.weight", groups="columns", **arguments)  # type: ignore[arg-type]
-        watch = _Turns(projection, clock)
-        _fit([projection, watch], data, device)
-        medians = [statistics.median(turn) for turn in watch.turns if len(turn) == _TURN - _SETTLING][2:]
-        seconds["projected"] += medians[0::2]
-        seconds["plain"] += medians[1::2]
+        model = SupervisedAutoencoder(in_features=1_000)
+        found = step_seconds(model, data, projection, batch_size=32, turns=turns, device=device, clock=clock)
+        for key, values in found.items():
+            seconds[key] += values
     variant, baseline = f"L1InfProjection on the encoder's columns, {kind}", "step without it"
     return BenchRow(
         suite="projection",
@@ -96,7 +95,37 @@ def _overhead_row(
     )
 
 
-def _fit(callbacks: list[Callback], data: TensorDataset, device: str) -> None:
+def step_seconds(
+    model: LightningModule,
+    data: Callable[[int], TensorDataset],
+    projection: L1InfProjection,
+    *,
+    batch_size: int,
+    turns: int,
+    device: str,
+    clock: Callable[[], float],
+) -> dict[str, list[float]]:
+    """Fit for ``turns`` times 20 steps with the projection and as many without, in turns.
+
+    Args:
+        model: To train.
+        data: Makes so many samples.
+        projection: Is switched on and off.
+        batch_size: Samples a step.
+        turns: Of either kind; one more of each starts up and is not counted.
+        device: ``"cpu"``, or anything else for a GPU.
+        clock: Returns seconds.
+
+    Returns:
+        Seconds a step, a median a turn: ``"projected"`` and ``"plain"``.
+    """
+    watch = _Turns(projection, clock)
+    _fit([projection, watch], model, data(batch_size * (2 * _TURN * (turns + 1) + 1)), batch_size, device)
+    medians = [statistics.median(turn) for turn in watch.turns if len(turn) == _TURN - _SETTLING][2:]
+    return {"projected": medians[0::2], "plain": medians[1::2]}
+
+
+def _fit(callbacks: list[Callback], model: LightningModule, data: TensorDataset, batch_size: int, device: str) -> None:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quiet_trainer():
         warnings.simplefilter("ignore")  # advice about workers
         Trainer(
@@ -109,7 +138,7 @@ def _fit(callbacks: list[Callback], data: TensorDataset, device: str) -> None:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-        ).fit(SupervisedAutoencoder(in_features=1_000), DataLoader(data, batch_size=32))
+        ).fit(model, DataLoader(data, batch_size=batch_size))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,9 @@ from lightning_accel.cli.compare.arms import plain_and_accelerated
 from lightning_accel.cli.compare.command import shown_messages
 from lightning_accel.cli.errors import UsageError, did_you_mean
 from lightning_accel.cli.terminal import open_console
+from lightning_accel.evidence.growth.curves import GrowthRow
+from lightning_accel.evidence.growth.plot import plot_growth
+from lightning_accel.evidence.growth.table import write_growth
 from lightning_accel.evidence.plots import MissingPackageError, plot_bench
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.evidence.tables import bench_table, write_bench
@@ -26,6 +29,8 @@ from lightning_accel.measure import environment
 
 def bench(cfg: DictConfig) -> None:
     """Measure the rows of ``cfg.suite`` (or of all), print them as a table and write ``bench.{json,csv,md,png}``.
+
+    Curves of cost are also written as ``growth.{json,md}`` and drawn, ``growth_CORE.png``.
 
     Raises:
         UsageError: If there is no such suite or no such device.
@@ -54,9 +59,13 @@ def bench(cfg: DictConfig) -> None:
         console.print(f"{', '.join(chosen) or 'No suite'}: nothing was measured.", markup=False)
         return
     console.print(bench_table(rows))
+    growth = [row for row in rows if isinstance(row, GrowthRow)]
+    if growth:
+        paths += write_growth(growth, folder)
     try:
         plot_bench(rows, folder / "bench.png")
         paths.append(folder / "bench.png")
+        paths += plot_growth(growth, folder)
     except MissingPackageError as error:
         console.print(f"No picture: {error}", markup=False, style="dim", soft_wrap=True)
     for path in paths:

@@ -7,6 +7,7 @@ killed, stopped and slowed down.
 
 import functools
 import logging
+import math
 import multiprocessing
 import random
 import statistics
@@ -213,12 +214,25 @@ def _accuracies(found: dict[str, list[Outcome]], *names: str) -> str:
     return "accuracy: " + ", ".join(medians)
 
 
-def _transfer(rounds: int) -> BenchRow:
-    """One push and one pull of 40 MB within one process, against copying the same bytes twice."""
-    tensor = torch.randn(_TRANSFER_BYTES // 4)
+def transfer_seconds(
+    nbytes: int, *, rounds: int, budget_seconds: float = math.inf
+) -> tuple[dict[str, list[float]], float]:
+    """Time a push and a pull within one process, and copying the same bytes twice.
+
+    Args:
+        nbytes: Of float32 parameters.
+        rounds: At most.
+        budget_seconds: After which no further round begins, if there were six.
+
+    Returns:
+        Seconds of ``"copy_"`` and ``"push + pull"``, and those to make the shared memory and publish once.
+    """
+    tensor = torch.randn(nbytes // 4)
     spec = TensorSpec.of("parameters", tensor)
-    page, mailbox, target = ParameterPage([spec], 1), Mailbox([spec.nbytes], 4096), torch.empty_like(tensor)
+    begin = time.perf_counter()
+    page, mailbox = ParameterPage([spec], 1), Mailbox([spec.nbytes], 4096)
     page.publish([tensor], 0, [0])
+    setup, target = time.perf_counter() - begin, torch.empty_like(tensor)
     sources = tensor.clone(), torch.empty_like(tensor)
     sequence = 0
 
@@ -233,9 +247,21 @@ def _transfer(rounds: int) -> BenchRow:
         sources[1].copy_(sources[0])
         target.copy_(sources[0])
 
-    seconds = time_interleaved({"copy_": copy_twice, "push + pull": push_and_pull}, rounds=rounds, warmup=3)
+    seconds = time_interleaved(
+        {"copy_": copy_twice, "push + pull": push_and_pull},
+        rounds=rounds,
+        warmup=3,
+        budget_seconds=budget_seconds,
+        min_rounds=6,
+    )
     page.segment.close()
     mailbox.segment.close()
+    return seconds, setup
+
+
+def _transfer(rounds: int) -> BenchRow:
+    """One push and one pull of 40 MB within one process, against copying the same bytes twice."""
+    seconds, _ = transfer_seconds(_TRANSFER_BYTES, rounds=rounds)
     return BenchRow(
         suite="async_sgd",
         case="40 MB of parameters, push and pull",

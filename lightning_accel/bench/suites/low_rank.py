@@ -131,9 +131,9 @@ class _Suite:
         fast = f"knapsack, predicted x{case.speedup:g}"
         steps: dict[str, Callable[[], object]] = {}
         for name, candidate in models.items():
-            steps[name] = _step(candidate, x)
+            steps[name] = adamw_step(candidate, x)
             if name in (*_IN_TURNS, fast):
-                steps |= {f"{name}/{group}": _step(_frozen(candidate, group), x) for group in range(len(_WEIGHTS))}
+                steps |= {f"{name}/{group}": adamw_step(_frozen(candidate, group), x) for group in range(len(_WEIGHTS))}
         seconds = self._timed(steps)
         for name in (*_IN_TURNS, fast):
             phases = [seconds.pop(f"{name}/{group}") for group in range(len(_WEIGHTS))]
@@ -169,14 +169,14 @@ class _Suite:
             for key, low in variants.items():
                 candidate = copy.deepcopy(model)
                 decompose(candidate, plan.dense(considered - low, "not in this variant"))
-                steps[key] = _step(candidate, x)
+                steps[key] = adamw_step(candidate, x)
             return self._timed(steps, rounds=8)
 
         decision = verify_plan(plan, time_variants)
         changed = copy.deepcopy(model)
         kept = decompose(changed, apply_decision(plan, decision))
         variant = f"{len(kept)} layer{'s' if len(kept) > 1 else ''} low rank" if kept else "stays dense"
-        seconds = self._timed({"dense": _step(model, x), variant: _step(changed, x)})
+        seconds = self._timed({"dense": adamw_step(model, x), variant: adamw_step(changed, x)})
         yield BenchRow(
             suite="low_rank",
             case=f"{name}, batch {shape[0]}, default settings with the gate",
@@ -275,7 +275,7 @@ def _frozen(model: nn.Module, group: int) -> nn.Module:
     return frozen
 
 
-def _step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+def adamw_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     """Return one whole training step: forward, loss, backward, AdamW."""
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

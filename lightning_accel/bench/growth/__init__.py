@@ -1,0 +1,1 @@
+"""What the suite ``growth`` measures of each core."""
