@@ -67,8 +67,8 @@ def test_set_up_is_paid_back_by_whole_steps_or_never():
         ((1.0, 1.0, 1.0), "new is faster than old at every size, 4 times at 3 units"),
         ((3.0, 4.0, 5.0), "new is faster than old nowhere, at best 0.8 times at 3 units"),
         ((3.0, 1.0, 1.0), "new is faster than old from 2 on, 4 times at 3 units"),
-        ((1.0, 1.5, 5.0), "new is faster than old from 1 to 2, 2 times at 1 units"),
-        ((1.0, 5.0, 2.0), "new is faster than old at 1, 3, 2 times at 1 units"),
+        ((1.0, 1.5, 5.0), "new is faster than old from 1 to 2, 2 times at 1 unit"),
+        ((1.0, 5.0, 2.0), "new is faster than old at 1, 3, 2 times at 1 unit"),
     ],
 )
 def test_conclusion_says_where_it_pays(new, words):
@@ -77,7 +77,7 @@ def test_conclusion_says_where_it_pays(new, words):
 
 def test_conclusion_of_a_cost_names_both_ends():
     points = [point(1, 1.0, 14.0, better="at most"), point(30e6, 1.0, 1.25, better="at most")]
-    assert conclusion(points) == "new takes 14 at 1 units and 1.25 at 30M times as long as old"
+    assert conclusion(points) == "new takes 14 times as long as old at 1 unit, 1.25 times at 30M"
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,13 @@ def test_sizes_are_short(size, text):
 def test_table_has_slopes_set_up_and_bends():
     text = growth_markdown([point(10, 1.0, 2.0, setup=3.0), *BENT[1:]])
     lines = text.splitlines()
-    assert lines[0].startswith("**low_rank: width.** New is faster than old from 100 on, ")
+    assert lines[0] == "**low_rank: width:** new is faster than old from 100 on, 5 times at 100 units."
     assert "| 10 | 1.00 s | 2.00 s | 0.50 [0.50, 0.50] |  | 3.00 s | never |  |" in lines
     assert any(line.endswith("| 1.00, 0.00 |  |  | new: 0.00 to 1.00 |") for line in lines)
     assert sum("to 1.00" in line for line in lines) == 1
+    assert lines[2] == "| units | old | new | ratio [interval] | slopes | set-up | paid back after | bends |"
+    costs = growth_markdown([point(size, 1.0, 2.0, better="at most") for size in (1, 2)]).splitlines()
+    assert costs[2] == "| units | old | new | ratio [interval] | slopes |"
 
 
 def test_curves_are_written_for_programs(tmp_path):

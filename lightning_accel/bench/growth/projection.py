@@ -27,7 +27,7 @@ _BATCH = 32
 _CALLBACK = "L1InfProjection(radius_fraction=0.1), training step of the Trainer"
 
 
-class _TimedStart(L1InfProjection):
+class TimedL1InfProjection(L1InfProjection):
     """Notes how long it takes to find what to project."""
 
     setup_seconds = 0.0
@@ -50,7 +50,7 @@ def rows(*, quick: bool, device: str) -> Iterator[GrowthRow]:
     project_l1inf(torch.randn(50, 1_000), 1.0, compile=True)  # as by default once 1 GiB has passed
     compiling = time.perf_counter() - begin
     for side in _SIDES[:2] if quick else _SIDES:
-        yield _matrix(side, compiling)
+        yield _matrix(side, f"; compiling took {compiling:.2g} s, once a process" if side == _SIDES[0] else "")
     turns = 1 if quick else 6
     for width in _WIDTHS[:2] if quick else _WIDTHS:
         curve = (
@@ -62,7 +62,7 @@ def rows(*, quick: bool, device: str) -> Iterator[GrowthRow]:
         yield _callback(curve, "weights", count, width=_WIDTH, depth=count, turns=turns, device=device)
 
 
-def _matrix(side: int, compiling: float) -> GrowthRow:
+def _matrix(side: int, compiled: str) -> GrowthRow:
     fresh = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
     x, other = fresh.clone(), torch.empty_like(fresh)
     begin = time.perf_counter()
@@ -77,13 +77,13 @@ def _matrix(side: int, compiling: float) -> GrowthRow:
     seconds = time_prepared(candidates, lambda: x.copy_(fresh), rounds=_ROUNDS, budget_seconds=_SECONDS)
     curve = "entries of a square matrix, float32, rows are the groups"
     each = 1e9 * statistics.median(seconds["project_l1inf in place"]) / x.numel()
-    note = f"{each:.3g} ns an entry; set-up is `radius_for_sparsity`, and once a process {compiling:.2g} s of compiling"
+    note = f"{each:.3g} ns an entry{compiled}"
     return point("projection", curve, "entries", x.numel(), seconds, cost=True, setup_seconds=setup, note=note)
 
 
 def _callback(curve: str, axis: str, size: int, *, width: int, depth: int, turns: int, device: str) -> GrowthRow:
     torch.manual_seed(0)
-    projection = _TimedStart(radius_fraction=0.1)
+    projection = TimedL1InfProjection(radius_fraction=0.1)
 
     def data(samples: int) -> TensorDataset:
         return TensorDataset(torch.randn(samples, width), torch.randint(0, 10, (samples,)))

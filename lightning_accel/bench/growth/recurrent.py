@@ -24,7 +24,7 @@ _LENGTHS = (8, 32, 128, 512, 2048)
 _SIZES = (32, 64, 128, 256, 512, 1024)
 _LAYERS = (1, 2, 4, 8)
 _SETTLED, _COUNTED = 3, 4  # steps of a fit: until schedules are chosen, and after that
-_SECONDS = 6.0  # of a point, for as long as there are enough pairs
+_SECONDS = 4.0  # of a point, for as long as there are enough pairs
 
 
 class Stack(LightningModule):
@@ -63,7 +63,7 @@ class Stack(LightningModule):
 
 
 def rows(*, quick: bool, device: str) -> Iterator[GrowthRow]:
-    """Yield the points: about two minutes on one core.
+    """Yield the points: about two minutes and a half on one core.
 
     Args:
         quick: Two small sizes a curve.

@@ -95,13 +95,15 @@ def knees(points: Sequence[GrowthRow]) -> list[Knee]:
 def conclusion(points: Sequence[GrowthRow]) -> str:
     """Say in a clause what a curve shows: where the variant pays, or what it costs at both ends."""
     first, last = points[0], points[-1]
-    variant, baseline, axis = first.variant, first.baseline, first.axis
+    variant, baseline = first.variant, first.baseline
     if first.better == "at most":
-        ends = f"{first.ratio.median:.3g} at {write_size(first.size)} {axis} and {last.ratio.median:.3g} at "
-        return f"{variant} takes {ends}{write_size(last.size)} times as long as {baseline}"
+        ends = (
+            f"{first.ratio.median:.3g} times as long as {baseline} at {_counted(first)}, {last.ratio.median:.3g} times"
+        )
+        return f"{variant} takes {ends} at {write_size(last.size)}"
     faster = [point.ratio.verdict == "faster" for point in points]
     best = max(points, key=lambda point: point.ratio.median)
-    peak = f"{best.ratio.median:.3g} times at {write_size(best.size)} {axis}"
+    peak = f"{best.ratio.median:.3g} times at {_counted(best)}"
     if all(faster):
         return f"{variant} is faster than {baseline} at every size, {peak}"
     if not any(faster):
@@ -116,6 +118,10 @@ def conclusion(points: Sequence[GrowthRow]) -> str:
     else:
         where = f"from {write_size(points[begin].size)} to {write_size(points[end].size)}"
     return f"{variant} is faster than {baseline} {where}, {peak}"
+
+
+def _counted(point: GrowthRow) -> str:
+    return f"{write_size(point.size)} {point.axis.removesuffix('s') if point.size == 1 else point.axis}"
 
 
 def write_size(size: float) -> str:

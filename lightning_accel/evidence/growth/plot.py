@@ -10,6 +10,7 @@ from lightning_accel.evidence.growth.curves import GrowthRow, conclusion, curves
 from lightning_accel.evidence.plots import COLOURS, new_figure, save_for_page
 
 _INK = "#808080"  # readable on white and on dark
+_FAR = 5.0  # largest over smallest ratio from which on they are drawn on a logarithmic axis
 _STYLES, _MARKERS = ("-", "--", "-."), ("o", "s", "^")
 
 
@@ -45,13 +46,13 @@ def _plot_core(rows: Sequence[GrowthRow], path: Path) -> None:
     handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     clauses = [conclusion(points) for points in of_core]
-    sentence = f"{'; '.join(dict.fromkeys(clauses))}."
-    figure.suptitle("\n".join(textwrap.wrap(sentence[0].upper() + sentence[1:], int(12 * width))), fontsize=10)
+    sentence = f"How {rows[0].core.replace('_', ' ')} grows: {'; '.join(clauses)}."
+    figure.suptitle("\n".join(textwrap.wrap(sentence, int(12 * width))), fontsize=10)
     save_for_page(figure, path)
 
 
 def _draw_times(axes: Any, points: Sequence[GrowthRow], names: Sequence[str]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     sizes = [point.size for point in points]
     for name in points[0].seconds:
@@ -75,8 +76,10 @@ def _draw_times(axes: Any, points: Sequence[GrowthRow], names: Sequence[str]) ->
         places, setups = zip(*paid, strict=True)
         axes.plot(places, setups, "d:", color=_INK, markersize=4, linewidth=1.2, label="set-up, once")
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(numticks=8))
+    bottom, top = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if top > 50.0 * bottom else (1.0, 2.0, 5.0), numticks=8))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: write_value(value, "seconds")))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("time")
     axes.set_title("\n".join(textwrap.wrap(points[0].curve, 48)), fontsize=9)
 
@@ -88,10 +91,14 @@ def _draw_ratios(axes: Any, points: Sequence[GrowthRow]) -> None:
         axes.plot([point.size] * 2, [point.ratio.low, point.ratio.high], color=COLOURS[2], linewidth=2.0)
     axes.plot([p.size for p in points], [p.ratio.median for p in points], "o-", color=COLOURS[2], markersize=4)
     axes.axhline(1.0, color=_INK, linestyle="--", linewidth=1.0)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    ratios = [point.ratio.median for point in points]
+    if max(ratios) > _FAR * min(ratios):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(0.0, 1.1 * max(1.0, *(point.ratio.high for point in points)))
     axes.set_xlabel(points[0].axis)
     first = points[0]
     axes.set_ylabel("times as fast" if first.better == "at least" else f"times the time of\n{first.baseline}")

@@ -7,11 +7,14 @@ from pathlib import Path
 from lightning_accel.evidence.formats import write_ratio, write_value
 from lightning_accel.evidence.growth.curves import GrowthRow, Knee, conclusion, curves, knees, slopes, write_size
 
-_HEAD = ("ratio [interval]", "slopes", "set-up", "paid back after", "bends")
+_HEAD = ("ratio [interval]", "slopes", "set-up", "paid back after", "bends", "note")
 
 
 def growth_markdown(rows: Sequence[GrowthRow]) -> str:
-    """Return a table a curve: times, their ratio, the slopes up to each point, what is spent once, where it bends."""
+    """Return a table a curve: times, their ratio, the slopes up to each point, what is spent once, where it bends.
+
+    Columns that would be empty are left out.
+    """
     return "\n".join(_curve_markdown(points) for points in curves(rows))
 
 
@@ -51,7 +54,7 @@ def _curve_markdown(points: Sequence[GrowthRow]) -> str:
     names = list(dict.fromkeys([first.baseline, first.variant, *first.seconds]))
     steep = {name: slopes(points, name) for name in (first.baseline, first.variant)}
     head = [first.axis, *names, *_HEAD]
-    lines = [head, ["---:"] * len(head)]
+    lines = []
     for place, point in enumerate(points):
         here = [knee for knee in bends if knee.size == point.size]
         lines.append(
@@ -63,11 +66,13 @@ def _curve_markdown(points: Sequence[GrowthRow]) -> str:
                 "" if point.setup_seconds is None else write_value(point.setup_seconds, "seconds"),
                 _paid_back(point),
                 "; ".join(map(_written, here)),
+                point.note,
             ]
         )
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    notes = "".join(f"- {write_size(point.size)} {point.axis}: {point.note}\n" for point in points if point.note)
-    return f"**{first.core}: {first.curve}.** {_sentence(conclusion(points))}\n\n{table}\n\n{notes}"
+    filled = [place for place in range(len(head)) if any(line[place] for line in lines)]
+    whole = [head, ["---:"] * len(head), *lines]
+    table = "\n".join("| " + " | ".join(line[place] for place in filled) + " |" for line in whole)
+    return f"**{first.core}: {first.curve}:** {conclusion(points)}.\n\n{table}\n"
 
 
 def _paid_back(point: GrowthRow) -> str:
@@ -77,7 +82,3 @@ def _paid_back(point: GrowthRow) -> str:
 
 def _written(knee: Knee) -> str:
     return f"{knee.variant}: {knee.before:.2f} to {knee.after:.2f}"
-
-
-def _sentence(clause: str) -> str:
-    return f"{clause[0].upper()}{clause[1:]}."
