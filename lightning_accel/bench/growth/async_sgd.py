@@ -29,7 +29,7 @@ _SECONDS = 4.0  # of a size of parameters, for as long as there are enough pairs
 
 
 def rows(*, quick: bool, device: str) -> Iterator[GrowthRow]:
-    """Yield the points: about two minutes on two cores.
+    """Yield the points: about a minute and a half on two cores.
 
     Args:
         quick: Two sizes a curve, and one round.

@@ -20,7 +20,7 @@ _SECONDS = 5.0  # of a point, for as long as there are enough pairs
 
 
 def rows(*, quick: bool, device: str) -> Iterator[GrowthRow]:
-    """Yield the points: about two minutes and a half on one core, most of them singular value decompositions.
+    """Yield the points: about two minutes on one core, most of them singular value decompositions.
 
     Args:
         quick: Two small sizes a curve.

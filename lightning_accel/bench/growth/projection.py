@@ -40,7 +40,7 @@ class TimedL1InfProjection(L1InfProjection):
 
 
 def rows(*, quick: bool, device: str) -> Iterator[GrowthRow]:
-    """Yield the points: about a minute and a half on one core.
+    """Yield the points: about a minute and a quarter on one core.
 
     Args:
         quick: Two small sizes a curve.

@@ -63,7 +63,7 @@ class Stack(LightningModule):
 
 
 def rows(*, quick: bool, device: str) -> Iterator[GrowthRow]:
-    """Yield the points: about two minutes and a half on one core.
+    """Yield the points: about three minutes on one core.
 
     Args:
         quick: Two small sizes a curve.
