@@ -1,5 +1,6 @@
 """Parts of the engine for clusters that need no Ray: messages, pieces of parameters, one shard, what is refused."""
 
+import asyncio
 import importlib.util
 import io
 import math
@@ -7,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from lightning_accel.async_sgd.ray_engine.messages import (
 )
 from lightning_accel.async_sgd.ray_engine.options import RayOptions
 from lightning_accel.async_sgd.ray_engine.peers import ActorProcess
+from lightning_accel.async_sgd.ray_engine.shards.group import ShardGroup
 from lightning_accel.async_sgd.ray_engine.shards.layout import (
     can_be_split,
     merge,
@@ -42,6 +45,7 @@ from lightning_accel.async_sgd.ray_engine.shards.layout import (
 )
 from lightning_accel.async_sgd.ray_engine.shards.server import ShardedServer
 from lightning_accel.async_sgd.ray_engine.shards.shard import Shard, Step
+from lightning_accel.async_sgd.ray_engine.worker_actor import Whereabouts
 from lightning_accel.async_sgd.shared_memory.channel import Message
 from lightning_accel.async_sgd.store import Opening, Snapshot
 from lightning_accel.strategies.engines import refuse_replicas_elsewhere
@@ -269,6 +273,36 @@ def test_shards_close_the_rounds_of_one_server(outer):
     assert [step.closes for step in steps] == [False, True] * 3
     cut = unpack_cuts([shard.cut() for shard in group], layout, places_of_groups(whole), server.snapshot())
     assert all(torch.equal(a, b) for a, b in zip(server.snapshot().parameters, cut.parameters, strict=True))
+
+
+def test_shards_that_were_started_ahead_are_used_and_those_without_a_part_ended(monkeypatch):
+    started, killed = [], []
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(kill=killed.append))
+
+    def start():
+        opened = SimpleNamespace(remote=lambda *_: asyncio.get_running_loop().create_future())
+        started.append(SimpleNamespace(open=opened))
+        return started[-1]
+
+    async def run():
+        callbacks = dict.fromkeys(("on_lost", "on_saved", "on_error"), pytest.fail)
+        group = ShardGroup(Settings(), RayOptions(shards=3), 1, Whereabouts.here(), **callbacks)
+        monkeypatch.setattr(group, "_started", start)
+        group.prepare()
+        assert len(started) == 3
+        group.open([b"one", b"other"], 0)
+        assert group.actors == started[:2]
+        assert killed == started[2:]
+        group.open([b"one", b"other", b"third"], 1)  # as after an exchange of layers
+        assert group.actors == [started[0], started[1], started[3]]
+        group.close()
+        assert killed == [started[2], started[0], started[1], started[3]]
+        group.prepare()
+        group.close()  # before any worker has opened the run
+        assert killed[4:] == started[4:]
+        assert len(killed) == 7
+
+    asyncio.run(run())
 
 
 def test_an_actor_that_has_ended_is_let_go():

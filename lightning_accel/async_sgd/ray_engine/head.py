@@ -69,9 +69,10 @@ class _Supervisor(Supervisor):
         self._head = head
 
     def begin(self) -> None:
-        """Start every worker."""
+        """Start every worker, and beside them the shards."""
         for worker in range(self._workers):
             self.peers.append(self._launch(worker, 0))
+        self.service.shards.prepare()
 
     def turn(self) -> None:
         """Look after everybody once."""

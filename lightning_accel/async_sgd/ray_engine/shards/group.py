@@ -63,6 +63,7 @@ class ShardGroup:
         self._on_saved = on_saved
         self._on_error = on_error
         self._members: list[_Member] = []
+        self._ready: list[Any] = []  # actors that were started before there was anything to hold
         self._reads: list[Any] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self.generation = -1
@@ -79,6 +80,13 @@ class ShardGroup:
         most = 2 * self._options.shard_snapshot_steps
         return any(self.version - member.saved_version >= most for member in self._members)
 
+    def prepare(self) -> None:
+        """Start the actors that `open` is going to use, so that their seconds of imports pass beside the workers' own.
+
+        What `open` has no use for it ends.
+        """
+        self._ready = [self._started() for _ in range(self._options.shards)]
+
     # --- commands
 
     def open(self, parts: Sequence[bytes], version: int) -> None:
@@ -90,12 +98,13 @@ class ShardGroup:
         del self._members[len(parts) :]
         for number, part in enumerate(parts):
             if number == len(self._members):
-                member = _Member(number, self._new_actor(number), part, version, version)
+                member = _Member(number, self._new_actor(), part, version, version)
                 self._members.append(member)
                 member.follower = self._spawn(self._follow(member))
             member = self._members[number]
             member.saved, member.saved_version, member.asked_version = part, version, version
             member.results.put_nowait((member.actor, member.actor.open.remote(part, self.generation, version)))
+        self._end_ready()
         self._reads = None
 
     def step(self, step: Step) -> None:
@@ -150,13 +159,15 @@ class ShardGroup:
 
     # --- life and death
 
-    def _new_actor(self, number: int) -> Any:
+    def _new_actor(self) -> Any:
+        return self._ready.pop(0) if self._ready else self._started()
+
+    def _started(self) -> Any:
         import ray
 
         actor = ray.remote(Shard).options(
             num_cpus=0, max_restarts=0, scheduling_strategy="SPREAD", runtime_env=self._options.runtime_env
         )
-        log.debug("shard %d is started", number)
         return actor.remote(self._settings, self._threads, self._place)
 
     async def _follow(self, member: _Member) -> None:
@@ -185,7 +196,7 @@ class ShardGroup:
         version = self._on_lost(member.number, lost)
         self.version = version
         self._reads = None
-        member.actor = self._new_actor(member.number)
+        member.actor = self._new_actor()
         member.saved_version = member.asked_version = version  # which is what it has now
         member.results.put_nowait((member.actor, member.actor.open.remote(member.saved, self.generation, version)))
 
@@ -214,8 +225,16 @@ class ShardGroup:
             member.follower.cancel()
         ray.kill(member.actor)
 
+    def _end_ready(self) -> None:
+        import ray
+
+        for actor in self._ready:
+            ray.kill(actor)
+        self._ready = []
+
     def close(self) -> None:
         """End all shards."""
+        self._end_ready()
         for member in self._members:
             self._end(member)
         for task in list(self._tasks):

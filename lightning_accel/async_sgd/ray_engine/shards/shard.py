@@ -7,6 +7,7 @@ commands is of one version. The arithmetic is `ParameterServer`'s.
 
 import pickle
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ class Shard:
     def __init__(self, settings: Settings, threads: int = 1, place: Whereabouts | None = None) -> None:
         if place is not None:
             place.follow()
+        import_module("torch._dynamo")  # as the first step of an optimizer would, which then takes seconds
         self._settings = settings
         self._server: _Arithmetic | None = None
         self._registered: Registered | None = None
