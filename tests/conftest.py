@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import multiprocessing.forkserver
 import os
 import signal
 
@@ -26,6 +27,37 @@ def _one_thread():
     for name in ("lightning.pytorch", "pytorch_lightning"):  # what accelerators decide, as `caplog` collects it
         logging.getLogger(name).propagate = True
         logging.getLogger(f"{name}.lightning_accel").setLevel(logging.INFO)
+
+
+# What worker processes of tests import. A process has one fork server, which is started by whichever test comes first.
+WORKERS_IMPORT = [
+    "lightning_accel.callbacks.projection.l1inf_projection",
+    "lightning_accel.callbacks.projection.multilevel_projection",
+    "lightning_accel.callbacks.rank_quantization.callback",
+    "lightning_accel.callbacks.recurrent.intra_stream_scheduling",
+    "lightning_accel.callbacks.sequential_freezing.callback",
+    "lightning_accel.strategies.for_lightning",
+    "lightning_accel.strategies.for_pytorch_lightning",
+    "lightning_accel.strategies.worker_process.session",
+    "lightning_accel.zoo.data.digits",
+    "lightning_accel.zoo.models.cnn",
+    "pytest",
+    "sklearn.datasets",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_fork_server_for_all():
+    """Let the fork server import this, too: the workers of a test that did not start it would do it, each by itself."""
+    server = multiprocessing.forkserver
+    plain = server.set_forkserver_preload
+    plain(WORKERS_IMPORT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "set_forkserver_preload", lambda names: plain([*names, *WORKERS_IMPORT]))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -88,4 +88,4 @@ def test_functions_on_shards_equal_those_on_the_whole():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(check_functions, (port,), 2)
+    torch.multiprocessing.start_processes(check_functions, (port,), 2, start_method="forkserver")

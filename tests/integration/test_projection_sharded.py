@@ -59,9 +59,14 @@ def free_port():
         return free.getsockname()[1]
 
 
+def in_two_processes(work, *args):
+    """Call ``work(rank, *args, port)`` in processes of the fork server, which has imported what takes seconds."""
+    torch.multiprocessing.start_processes(work, (*args, free_port()), nprocs=2, start_method="forkserver")
+
+
 @pytest.mark.slow
 def test_sharded_equals_unsharded_bit_for_bit():
-    torch.multiprocessing.spawn(project_shards, (free_port(),), nprocs=2)
+    in_two_processes(project_shards)
 
 
 def test_partial_sums_are_refused():
@@ -74,7 +79,7 @@ def test_partial_sums_are_refused():
 def test_a_sharded_fit_equals_an_unsharded_one_bit_for_bit_and_resumes(case, tmp_path):
     callback = CASES[case]()
     trainer, net = train(callback, shards=False)
-    torch.multiprocessing.spawn(train_shards, (case, tmp_path, free_port()), nprocs=2)
+    in_two_processes(train_shards, case, tmp_path)
     one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert one["projections"] == callback.projections
     assert one["steps"] == trainer.global_step == 18

@@ -1,17 +1,13 @@
 """One of two DDP processes: the rank in the arguments measures low rank as faster, the other one as slower."""
 
 import os
-import sys
-import warnings
 from pathlib import Path
 
 import torch
 
-warnings.simplefilter("ignore")
-torch.set_num_threads(1)
 
-
-def main(says_faster: str, folder: Path) -> None:
+def fit_with_a_clock(says_faster: str, folder: Path) -> None:
+    """Fit; write ``rank0.pt`` or ``rank1.pt`` with the ranks and the parameters."""
     from contract_models import ContractModule, classification_data
     from contract_runs import trainer
     from lightning.pytorch.strategies import DDPStrategy
@@ -42,7 +38,3 @@ def main(says_faster: str, folder: Path) -> None:
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}"
     torch.save(result, folder / f"rank{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

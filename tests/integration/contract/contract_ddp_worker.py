@@ -1,20 +1,13 @@
-"""One of two processes of a DDP run: ``python contract_ddp_worker.py ENTRY FOLDER``, with torchrun's environment.
-
-Writes ``rank0.pt`` or ``rank1.pt`` with the parameters, or the error that refused the run.
-"""
+"""One of two processes of a DDP run, with torchrun's environment."""
 
 import os
-import sys
-import warnings
 from pathlib import Path
 
 import torch
 
-warnings.simplefilter("ignore")
-torch.set_num_threads(1)
 
-
-def main(name: str, folder: Path) -> None:
+def fit_as_a_rank(name: str, folder: Path) -> None:
+    """Fit an entry; write ``rank0.pt`` or ``rank1.pt`` with the parameters, or the error that refused the run."""
     from accelerators import by_name
     from contract_models import ContractModule
     from contract_runs import trainer
@@ -41,7 +34,3 @@ def main(name: str, folder: Path) -> None:
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}"
     torch.save(result, folder / f"rank{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
