@@ -8,6 +8,7 @@ import ray_fits
 import torch
 from async_modules import Adversaries, Classifier, DiesOnce, WaitForAll, equal, fit, seeded
 from lightning.pytorch.callbacks import ModelCheckpoint
+from ray_fork_server import forked_workers
 
 from lightning_accel import AsyncSGDStrategy
 from lightning_accel.async_sgd import Settings, WorkerFailedError
@@ -23,7 +24,7 @@ CALM = {"heartbeat_seconds": 300.0}  # a busy machine is no death
 @pytest.fixture(autouse=True, scope="module")
 def _ray():
     """Start Ray once, as a `fit` would for itself."""
-    with connected(RayOptions(), cores=3):
+    with pytest.MonkeyPatch.context() as patch, forked_workers(patch), connected(RayOptions(), cores=3):
         yield
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import test_row_05_composition as composition
+from ray_fork_server import forked_workers
 from ray_rows import ENTRY, REASONS, RUN, on_ray, rows_of
 
 from lightning_accel.async_sgd.ray_engine import run
@@ -29,7 +30,7 @@ ROWS = rows_of(ENTRY)
 
 @pytest.fixture(scope="module")
 def ray():
-    with connected(RayOptions(), cores=2) as found:
+    with pytest.MonkeyPatch.context() as patch, forked_workers(patch), connected(RayOptions(), cores=2) as found:
         yield found
 
 
