@@ -1,10 +1,12 @@
 """Who may talk to a run on Ray: loopback alone, with its token; whatever else comes is refused, and the run goes on."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -79,16 +81,20 @@ def test_random_bytes_to_every_open_port_do_no_harm(ray):
     shard = shard_of_ray(ray)
     generator = torch.Generator().manual_seed(0)
     before = ray.get(shard.read.remote())
-    for _, port in listening():
-        for start in (b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"):
-            noise = torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=generator).numpy().tobytes()
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-                try:
-                    connection.sendall(start + noise)
-                    connection.settimeout(0.2)
-                    connection.recv(4096)
-                except OSError:
-                    continue  # thrown out
+
+    def noise(start):
+        return start + torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=generator).numpy().tobytes()
+
+    def send(port, data):
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection, contextlib.suppress(OSError):
+            connection.sendall(data)  # or is thrown out
+            connection.settimeout(0.2)
+            connection.recv(4096)
+
+    starts = (b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n")
+    sent = [(port, noise(start)) for _, port in listening() for start in starts]
+    with ThreadPoolExecutor(8) as several:  # most get no answer, and wait for none beside each other
+        list(several.map(lambda each: send(*each), sent))
     assert ray.get(shard.read.remote(), timeout=60) == before
     ray.kill(shard)
 
@@ -97,13 +103,14 @@ def test_who_has_another_token_or_none_is_refused(ray):
     shard = shard_of_ray(ray)
     address = ray.get_runtime_context().gcs_address
     program = f"import ray; ray.init(address={address!r}, logging_level='error'); print('inside')"
-    for changed in ({"RAY_AUTH_TOKEN": "f" * 64}, {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}):
-        done = subprocess.run(
-            [sys.executable, "-c", program], env={**os.environ, **changed}, capture_output=True, text=True, check=False
-        )
-        assert done.returncode != 0
-        assert "inside" not in done.stdout
-        assert "Unauthenticated" in done.stderr or "AuthenticationError" in done.stderr, done.stderr[-2000:]
+    changes = ({"RAY_AUTH_TOKEN": "f" * 64}, {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"})
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **new}, **told) for new in changes]
+    ends = [process.communicate(timeout=300) for process in both]
+    for process, (said, problem) in zip(both, ends, strict=True):
+        assert process.returncode != 0
+        assert "inside" not in said
+        assert "Unauthenticated" in problem or "AuthenticationError" in problem, problem[-2000:]
     assert ray.get(shard.ping.remote(), timeout=60) is None
     ray.kill(shard)
 
