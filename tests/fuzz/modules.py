@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from accelerators_table import TABLE, Fit
@@ -53,9 +53,8 @@ def differences(plain, within, neutral):
 def check(accelerator, seed):
     """Return what is wrong with a seed, and what happened: the last words of a line of the summary."""
     entry = TABLE[accelerator]
-    try:
-        plain = run(seed, [])
-    except Exception:  # a module that can not train is no question to us
+    plain = _plain(seed)
+    if plain is None:
         return [], "plain fails"
     wrong, _ = _try(seed, entry.neutral, partial(differences, plain, entry.within(plain)), entry.settings(real=False))
     found = [f"neutral: {text}" for text in wrong]
@@ -64,6 +63,15 @@ def check(accelerator, seed):
     if ours is None:
         return found, "failed" if wrong else "refused"
     return found, "acted" if entry.acted(ours.module) else "left as it was"
+
+
+@lru_cache(maxsize=20)
+def _plain(seed):
+    """Fit without callbacks, once for all accelerators that are held against it; None if the module can not train."""
+    try:
+        return run(seed, [])
+    except Exception:  # no question to us
+        return None
 
 
 def _try(seed, make, problems, settings):
