@@ -1,7 +1,9 @@
 """The table of the fuzzer: accelerator to its neutral setting, its real one, and what must hold of a real fit."""
 
+import atexit
 import math
 import random
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from lightning_accel.strategies import AsyncSGDStrategy
 
 FACTORS = ("factor_in", "core", "factor_out")
 CACHE = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
 @dataclass(frozen=True)
