@@ -1,9 +1,10 @@
 """The simulator of asynchronous training against real worker processes: throughput of two and of three workers.
 
 In every round one real worker is timed twice, once with a core for itself and one for the server, once sharing a single
-core with it, which costs both more (their caches are each other's); then two and three real workers. The simulator is
-given the times of the one worker and the number of cores, and says what two and three should make. Of two kinds of
-steps, one computes, so that three workers compete for two cores; the other waits as for an accelerator.
+core with it, which costs both more (their caches are each other's); then two and three real workers. A push of one
+worker alone is never stale, and stale ones take the server longer: how long, its overlapped pushes show. The simulator
+is given these times and the number of cores, and says what two and three should make. Of two kinds of steps, one
+computes, so that three workers compete for two cores; the other waits as for an accelerator.
 """
 
 import functools
@@ -13,7 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,6 +47,7 @@ class _Pace:
         computing: Of a worker's processor.
         waiting: In which a step waited on purpose.
         serving: Of the server's processor, a push.
+        stale: The same of a stale push; None: pushes were stale.
     """
 
     rate: float
@@ -53,6 +55,7 @@ class _Pace:
     computing: float
     waiting: float
     serving: float
+    stale: float | None = None
 
 
 def rows(*, quick: bool) -> Iterator[BenchRow]:
@@ -66,6 +69,10 @@ def rows(*, quick: bool) -> Iterator[BenchRow]:
             for _ in range(rounds):
                 roomy = _measured(1, window, wait, name)
                 shared = _measured(1, window, wait, name, one_core=True)
+                if name == "a push a step":
+                    stale = _measured(1, window, wait, "overlap", one_core=True).serving
+                    shared = replace(shared, stale=stale)
+                    roomy = replace(roomy, stale=stale)
                 for workers in _WORKERS:
                     foretold[workers].append(_foretold(workers, name, roomy, shared))
                     real[workers].append(_measured(workers, window, wait, name).rate)
@@ -105,7 +112,7 @@ def costs_of(roomy: _Pace, shared: _Pace, *, workers: int, cores: int, local_ste
     return Costs(
         compute=pace.computing,
         wait=pace.waiting,
-        apply=pace.serving,
+        apply=pace.serving if pace.stale is None else pace.stale,
         message=max(0.0, idle / 2.0),
         cores=cores,
     )
