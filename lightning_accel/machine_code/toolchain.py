@@ -146,7 +146,12 @@ def _run(compiler: tuple[str, ...], command: list[str], messages: Path, deadline
     with messages.open("wb") as file:
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                env=os.environ | {"TMPDIR": str(messages.parent)},  # what a killed compiler leaves goes with the folder
             )
         except OSError as error:
             raise CannotCompileError(f"{compiler[0]} did not run: {error}") from error

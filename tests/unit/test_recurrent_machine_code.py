@@ -286,7 +286,11 @@ def test_scans_in_machine_code(steps):
 
 def test_a_compiler_that_hangs_is_killed_with_its_children_and_given_up(monkeypatch, tmp_path):
     hanging, children = tmp_path / "cc", tmp_path / "children"
-    hanging.write_text(f'#!/bin/sh\nsleep 300 &\necho $! > {children}\necho $$ >> {children}\nprintf "\\377"\nwait\n')
+    left = tmp_path / "left"
+    hanging.write_text(
+        f'#!/bin/sh\ntouch "$TMPDIR/half.s"\necho "$TMPDIR" > {left}\nsleep 300 &\n'
+        f'echo $! > {children}\necho $$ >> {children}\nprintf "\\377"\nwait\n'
+    )
     hanging.chmod(0o755)
     monkeypatch.setenv("CC", str(hanging))
     with compile_budget(3.0), pytest.raises(CannotCompileError, match="is given up: it had not ended"):
@@ -296,6 +300,7 @@ def test_a_compiler_that_hangs_is_killed_with_its_children_and_given_up(monkeypa
         time.sleep(0.01)
     assert len(started) == 2
     assert not any(map(runs, started))
+    assert not Path(left.read_text().strip()).exists()
     with pytest.raises(CannotCompileError, match="is given up"):
         load("int five(void) { return 5; }")
 
