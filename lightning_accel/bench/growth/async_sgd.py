@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from lightning_accel.async_sgd import ParameterStore, Settings, Worker, run_workers
+from lightning_accel.async_sgd import ParameterStore, Settings, run_workers
 from lightning_accel.bench.async_peers import one_process
 from lightning_accel.bench.async_task import BATCH, Task
+from lightning_accel.bench.async_turns import joined, leases_within, wait_for
 from lightning_accel.bench.growth.points import ENOUGH, point
 from lightning_accel.bench.suites.async_sgd import transfer_seconds
 from lightning_accel.evidence.growth.curves import GrowthRow
@@ -80,28 +81,15 @@ def _asynchronous(workers: int, window: float, name: str, device: str) -> tuple[
 
 def _work(store: ParameterStore, workers: int, window: float, name: str, device: str) -> list[tuple[float, float]]:
     """Train for ``window`` seconds; return each worker's batches a second and when it began."""
-    task, settings = Task(device), _SETTINGS[name]
-    parameters, buffers = dict(task.net.named_parameters()), dict(task.net.named_buffers())
-    worker = Worker(store, settings, parameters, buffers, [task.optimizer])
-    number = worker.join(worker.opening).worker
-    worker.attach()
-    store.kv(f"here {number}", b"yes")
-    for other in range(workers):
-        store.kv(f"here {other}")
-    epoch, batches, began = 0, 0, time.monotonic()
-    while time.monotonic() - began < window:
-        block = store.lease(epoch, functools.partial(task.units, epoch))
-        if not block:
-            worker.flush()
-            epoch += 1
-        for lease in block:
-            if time.monotonic() - began >= window:
-                break
-            worker.pending.append(lease.id)
-            task.optimizer.zero_grad()
-            task.loss(torch.tensor(lease.unit)).backward()
-            task.optimizer.step()
-            batches += 1
+    task = Task(device)
+    worker, number = joined(store, task, _SETTINGS[name])
+    wait_for(store, number, range(workers))
+    batches, began = 0, time.monotonic()
+    for _, lease in leases_within(store, worker, task, window):
+        task.optimizer.zero_grad()
+        task.loss(torch.tensor(lease.unit)).backward()
+        task.optimizer.step()
+        batches += 1
     pace = batches / (time.monotonic() - began), began
     store.kv(f"pace {number}", json.dumps(pace).encode())
     worker.flush()

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import torch
 
-from lightning_accel.async_sgd import ParameterStore, Settings, Worker, run_workers
+from lightning_accel.async_sgd import ParameterStore, Settings, run_workers
 from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.shared_memory.memory import Mailbox, ParameterPage
 from lightning_accel.bench.async_chaos import chaos
@@ -26,6 +26,7 @@ from lightning_accel.bench.async_faults import HANG_SECONDS, kill_sweep
 from lightning_accel.bench.async_peers import lock_step, one_process
 from lightning_accel.bench.async_start import PLAIN, seconds_to_first_step
 from lightning_accel.bench.async_task import ACCURACY, BATCH, Outcome, Task
+from lightning_accel.bench.async_turns import joined, leases_within, wait_for
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import PairedRatio, compare_paired, time_interleaved
 
@@ -301,36 +302,22 @@ def async_worker(
         warm_up: Steps before the window begins, where the first pushes load what later ones find.
     """
     task = Task(device)
-    buffers = dict(task.net.named_buffers())
-    worker = Worker(store, settings, dict(task.net.named_parameters()), buffers, [task.optimizer])
-    number = worker.join(worker.opening).worker
-    worker.attach()
+    worker, number = joined(store, task, settings)
     for unit in task.units(0)[:warm_up]:
         task.optimizer.zero_grad()
         task.loss(torch.tensor(unit)).backward()
         task.optimizer.step()
     worker.flush()
-    for other in (number, 1 - number):
-        store.kv(f"here {other}", b"yes" if other == number else None)
-    samples, epoch = 0, 0
-    began = time.perf_counter()
-    while time.perf_counter() - began < window:
-        block = store.lease(epoch, functools.partial(task.units, epoch))
-        if not block:
-            worker.flush()
-            epoch += 1
-        for lease in block:
-            passed = time.perf_counter() - began
-            if passed >= window:
-                break
-            if number == 0:
-                task.note(passed)
-            worker.pending.append(lease.id)
-            task.optimizer.zero_grad()
-            task.loss(torch.tensor(lease.unit)).backward()
-            task.optimizer.step()
-            time.sleep(delay if number else 0.0)
-            samples += len(lease.unit)
+    wait_for(store, number, range(2))
+    samples, began = 0, time.perf_counter()
+    for passed, lease in leases_within(store, worker, task, window):
+        if number == 0:
+            task.note(passed)
+        task.optimizer.zero_grad()
+        task.loss(torch.tensor(lease.unit)).backward()
+        task.optimizer.step()
+        time.sleep(delay if number else 0.0)
+        samples += len(lease.unit)
     worker.flush()
     pace = samples / (time.perf_counter() - began)
     if number:

@@ -7,7 +7,6 @@ is given these times and the number of cores, and says what two and three should
 computes, so that three workers compete for two cores; the other waits as for an accelerator.
 """
 
-import functools
 import json
 import multiprocessing
 import os
@@ -18,10 +17,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lightning_accel.async_sgd import ParameterStore, Settings, Statistics, Worker, run_workers
+from lightning_accel.async_sgd import ParameterStore, Settings, Statistics, run_workers
 from lightning_accel.async_sgd.simulation.costs import Costs
 from lightning_accel.async_sgd.simulation.run import simulate_times
 from lightning_accel.bench.async_task import Task
+from lightning_accel.bench.async_turns import joined, leases_within, wait_for
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import available_cores, compare_paired
 
@@ -162,34 +162,20 @@ def _work(  # noqa: PLR0917  # a process is started with a flat list of argument
     """Train for ``window`` seconds; returns each worker's batches a second, and seconds a batch of `_Pace`."""
     if core is not None:
         os.sched_setaffinity(0, {core})
-    task, settings = Task("cpu"), _SETTINGS[name]
-    worker = Worker(
-        store, settings, dict(task.net.named_parameters()), dict(task.net.named_buffers()), [task.optimizer]
-    )
-    number = worker.join(worker.opening).worker
-    worker.attach()
-    store.kv(f"here {number}", b"yes")
-    for other in range(workers):
-        store.kv(f"here {other}")
-    epoch, batches, waited = 0, 0, 0.0
+    task = Task("cpu")
+    worker, number = joined(store, task, _SETTINGS[name])
+    wait_for(store, number, range(workers))
+    batches, waited = 0, 0.0
     began, computed = time.perf_counter(), time.process_time()
-    while (passed := time.perf_counter() - began) < window:
-        block = store.lease(epoch, functools.partial(task.units, epoch))
-        if not block:
-            worker.flush()
-            epoch += 1
-        for lease in block:
-            if (passed := time.perf_counter() - began) >= window:
-                break
-            worker.pending.append(lease.id)
-            task.optimizer.zero_grad()
-            task.loss(torch.tensor(lease.unit)).backward()
-            if wait:
-                asleep = time.perf_counter()
-                time.sleep(wait)
-                waited += time.perf_counter() - asleep
-            task.optimizer.step()
-            batches += 1
+    for _, lease in leases_within(store, worker, task, window):
+        task.optimizer.zero_grad()
+        task.loss(torch.tensor(lease.unit)).backward()
+        if wait:
+            asleep = time.perf_counter()
+            time.sleep(wait)
+            waited += time.perf_counter() - asleep
+        task.optimizer.step()
+        batches += 1
     passed, computed = time.perf_counter() - began, time.process_time() - computed
     paces = [batches / passed, passed / batches, computed / batches, waited / batches]
     store.kv(f"pace {number}", json.dumps(paces).encode())
