@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_accel.bench.recurrent_matrix_cells import (
+from lightning_accel.bench.recurrent.matrix_cells import (
     AttentionMemory,
     DeltaRule,
     DiagonalStateSpace,

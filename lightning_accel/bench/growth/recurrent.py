@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_accel.bench.growth.points import ENOUGH, point
 from lightning_accel.bench.overhead_row import quiet_trainer
-from lightning_accel.bench.recurrent_cases import training_step
-from lightning_accel.bench.recurrent_trainer_rows import fit
+from lightning_accel.bench.recurrent.cases import training_step
+from lightning_accel.bench.recurrent.trainer_rows import fit
 from lightning_accel.callbacks.recurrent.intra_stream_scheduling import IntraStreamScheduling
 from lightning_accel.evidence.growth.curves import GrowthRow
 from lightning_accel.machine_code.c_functions import compiled_library

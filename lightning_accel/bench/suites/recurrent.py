@@ -6,7 +6,6 @@ cells of any kind it is that of all products in one piece, for a linear recurren
 """
 
 import copy
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lightning_accel.bench.recurrent_cases import (
+from lightning_accel.bench.recurrent.cases import (
     HIDDEN,
     INPUT,
     Decoder,
@@ -34,14 +33,16 @@ from lightning_accel.bench.recurrent_cases import (
     training_step,
     unbind_loop,
 )
-from lightning_accel.bench.recurrent_matrix_cells import (
+from lightning_accel.bench.recurrent.diagonal_cells import DiagonalGRUCell, NewtonOverTime
+from lightning_accel.bench.recurrent.matrix_cells import (
     AttentionMemory,
     DeltaRule,
     DiagonalStateSpace,
     MatrixLSTM,
     matrix_states,
 )
-from lightning_accel.bench.recurrent_trainer_rows import rows as trainer_rows
+from lightning_accel.bench.recurrent.rows import chosen_by, medians, timed_row, times_beside
+from lightning_accel.bench.recurrent.trainer_rows import rows as trainer_rows
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.machine_code.c_functions import refusal
 from lightning_accel.measure import compare_paired, time_interleaved
@@ -104,6 +105,7 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
         yield from _memory_rows()
     yield from _auto_rows((8,) if quick else (8, 32), rounds, device)
     yield from _matrix_rows((1,) if quick else (1, 32), rounds, device)
+    yield from _diagonal_rows((512,) if quick else (512, 2048), rounds, device)
     yield from trainer_rows(quick=quick, device=device)
 
 
@@ -127,7 +129,7 @@ def _cell_rows(  # noqa: PLR0917
             "floor": floor(steps, batch, device),
         }
         case = f"{name}, H={HIDDEN}, T={steps}, B={batch}"
-        yield _row(case, "loop", "auto", variants, rounds, device, target, _chosen(auto))
+        yield timed_row(case, "loop", "auto", variants, rounds, device, target, chosen_by(auto))
 
 
 def _graph_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
@@ -149,10 +151,10 @@ def _graph_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[
             variant="GraphRNN",
             baseline="nn.LSTM",
             ratio=compare_paired(seconds["GraphRNN"], seconds["nn.LSTM"]),
-            seconds=_medians(seconds),
+            seconds=medians(seconds),
             target=target,
             better="at most",
-            note=_beside(seconds, "nn.LSTM", "GraphRNN", _chosen(network.rnn)),
+            note=times_beside(seconds, "nn.LSTM", "GraphRNN", chosen_by(network.rnn)),
         )
 
 
@@ -191,7 +193,7 @@ def _deferred_row(  # noqa: PLR0917
         scheduled()
     case = f"{name}, H={HIDDEN}, T={len(x)}, B={x.shape[1]}"
     variants = {"loop": plain, "deferred cells": scheduled, **beside}
-    row = _row(case, "loop", "deferred cells", variants, rounds, x.device.type, target)
+    row = timed_row(case, "loop", "deferred cells", variants, rounds, x.device.type, target)
     deferred.remove()
     return row
 
@@ -219,7 +221,7 @@ def _packed_row(steps: int, rounds: int) -> BenchRow:
         "floor": floor(steps, batch, "cpu"),
     }
     case = f"packed nn.LSTM, H={HIDDEN}, T={steps}, B={batch}"
-    return _row(case, "packed kernel", "padded", variants, rounds, "cpu", 8.0 if steps == 512 else None)
+    return timed_row(case, "packed kernel", "padded", variants, rounds, "cpu", 8.0 if steps == 512 else None)
 
 
 def _scan_rows(lengths: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
@@ -233,7 +235,9 @@ def _scan_rows(lengths: tuple[int, ...], rounds: int, device: str) -> Iterator[B
             "scan": gradients(linear_scan, inputs, gradient),
             "floor": scan_floor(a, b, gradient),
         }
-        yield _row(f"h = a h + b, D={HIDDEN}, T={steps}, B=1", "unbind loop", "scan", variants, rounds, device, target)
+        yield timed_row(
+            f"h = a h + b, D={HIDDEN}, T={steps}, B=1", "unbind loop", "scan", variants, rounds, device, target
+        )
 
 
 def _auto_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
@@ -256,7 +260,7 @@ def _auto_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[B
             if kind in _LAYERS:
                 variants["torch's layer"] = training_step(_LAYERS[kind](INPUT, HIDDEN).to(device), x)
             case = f"auto, {kind.__name__}, H={HIDDEN}, T=64, B={batch}"
-            yield _row(case, "loop", "auto", variants, rounds, device, 1.0, _chosen(auto))
+            yield timed_row(case, "loop", "auto", variants, rounds, device, 1.0, chosen_by(auto))
 
 
 def _matrix_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
@@ -272,7 +276,27 @@ def _matrix_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator
                 "floor": floor_in_one_piece(cell, steps, batch, device),
             }
             case = f"{kind.__name__}, a matrix-valued state, D={size}, T={steps}, B={batch}"
-            yield _row(case, "loop", "auto", variants, rounds, device, target, _chosen(auto))
+            yield timed_row(case, "loop", "auto", variants, rounds, device, target, chosen_by(auto))
+
+
+def _diagonal_rows(lengths: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
+    size = 128
+    for steps in lengths:
+        cell = DiagonalGRUCell(size).to(device)
+        start, x = torch.zeros(1, size, device=device), torch.randn(steps, 1, size, device=device)
+        auto, newton = layer_of(cell, "auto"), NewtonOverTime(copy.deepcopy(cell))
+        variants = {
+            "loop": training_step(layer_of(cell, "loop"), x, start),
+            "auto": training_step(auto, x, start),
+            "Newton over time": training_step(newton, x, start),
+            "floor": floor_in_one_piece(cell, steps, 1, device),
+        }
+
+        def said(auto: Recurrent = auto, newton: NewtonOverTime = newton) -> str:
+            return f"{chosen_by(auto)()}; {newton.iterations} iterations of Newton's method"
+
+        case = f"DiagonalGRUCell, D={size}, T={steps}, B=1"
+        yield timed_row(case, "loop", "auto", variants, rounds, device, 10.0, said)
 
 
 def _memory_rows() -> Iterator[BenchRow]:
@@ -309,42 +333,3 @@ def print_peak(name: str, schedule: Schedule) -> None:
     step()
     step()
     print(max(1, peak_kib() - before))
-
-
-def _row(  # noqa: PLR0917
-    case: str,
-    baseline: str,
-    variant: str,
-    variants: dict[str, Callable[[], object]],
-    rounds: int,
-    device: str,
-    target: float | None,
-    chosen: Callable[[], str] | None = None,
-) -> BenchRow:
-    seconds = time_interleaved(variants, rounds=rounds, warmup=1, device=device)
-    return BenchRow(
-        suite="recurrent",
-        case=case,
-        variant=variant,
-        baseline=baseline,
-        ratio=compare_paired(seconds[baseline], seconds[variant]),
-        seconds=_medians(seconds),
-        target=target,
-        note=_beside(seconds, baseline, variant, chosen),
-    )
-
-
-def _chosen(layer: Recurrent) -> Callable[[], str]:
-    """Return what says which schedule was chosen, once it was."""
-    return lambda: f"chose {', '.join(sorted(set(layer.schedules[0].choices.values())))}"
-
-
-def _beside(seconds: dict[str, list[float]], baseline: str, variant: str, chosen: Callable[[], str] | None) -> str:
-    """Write the times of what ran beside the two."""
-    said = [] if chosen is None else [chosen()]
-    others = {name: time for name, time in _medians(seconds).items() if name not in (baseline, variant)}
-    return "; ".join([*said, *(f"{name} {1e3 * time:.1f} ms" for name, time in others.items())])
-
-
-def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(times) for name, times in seconds.items()}

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader
 
-from lightning_accel.bench.recurrent_cases import peak_kib
+from lightning_accel.bench.recurrent.cases import peak_kib
 from lightning_accel.callbacks.recurrent.intra_stream_scheduling import IntraStreamScheduling
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.measure import compare_paired
@@ -196,7 +196,7 @@ def _memory_rows() -> Iterator[BenchRow]:
 
 def _peak_memory(name: str, arm: str) -> int:
     """Return the KiB by which a process of its own grows in five training steps."""
-    code = f"from lightning_accel.bench.recurrent_trainer_rows import print_peak; print_peak({name!r}, {arm!r})"
+    code = f"from lightning_accel.bench.recurrent.trainer_rows import print_peak; print_peak({name!r}, {arm!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     return int(done.stdout.split()[-1])
 

@@ -1,0 +1,1 @@
+"""What the suite ``recurrent`` runs: models, cells and fits, and how a row is made of their times."""
