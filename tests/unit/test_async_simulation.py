@@ -1,6 +1,7 @@
 """Asynchronous training on a virtual clock: what it costs to share cores, a server, a link; and that the rules act."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,30 @@ def test_one_core_is_the_servers_while_it_serves():
     Queue(clock, cores).serve(0.5, lambda: ends.append(clock.now))
     clock.run(lambda: False)
     assert ends == pytest.approx([0.5, 1.5])
+
+
+def test_the_server_takes_an_idle_core_where_there_is_one_and_else_any():
+    clock, ends = Clock(), {}
+    cores = Cores(clock, 2)
+    server = Queue(clock, cores)
+    assert not cores.all_busy_beside(), "only who calls has a core"
+    cores.run(2.0, lambda: ends.setdefault("worker", clock.now))
+    assert cores.all_busy_beside()
+    server.serve(0.5, lambda: ends.setdefault("found an idle core", clock.now))
+    clock.run(lambda: False)
+    assert ends == {"found an idle core": 0.5, "worker": 2.0}
+    cores.run(2.0, lambda: ends.setdefault("interrupted", clock.now))
+    server.serve(0.5, lambda: None, intruding=True)
+    clock.run(lambda: False)
+    assert ends["interrupted"] == pytest.approx(2.0 + 2.25), "half of the server's time, on average"
+
+
+def test_two_that_compute_on_two_cores_interrupt_each_other():
+    costs = Costs(compute=0.1, apply=0.02, cores=2)
+    assert run_of(costs, 2, jitter=0.1).throughput == pytest.approx(2.0 / 0.13, rel=0.03)
+    assert run_of(replace(costs, cores=3), 2, jitter=0.1).throughput == pytest.approx(2.0 / 0.12, rel=0.03)
+    waiting = Costs(compute=0.001, wait=0.099, apply=0.02, cores=2)
+    assert run_of(waiting, 2, jitter=0.1).throughput == pytest.approx(2.0 / 0.12, rel=0.03)
 
 
 def test_a_queue_serves_one_after_another():

@@ -35,7 +35,9 @@ class Clock:
 class Cores:
     """Cores of one machine: worker processes share what the server leaves evenly, as an operating system does.
 
-    The server sleeps most of the time and works in short pieces, so whenever it wakes up it is given a core at once.
+    The server sleeps most of the time and works in short pieces, so whenever it wakes up it is given a core at once:
+    an idle one if there is one. It stays there. Who wakes it still runs at that moment, so with all others busy there
+    is none, although one is idle as soon as the caller waits: each core is then as likely as any other.
 
     Args:
         clock: Of the simulation.
@@ -48,7 +50,7 @@ class Cores:
         self._running: list[tuple[float, int, Then]] = []  # progress at which each is done
         self._progress = 0.0  # seconds of computation that each of the running got since the beginning
         self._since = 0.0
-        self._served = False
+        self._served = self._intruded = False
         self._plan = 0  # number of the latest plan; what an older one says is void
 
     def run(self, seconds: float, then: Then) -> None:
@@ -60,17 +62,27 @@ class Cores:
         heapq.heappush(self._running, (self._progress + seconds, next(self._order), then))
         self._look_ahead()
 
-    def serve(self, busy: bool) -> None:
-        """Take note that the server takes a core, or gives it back."""
+    def all_busy_beside(self, caller: int = 1) -> bool:
+        """Whether those that compute and so many more leave no core idle."""
+        return self._count is not None and len(self._running) + caller >= self._count
+
+    def serve(self, busy: bool, *, intruding: bool = False) -> None:
+        """Take note that the server takes a core, or gives it back.
+
+        Args:
+            busy: It takes one.
+            intruding: None was idle when it woke up.
+        """
         if self._count is not None:
             self._advance()
-            self._served = busy
+            self._served, self._intruded = busy, busy and intruding
             self._look_ahead()
 
     @property
     def _rate(self) -> float:
         assert self._count is not None
-        return min(1.0, (self._count - self._served) / max(1, len(self._running)))
+        left = (self._count - self._served) / max(1, len(self._running))
+        return min(1.0 - 1.0 / self._count if self._intruded else 1.0, left)
 
     def _advance(self) -> None:
         self._progress += self._rate * (self._clock.now - self._since)
@@ -103,22 +115,22 @@ class Queue:
 
     def __init__(self, clock: Clock, cores: Cores | None = None) -> None:
         self._clock, self._cores = clock, cores
-        self._jobs: deque[tuple[float, Then]] = deque()
+        self._jobs: deque[tuple[float, Then, bool]] = deque()
         self._busy = False
         self.seconds = 0.0  # that it was busy
 
-    def serve(self, seconds: float, then: Then) -> None:
-        """Serve for ``seconds`` when it is this one's turn, then call ``then``."""
-        self._jobs.append((seconds, then))
+    def serve(self, seconds: float, then: Then, *, intruding: bool = False) -> None:
+        """Serve for ``seconds`` when it is this one's turn, then call ``then``; ``intruding``: see `Cores.serve`."""
+        self._jobs.append((seconds, then, intruding))
         self._take_next()
 
     def _take_next(self) -> None:
         while self._jobs and not self._busy:
-            seconds, then = self._jobs.popleft()
+            seconds, then, intruding = self._jobs.popleft()
             self._busy = True
             if seconds > 0.0:
                 if self._cores is not None:
-                    self._cores.serve(True)
+                    self._cores.serve(True, intruding=intruding)
                 self._clock.after(seconds, functools.partial(self._done, seconds, then))
                 return
             then()

@@ -61,7 +61,7 @@ class _Pace:
 def rows(*, quick: bool) -> Iterator[BenchRow]:
     """Yield for each kind of step, settings and number of workers by how much the simulator is off."""
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "sklearn.datasets"])  # a slow import
-    rounds, window = (1, 1.0) if quick else (4, 3.0)
+    rounds, window = (1, 1.0) if quick else (8, 2.0)
     for kind, wait in _KINDS.items():
         for name in ["a push a step"] if wait or quick else list(_SETTINGS):
             real: dict[int, list[float]] = {workers: [] for workers in _WORKERS}
