@@ -4,6 +4,7 @@ import functools
 import heapq
 import itertools
 import math
+import operator
 from collections import deque
 from collections.abc import Callable
 
@@ -33,11 +34,11 @@ class Clock:
 
 
 class Cores:
-    """Cores of one machine: worker processes share what the server leaves evenly, as an operating system does.
+    """Cores of one machine, which worker processes and the server share evenly, as an operating system has it.
 
-    The server sleeps most of the time and works in short pieces, so whenever it wakes up it is given a core at once:
-    an idle one if there is one. It stays there. Who wakes it still runs at that moment, so with all others busy there
-    is none, although one is idle as soon as the caller waits: each core is then as likely as any other.
+    Who wakes up takes an idle core if there is one, and stays there. Who wakes the server still runs at that moment, so
+    with all others busy there is none, although one is idle as soon as the caller waits: every other time the server
+    then shares the core of somebody who computes.
 
     Args:
         clock: Of the simulation.
@@ -47,10 +48,12 @@ class Cores:
     def __init__(self, clock: Clock, count: int | None) -> None:
         self._clock, self._count = clock, count
         self._order = itertools.count()
-        self._running: list[tuple[float, int, Then]] = []  # progress at which each is done
-        self._progress = 0.0  # seconds of computation that each of the running got since the beginning
+        self._running: list[tuple[float, int, Then]] = []  # workers; progress at which each is done
+        self._progress = 0.0  # seconds of computation that each of them got since the beginning
+        self._serving: tuple[float, Then] | None = None  # seconds that are left to the server
+        self._intruding = False  # the server shares a core although one is idle
+        self._crowded = 0  # times that it woke up with no core idle
         self._since = 0.0
-        self._served = self._intruded = False
         self._plan = 0  # number of the latest plan; what an older one says is void
 
     def run(self, seconds: float, then: Then) -> None:
@@ -66,41 +69,62 @@ class Cores:
         """Whether those that compute and so many more leave no core idle."""
         return self._count is not None and len(self._running) + caller >= self._count
 
-    def serve(self, busy: bool, *, intruding: bool = False) -> None:
-        """Take note that the server takes a core, or gives it back.
+    def serve(self, seconds: float, then: Then, *, crowded: bool = False) -> None:
+        """Let the server compute for ``seconds``, then call ``then``; ``crowded``: no core was idle when it woke up."""
+        if self._count is None or seconds <= 0.0:
+            self._clock.after(seconds, then)
+            return
+        self._advance()
+        self._crowded += crowded
+        self._serving, self._intruding = (seconds, then), crowded and self._crowded % 2 == 1
+        self._look_ahead()
 
-        Args:
-            busy: It takes one.
-            intruding: None was idle when it woke up.
-        """
-        if self._count is not None:
-            self._advance()
-            self._served, self._intruded = busy, busy and intruding
-            self._look_ahead()
-
-    @property
-    def _rate(self) -> float:
+    def _rates(self) -> tuple[float, float]:
+        """Return how fast each worker and the server compute."""
         assert self._count is not None
-        left = (self._count - self._served) / max(1, len(self._running))
-        return min(1.0 - 1.0 / self._count if self._intruded else 1.0, left)
+        workers = len(self._running)
+        fair = min(1.0, self._count / max(1, workers + (self._serving is not None)))
+        if self._serving is not None and self._intruding and workers and fair == 1.0:
+            return 1.0 - 0.5 / workers, 0.5  # one of them computes at half its speed
+        return fair, fair
 
     def _advance(self) -> None:
-        self._progress += self._rate * (self._clock.now - self._since)
+        rate, served = self._rates()
+        passed = self._clock.now - self._since
+        self._progress += rate * passed
+        if self._serving is not None:
+            left, then = self._serving
+            self._serving = left - served * passed, then
         self._since = self._clock.now
 
     def _look_ahead(self) -> None:
         self._plan += 1
-        if self._running and self._rate > 0.0:
-            plan, left = self._plan, max(0.0, self._running[0][0] - self._progress)
+        plan, (rate, served) = self._plan, self._rates()
+        ends = []
+        if self._running:
+            ends.append(((self._running[0][0] - self._progress) / rate, self._end_first))
+        if self._serving is not None:
+            ends.append((self._serving[0] / served, self._end_service))
+        if ends:
+            left, end = min(ends, key=operator.itemgetter(0))
             # never zero: rounding must not call `then` in the middle of the caller's work
-            self._clock.after(max(left / self._rate, 1e-12 + math.ulp(self._clock.now)), lambda: self._end_first(plan))
+            self._clock.after(max(left, 1e-12 + math.ulp(self._clock.now)), lambda: self._end(plan, end))
 
-    def _end_first(self, plan: int) -> None:
-        if plan != self._plan:
-            return
-        self._advance()
+    def _end(self, plan: int, end: Then) -> None:
+        if plan == self._plan:
+            self._advance()
+            end()
+
+    def _end_first(self) -> None:
         self._progress = max(self._progress, self._running[0][0])
         _, _, then = heapq.heappop(self._running)
+        self._look_ahead()
+        then()
+
+    def _end_service(self) -> None:
+        assert self._serving is not None
+        _, then = self._serving
+        self._serving = None
         self._look_ahead()
         then()
 
@@ -110,7 +134,7 @@ class Queue:
 
     Args:
         clock: Of the simulation.
-        cores: Told when it is busy, if it takes a core.
+        cores: That it computes on, if it does.
     """
 
     def __init__(self, clock: Clock, cores: Cores | None = None) -> None:
@@ -119,27 +143,27 @@ class Queue:
         self._busy = False
         self.seconds = 0.0  # that it was busy
 
-    def serve(self, seconds: float, then: Then, *, intruding: bool = False) -> None:
-        """Serve for ``seconds`` when it is this one's turn, then call ``then``; ``intruding``: see `Cores.serve`."""
-        self._jobs.append((seconds, then, intruding))
+    def serve(self, seconds: float, then: Then, *, crowded: bool = False) -> None:
+        """Serve for ``seconds`` when it is this one's turn, then call ``then``; ``crowded``: see `Cores.serve`."""
+        self._jobs.append((seconds, then, crowded))
         self._take_next()
 
     def _take_next(self) -> None:
         while self._jobs and not self._busy:
-            seconds, then, intruding = self._jobs.popleft()
+            seconds, then, crowded = self._jobs.popleft()
             self._busy = True
             if seconds > 0.0:
-                if self._cores is not None:
-                    self._cores.serve(True, intruding=intruding)
-                self._clock.after(seconds, functools.partial(self._done, seconds, then))
+                done = functools.partial(self._done, self._clock.now, then)
+                if self._cores is None:
+                    self._clock.after(seconds, done)
+                else:
+                    self._cores.serve(seconds, done, crowded=crowded)
                 return
             then()
             self._busy = False
 
-    def _done(self, seconds: float, then: Then) -> None:
-        self.seconds += seconds
-        if self._cores is not None:
-            self._cores.serve(False)
+    def _done(self, began: float, then: Then) -> None:
+        self.seconds += self._clock.now - began
         then()
         self._busy = False
         self._take_next()

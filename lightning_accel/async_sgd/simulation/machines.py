@@ -20,8 +20,8 @@ class Machines:
 
     def call(self, seconds: float, then: Then) -> None:
         """Let the server do what takes it ``seconds``, once it has heard of it, and then call ``then``."""
-        intruding = self.cores.all_busy_beside()
-        self.clock.after(self.costs.message, lambda: self._thread.serve(seconds, then, intruding=intruding))
+        crowded = self.cores.all_busy_beside()
+        self.clock.after(self.costs.message, lambda: self._thread.serve(seconds, then, crowded=crowded))
 
     def answer(self, then: Then) -> None:
         """Call ``then`` when a worker has heard from the server."""
