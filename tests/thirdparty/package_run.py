@@ -254,13 +254,13 @@ def verdict_of(row: Row) -> str:
     """Say what came of it; six pairs are the fewest that decide anything."""
     if not row.acted_on:
         return "stands aside"
-    time_words = {"no difference": "no difference in time", "undecided": "too few pairs for a verdict on time"}
+    time_words = {"no difference": "no speed-up", "undecided": "too few pairs for a verdict on time"}
     score_words = {"higher": "worse", "lower": "better", "undecided": "undecided"}
     ratio, difference = row.step_ratio or row.fit_ratio, row.score_difference
     assert ratio is not None
     assert difference is not None
     speed = time_words.get(ratio["verdict"], ratio["verdict"])
-    return f"acts: {speed}, {row.metric} {score_words.get(difference['verdict'], 'no difference')}"
+    return f"acts: {speed}, {row.metric} {score_words.get(difference['verdict'], 'not shown to differ')}"
 
 
 def main() -> None:
