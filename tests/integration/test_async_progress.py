@@ -367,3 +367,43 @@ def test_a_lone_worker_that_is_started_again_goes_on_with_the_rate_of_the_run(tm
     assert ours.global_step == plain.global_step == 32
     rates = [trainer.optimizers[0].param_groups[0]["lr"] for trainer in (ours, plain)]
     assert rates[0] == pytest.approx(rates[1], rel=1e-6)
+
+
+class NotesEpochs(pl.Callback):
+    """Write down which epochs each worker begins; all begin together."""
+
+    def __init__(self, notes):
+        self.notes = notes
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        store = trainer.strategy._store
+        if trainer.current_epoch == 0:
+            store.kv(f"begun {store.worker}", b"yes")
+            for worker in range(2):
+                store.kv(f"begun {worker}")
+        with open(self.notes, "a", encoding="utf-8") as file:
+            file.write(f"{store.worker} {trainer.current_epoch}\n")
+
+
+@pytest.mark.parametrize("limits", [{"epochs": -1, "max_steps": 12, "min_steps": 12}, {"epochs": 12, "min_epochs": 12}])
+def test_a_worker_for_which_epochs_have_no_batch_stays_beside_the_coordinator_and_ends_with_the_run(
+    tmp_path, caplog, limits
+):
+    notes = tmp_path / "epochs"
+    trainer = fit(
+        tmp_path,
+        "async_sgd",
+        seeded(Classifier),
+        devices=2,
+        size=8,
+        callbacks=[NotesEpochs(notes)],
+        validate=False,
+        **limits,
+    )
+    assert trainer.global_step == 12, "a batch an epoch, which is the coordinator's"
+    begun = [tuple(map(int, line.split())) for line in notes.read_text().splitlines()]
+    assert [epoch for worker, epoch in begun if worker == 0] == list(range(12))
+    others = [epoch for worker, epoch in begun if worker == 1]
+    assert others == list(range(len(others)))
+    assert len(others) <= 14, "it does not run ahead"
+    assert not [r for r in caplog.messages if "did not stop" in r]

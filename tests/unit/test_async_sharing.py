@@ -93,6 +93,39 @@ def test_only_the_coordinator_waits_at_the_end_of_an_epoch():
     assert run.ask(2, 0) == LeaseAnswer(), "it goes on to the next epoch"
 
 
+def test_epochs_with_a_batch_for_the_coordinator_alone_are_not_run_through_ahead_of_it():
+    run = Run()
+    mine = run.begin(1)
+    assert run.ask(1, 0) == LeaseAnswer(), "it goes on to the next epoch"
+    assert run.ask(1, 1) == LeaseAnswer(known=0)
+    assert run.ask(1, 1, units=[0]) is None, "its only batch is the coordinator's: it waits"
+    commit(run, 0, mine)
+    assert run.ids(run.ask(0, 1)) == [(1, 0)]
+    assert run.ask(1, 1) == LeaseAnswer()
+    run.ask(1, 2)
+    assert run.ask(1, 2, units=[0]) is None
+    run.members[0].active = False
+    at = Situation(run.now, coordinator=1, live=1, steps=0)
+    taken = run.sharing.answer(run.members[1], run.members, LeaseRequest(2), at)
+    assert run.ids(taken) == [(2, 0)], "it coordinates itself now"
+
+
+def test_who_waits_for_the_coordinator_goes_when_the_run_is_over():
+    run = Run()
+    run.begin(1)
+    run.ask(1, 1)
+    assert run.ask(1, 1, units=[0]) is None
+    over = Situation(run.now, coordinator=0, live=2, steps=0, stopped=True)
+    assert run.sharing.answer(run.members[1], run.members, LeaseRequest(1), over) == LeaseAnswer()
+
+
+def test_an_epoch_ahead_of_the_coordinator_is_trained_on_where_it_has_enough_batches():
+    run = Run()
+    run.begin(1)
+    run.ask(1, 1)
+    assert run.ids(run.ask(1, 1, units=[0, 1, 2])), "the coordinator's is left"
+
+
 def test_a_worker_that_never_gives_the_order_it_was_asked_for_is_not_waited_for():
     run = Run()
     assert run.ask(1, 0) == LeaseAnswer(known=0)

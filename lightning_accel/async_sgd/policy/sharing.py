@@ -106,7 +106,8 @@ class Sharing:
         """Return what a worker is given, or None while it has to wait.
 
         The coordinator is the only one that waits at the end of an epoch, for at most ``straggler_grace`` seconds:
-        then it takes over one batch after the other of those that others still hold.
+        then it takes over one batch after the other of those that others still hold. Who finds no batch but the
+        coordinator's in an epoch that this has not begun waits for it: else it would run through all epochs ahead.
         """
         book, epoch = self.book, request.epoch
         member.epoch = max(member.epoch, epoch)
@@ -132,6 +133,8 @@ class Sharing:
                 return None
             leases = book.take_over(member.worker, epoch)
             self.taken_over += len(leases)
+        if not leases and reserve and any(m.worker == at.coordinator and m.epoch < epoch for m in members):
+            return None
         if leases:
             member.leased_epoch = max(member.leased_epoch, leases[-1].epoch)
         return LeaseAnswer(leases)

@@ -179,10 +179,8 @@ class Session:
             self.worker.send_changes()
             self._cut = None
             self.worker.pull()
-        if self.store.stopped:
-            self._trainer.should_stop = True
-            self._trainer.fit_loop.min_epochs = 0
-        elif self.store.is_coordinator:
+        self.data.stop_with_the_run()
+        if not self.store.stopped and self.store.is_coordinator:
             if self.watchers.take_over():
                 self._layout = layout_of_server(self.store.snapshot())
             self.watchers.publish_progress(self._steps_of_all, self.worker.steps)

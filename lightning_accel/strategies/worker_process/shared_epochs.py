@@ -87,11 +87,22 @@ class SharedEpochs:
         trainer, limit = self._trainer, self._limit
         final = trainer.max_epochs not in (None, -1) and epoch + 1 >= trainer.max_epochs
         if units.has_length:
-            return self._store.lease(epoch, lambda: units.first(limit), final=final)
-        piece = 1 if self._workers == 1 else _PIECE
-        return self._store.lease(
-            epoch, list, final=final, more=lambda known: units.more(known, piece=piece, limit=limit)
-        )
+            block = self._store.lease(epoch, lambda: units.first(limit), final=final)
+        else:
+            piece = 1 if self._workers == 1 else _PIECE
+            block = self._store.lease(
+                epoch, list, final=final, more=lambda known: units.more(known, piece=piece, limit=limit)
+            )
+        if not block:
+            self.stop_with_the_run()  # without a batch there is no other moment to notice it
+        return block
+
+    def stop_with_the_run(self) -> None:
+        """Let this worker's loop end if the run is over, whatever epochs and steps it was to make at least."""
+        if self._store.stopped:
+            self._trainer.should_stop = True
+            self._trainer.fit_loop.min_epochs = 0
+            self._trainer.fit_loop.epoch_loop.min_steps = None
 
     @property
     def _limit(self) -> float:
