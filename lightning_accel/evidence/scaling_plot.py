@@ -91,7 +91,10 @@ def plot_scaling(
     left.set_yscale("log")
     found = [axes.get_legend_handles_labels() for axes in (left, *right)]
     handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    columns = 4 if right else 3  # more of them are wider than one panel
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
     figure.suptitle("\n".join(textwrap.wrap(conclusion, 100 if judged else 60)), fontsize=12)
     save_for_page(figure, path)
 
