@@ -65,9 +65,9 @@ class Cores:
         heapq.heappush(self._running, (self._progress + seconds, next(self._order), then))
         self._look_ahead()
 
-    def all_busy_beside(self, caller: int = 1) -> bool:
-        """Whether those that compute and so many more leave no core idle."""
-        return self._count is not None and len(self._running) + caller >= self._count
+    def all_busy_beside(self) -> bool:
+        """Whether those that compute and one more, who asks, leave no core idle."""
+        return self._count is not None and len(self._running) + 1 >= self._count
 
     def serve(self, seconds: float, then: Then, *, crowded: bool = False) -> None:
         """Let the server compute for ``seconds``, then call ``then``; ``crowded``: no core was idle when it woke up."""
