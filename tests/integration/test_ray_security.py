@@ -22,7 +22,8 @@ from lightning_accel.async_sgd.ray_engine.head import Head, StrangerError
 from lightning_accel.async_sgd.ray_engine.messages import pack_request
 from lightning_accel.async_sgd.ray_engine.options import RayOptions
 from lightning_accel.async_sgd.ray_engine.shards.shard import Shard
-from lightning_accel.async_sgd.ray_engine.worker_actor import Errand, Whereabouts
+from lightning_accel.async_sgd.ray_engine.whereabouts import Whereabouts
+from lightning_accel.async_sgd.ray_engine.worker_actor import Errand
 from lightning_accel.async_sgd.shared_memory.channel import Message
 from lightning_accel.async_sgd.store import Opening
 

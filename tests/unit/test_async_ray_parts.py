@@ -45,7 +45,7 @@ from lightning_accel.async_sgd.ray_engine.shards.layout import (
 )
 from lightning_accel.async_sgd.ray_engine.shards.server import ShardedServer
 from lightning_accel.async_sgd.ray_engine.shards.shard import Shard, Step
-from lightning_accel.async_sgd.ray_engine.worker_actor import Whereabouts
+from lightning_accel.async_sgd.ray_engine.whereabouts import Whereabouts
 from lightning_accel.async_sgd.shared_memory.channel import Message
 from lightning_accel.async_sgd.store import Opening, Snapshot
 from lightning_accel.strategies.engines import refuse_replicas_elsewhere

@@ -89,7 +89,12 @@ class RayStore(HeadCalls):
         self._generation = values["generation"]
         self._news = None
         first = 0 if self._sender is None else self._sender.sequence
-        self._sender = PushSender(self, values["shard_generation"], self._layout, actors, first=first)
+        self._sender = PushSender(
+            self, values["shard_generation"], self._layout, actors, first=first, probe=self._pass_by
+        )
+
+    def _pass_by(self, stage: str) -> None:
+        self.probe(stage)  # which is the one of now, whenever it was set
 
     @property
     def is_current(self) -> bool:

@@ -1,7 +1,7 @@
 """How a worker pushes: the gradients go to the shards, their description to the head once all shards have them."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,36 +9,43 @@ from torch import Tensor
 from lightning_accel.async_sgd.policy.encoding.compression import ErrorFeedback
 from lightning_accel.async_sgd.policy.encoding.wire import encode_push, encode_values
 from lightning_accel.async_sgd.policy.pushes import NO_UPDATE, Push
+from lightning_accel.async_sgd.ray_engine.calls import HeadCalls
 from lightning_accel.async_sgd.ray_engine.messages import pack_request, unpack_answer
 from lightning_accel.async_sgd.ray_engine.shards.group import is_death
 from lightning_accel.async_sgd.ray_engine.shards.layout import Layout
 from lightning_accel.async_sgd.shared_memory.channel import Message
 from lightning_accel.async_sgd.shared_memory.pushing import is_finite
 
-if TYPE_CHECKING:
-    from lightning_accel.async_sgd.ray_engine.client import RayStore
-
 
 class PushSender:
     """Send the pushes of one worker, all for the same layers.
 
     Args:
-        store: Of the worker.
+        calls: Of the worker to the head.
         generation: Of the layers, as the shards count.
         layout: Which parameters lie on which shard.
         actors: Handles of the shards.
         first: Number of the push before the first.
+        probe: Called with each stage that a push passes.
     """
 
     def __init__(
-        self, store: "RayStore", generation: int, layout: Layout, actors: Sequence[Any], *, first: int
+        self,
+        calls: HeadCalls,
+        generation: int,
+        layout: Layout,
+        actors: Sequence[Any],
+        *,
+        first: int,
+        probe: Callable[[str], None],
     ) -> None:
         self.sequence = first
-        self._store = store
+        self._calls = calls
+        self._probe = probe
         self._generation = generation
         self._layout = layout
         self._actors = list(actors)
-        self._feedback = ErrorFeedback(store.settings.compression)
+        self._feedback = ErrorFeedback(calls.settings.compression)
         self._under_way: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._outcome = "applied"
 
@@ -63,12 +70,12 @@ class PushSender:
         finite = is_finite(present)  # before compression, which would keep a NaN for the next push
         carries = finite and bool(present) and values["optimizer"] != NO_UPDATE
         deposits: list[Any] = []
-        store = self._store
-        store.probe("before")
+        calls = self._calls
+        self._probe("before")
         if carries:
             for places, actor in zip(self._layout, self._actors, strict=True):
                 if deposits:
-                    store.probe("half-way")
+                    self._probe("half-way")
                 part = self._part(values, [gradients[p] for p in places], places, [base[p] for p in places if base])
                 deposits.append(actor.deposit.remote(self._generation, part))
         described = {
@@ -81,15 +88,15 @@ class PushSender:
         }
         payload = encode_values(buffers, version=0, steps=[]) if buffers else b""
         request = pack_request(Message("push", described, payload))
-        store.probe("before the flag")
-        reference = store.head.push.remote(store.worker, store.incarnation, request, *deposits)
+        self._probe("before the flag")
+        reference = calls.head.push.remote(calls.worker, calls.incarnation, request, *deposits)
         self._under_way[self.sequence] = reference, described
-        store.probe("after the flag")
+        self._probe("after the flag")
 
     def _part(
         self, values: dict[str, Any], gradients: list[Tensor | None], places: Sequence[int], base: list[Tensor]
     ) -> bytes:
-        compression = self._store.settings.compression
+        compression = self._calls.settings.compression
         payload = []
         for place, gradient in zip(places, gradients, strict=True):
             if gradient is None:
@@ -101,8 +108,8 @@ class PushSender:
                 self._feedback.write(place, gradient, area)
                 payload.append(area)
         push = Push(
-            worker=self._store.worker,
-            incarnation=self._store.incarnation,
+            worker=self._calls.worker,
+            incarnation=self._calls.incarnation,
             sequence=self.sequence,
             base_version=values["base_version"],
             optimizer=values["optimizer"],
@@ -121,7 +128,7 @@ class PushSender:
         for number in [number for number in sorted(self._under_way) if number <= sequence]:
             reference, described = self._under_way.pop(number)
             try:
-                data, references, _ = self._store.outcome_of(reference)
+                data, references, _ = self._calls.outcome_of(reference)
             except Exception as error:
                 if not is_death(error):
                     raise
@@ -134,6 +141,6 @@ class PushSender:
 
     def _withdraw(self, described: dict[str, Any]) -> tuple[bytes, list[Any]]:
         void = {**described, "void": True, "finite": True, "present": False, "buffers": False, "groups": None}
-        data, references, _ = self._store.call("push", pack_request(Message("push", void)))
-        self._actors = self._store.call("shards")
+        data, references, _ = self._calls.call("push", pack_request(Message("push", void)))
+        self._actors = self._calls.call("shards")
         return data, references

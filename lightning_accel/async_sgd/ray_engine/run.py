@@ -11,7 +11,8 @@ from lightning_accel.async_sgd.ray_engine.cluster import connected
 from lightning_accel.async_sgd.ray_engine.head import Head
 from lightning_accel.async_sgd.ray_engine.options import RayOptions
 from lightning_accel.async_sgd.ray_engine.shards.layout import merge
-from lightning_accel.async_sgd.ray_engine.worker_actor import Errand, Whereabouts
+from lightning_accel.async_sgd.ray_engine.whereabouts import Whereabouts
+from lightning_accel.async_sgd.ray_engine.worker_actor import Errand
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.memory import anonymous_file
 from lightning_accel.async_sgd.shared_memory.supervisor import Ending, Remains, WorkerFailedError

@@ -14,7 +14,7 @@ from lightning_accel.async_sgd.ray_engine.options import RayOptions
 from lightning_accel.async_sgd.ray_engine.peers import Announced, RayPeer
 from lightning_accel.async_sgd.ray_engine.shards.group import ShardGroup
 from lightning_accel.async_sgd.ray_engine.shards.server import ShardedServer
-from lightning_accel.async_sgd.ray_engine.worker_actor import Whereabouts
+from lightning_accel.async_sgd.ray_engine.whereabouts import Whereabouts
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.channel import Message
 from lightning_accel.async_sgd.shared_memory.memory import anonymous_file

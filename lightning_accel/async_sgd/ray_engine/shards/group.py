@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_accel.async_sgd.ray_engine.options import RayOptions
 from lightning_accel.async_sgd.ray_engine.shards.shard import Shard, Step
-from lightning_accel.async_sgd.ray_engine.worker_actor import Whereabouts
+from lightning_accel.async_sgd.ray_engine.whereabouts import Whereabouts
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.measure import available_cores
 

@@ -20,7 +20,7 @@ from lightning_accel.async_sgd.policy.server import ParameterServer
 from lightning_accel.async_sgd.policy.stepping import set_groups
 from lightning_accel.async_sgd.ray_engine.messages import from_plain
 from lightning_accel.async_sgd.ray_engine.shards.layout import pack_cut
-from lightning_accel.async_sgd.ray_engine.worker_actor import Whereabouts
+from lightning_accel.async_sgd.ray_engine.whereabouts import Whereabouts
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.store import Opening
 
