@@ -47,7 +47,7 @@ class CText:
     def matrix_loop(self, text: FunctionText, segment: Segment, *, reverse: bool) -> MatrixLoop | None:
         """Write a loop whose values are more than rows; ``None``, and a refusal, if it has no such form."""
         try:
-            return MatrixLoop(text, segment, self, reverse=reverse)
+            return MatrixLoop(text, segment, self.add, reverse=reverse)
         except NotInCError as refusal:
             self.refusals.append(str(refusal))
             return None

@@ -2,8 +2,8 @@
 
 import math
 import operator
+from collections.abc import Callable
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,9 +29,6 @@ from lightning_accel.recurrent.compiler.emit_python.function_text import (
 from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, shape
 from lightning_accel.recurrent.compiler.stage import Segment
 
-if TYPE_CHECKING:
-    from lightning_accel.recurrent.compiler.emit_c.emit_c_loop import CText
-
 _INDENT = "        "
 
 
@@ -41,14 +38,16 @@ class MatrixLoop:
     Args:
         text: The Python function it belongs to.
         segment: The loop.
-        c: Takes the C function.
+        add: Takes the body of the C function and the type of its numbers; returns its name.
         reverse: Whether the loop runs backwards in time.
 
     Raises:
         NotInCError: If the loop holds an operation that has no C form; nothing is written then.
     """
 
-    def __init__(self, text: FunctionText, segment: Segment, c: "CText", *, reverse: bool) -> None:
+    def __init__(
+        self, text: FunctionText, segment: Segment, add: Callable[[str, torch.dtype], str], *, reverse: bool
+    ) -> None:
         self.text, self.reverse = text, reverse
         self.places = BufferAssignment(text, segment, reverse=reverse)
         self.streams = text.stages.step.streams
@@ -67,7 +66,7 @@ class MatrixLoop:
         for k, group in enumerate(self.groups):
             for node in group:
                 self._put(node, k)
-        self.name = c.add(self._body(), self.dtype)
+        self.name = add(self._body(), self.dtype)
 
     def write(self) -> None:
         """Write what calls the C function."""
