@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +12,7 @@ from lightning_accel import torch_private
 from lightning_accel.recurrent.compiler.captured_blocks import CAPTURED_STEPS
 from lightning_accel.recurrent.compiler.emit_python.generator import Wanted
 from lightning_accel.recurrent.compiler.trace import CannotScheduleError, Dependencies
-
-if TYPE_CHECKING:
-    from lightning_accel.recurrent.compiler.executor import StepSchedule
-    from lightning_accel.recurrent.compiler.workspace import Workspace
+from lightning_accel.recurrent.compiler.workspace import SpareWorkspaces, Workspace
 
 # Rows (streams times steps) of a block: enough for full speed of the products, few enough that what a block makes and
 # uses again stays in the second-level cache.
@@ -24,11 +21,40 @@ _SCAN_ROWS = 4096  # scans gain from longer blocks
 _DEVICE_ROWS = 65536  # a device is filled by long blocks only, and has no second-level cache that they had to fit
 
 
+class BlockSchedule(Protocol):
+    """What a sequence is run by.
+
+    Attributes:
+        scan: Whether its loops are scans.
+        block_steps: Steps of a block; ``None`` for as many as fit the cache.
+        device: Of its tensors.
+        captured: Whether blocks of steps are recorded as CUDA graphs.
+        spares: Memory that earlier calls left.
+    """
+
+    scan: bool
+    block_steps: int | None
+    device: torch.device
+    captured: bool
+    spares: SpareWorkspaces
+
+    def code(self, wanted: Wanted, streams: int) -> dict[str, Any]:
+        """Return the compiled functions for a variant."""
+
+    def run_plainly(
+        self, xs: Sequence[Tensor], states: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the plain loop; see `StepSchedule.run_plainly`."""
+
+    def fail(self, reason: str) -> None:
+        """Note that a backward had to run plainly."""
+
+
 class RunSequence(torch.autograd.Function):
     """A whole sequence as one node of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, schedule: StepSchedule, wanted: Wanted, nx: int, ns: int, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, schedule: BlockSchedule, wanted: Wanted, nx: int, ns: int, *tensors: Tensor) -> Any:
         """Compute outputs and final states; what the backward reads stays in a workspace of its own."""
         xs, states, weights = list(tensors[:nx]), list(tensors[nx : nx + ns]), list(tensors[nx + ns :])
         steps, streams = xs[0].shape[:2]
@@ -187,7 +213,7 @@ def _block_of(slabs: dict[str, Tensor], begin: int, end: int) -> dict[str, Tenso
 
 
 def _blocks(
-    schedule: StepSchedule, phase: str, wanted: Wanted, steps: int, streams: int
+    schedule: BlockSchedule, phase: str, wanted: Wanted, steps: int, streams: int
 ) -> Iterator[tuple[int, int, Workspace]]:
     """Yield (begin, end, buffers) of blocks of equal length, a shorter one last; the backward starts at the end."""
     rows = _SCAN_ROWS if schedule.scan else _BLOCK_ROWS
