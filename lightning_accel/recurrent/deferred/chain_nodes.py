@@ -1,14 +1,35 @@
 """The nodes that a loop computed at once leaves in the model's graph: one for each step, and one below all of them."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_accel.torch_private import apply_outside_of_transforms, node_class, running_backward
 
-if TYPE_CHECKING:
-    from lightning_accel.recurrent.deferred.chain import Chain
+
+class BackwardOfLoop(Protocol):
+    """What the nodes hand their gradients to.
+
+    Attributes:
+        listened_to: Whether a hook was registered on a step's node.
+        no_gradients: What a step's node returns where it has only collected.
+    """
+
+    listened_to: bool
+    no_gradients: tuple[None, ...]
+
+    def receiving(self, backward: int) -> dict[int, tuple[Tensor | None, ...]] | None:
+        """Return what collects the steps' gradients; ``None`` if each step makes its own part of the backward."""
+
+    def step_back(
+        self, step: int, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Make the backward of one step."""
+
+    def collect(self) -> list[Tensor | None]:
+        """Return the gradients of what the loop got at its first call."""
 
 
 class Step(torch.autograd.Function):
@@ -17,7 +38,7 @@ class Step(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        chain: "Chain",
+        chain: BackwardOfLoop,
         step: int,
         results: tuple[Tensor, ...],
         token: Tensor | None,  # noqa: ARG004
@@ -41,7 +62,7 @@ class Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         """Hand the gradients to the chain, or make the backward of this step where somebody wants to know."""
-        chain: Chain = ctx.chain
+        chain: BackwardOfLoop = ctx.chain
         received = chain.receiving(running_backward())
         if received is not None:
             received[ctx.step] = gradients
@@ -56,7 +77,7 @@ class Whole(torch.autograd.Function):
     """The whole loop: what it got at its first call, and the token that its steps depend on."""
 
     @staticmethod
-    def forward(ctx: Any, chain: "Chain", mark: Tensor, *edges: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, chain: BackwardOfLoop, mark: Tensor, *edges: Tensor) -> Tensor:  # noqa: ARG004
         """Return the token."""
         ctx.chain = chain
         ctx.set_materialize_grads(False)

@@ -6,16 +6,13 @@ gradient of all inputs to where the gradients of the single ones would have gone
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_accel.recurrent.deferred.step_values import StepValues, same_values
 from lightning_accel.torch_private import part_of, running_backward
-
-if TYPE_CHECKING:
-    from lightning_accel.recurrent.deferred.chain import Chain
 
 
 @dataclass(frozen=True)
@@ -191,6 +188,27 @@ class Slices:
         return (whole, *inwards[1:])
 
 
+class FeedingLoop(Protocol):
+    """A loop whose results are the inputs of another.
+
+    Attributes:
+        steps: How many calls are foretold.
+        values: The distinct results of all steps, each of shape (T, B, ...).
+    """
+
+    steps: int
+    values: list[Tensor]
+
+    def gave(self, tensor: Tensor, step: int, slot: int) -> bool:
+        """Tell whether a tensor is a result of a step, as it was given."""
+
+    def receiving(self, backward: int) -> dict[int, tuple[Tensor | None, ...]] | None:
+        """Return what collects the steps' gradients in a backward; ``None`` if each step makes its own part of it."""
+
+    def receive_rows(self, slot: int, steps: Tensor, gradients: Tensor, last: int) -> None:
+        """Keep gradients of one result at several steps, the latest of them ``last``."""
+
+
 class Rows:
     """Inputs that are results of another loop.
 
@@ -204,7 +222,7 @@ class Rows:
 
     wants_gradient = True
 
-    def __init__(self, source: "Chain", start: int, slot: int, stride: int) -> None:
+    def __init__(self, source: FeedingLoop, start: int, slot: int, stride: int) -> None:
         self.source, self._start, self._slot, self._stride = source, start, slot, stride
         self.left = source.steps - start if stride > 0 else start + 1
 
