@@ -4,11 +4,9 @@ Nothing heavy is imported before it is known what to do: help and mistakes answe
 """
 
 import difflib
-import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_accel.cli.words import NotAnOverrideError, hydra_overrides
 
@@ -66,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show_commands()
         return
     if words[0] == "--version":
-        from lightning_accel import __version__
+        from importlib.metadata import version
 
-        print(f"lightning-accel {__version__}")
+        print(f"lightning-accel {version('lightning-accel')}")
         return
     name, *rest = words
     if name not in COMMANDS:
@@ -105,12 +103,6 @@ def show_commands() -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def task(name: str) -> Callable[[Any], object]:
-    """Return the function that does the work of a command, importing it now."""
-    function: Callable[[Any], object] = getattr(importlib.import_module(f"{__name__}.{name}"), name)
-    return function
 
 
 def _not_a_command(name: str) -> int:

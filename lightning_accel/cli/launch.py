@@ -1,6 +1,7 @@
 """Start a command under Hydra and turn whatever happens into an exit code and, at most, one message."""
 
 import contextlib
+import importlib
 import logging
 import os
 import sys
@@ -12,7 +13,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lightning_accel.cli import task
 from lightning_accel.cli.compose import help_of, hydra_main
 from lightning_accel.cli.errors import INTERRUPTED, explain
 from lightning_accel.cli.results import save_failure
@@ -120,7 +120,7 @@ class _Job:
                 raise _JobFailed(error) from None
 
     def _run(self, cfg: DictConfig) -> object:
-        function = task(self.name)
+        function = getattr(importlib.import_module(self.__module__), self.name)
         # Lightning prints by itself although Hydra has set up logging: every line would come twice.
         logging.getLogger("lightning").handlers.clear()
         return function(cfg)

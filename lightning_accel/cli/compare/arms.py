@@ -6,12 +6,12 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_accel import __version__
 from lightning_accel.cli.compare.peers import PEERS, free_alternatives, join, target_sparsity
 from lightning_accel.cli.compose import compose
 from lightning_accel.cli.errors import UsageError, parameters
@@ -152,5 +152,5 @@ def fingerprint(cfg: DictConfig) -> str:
     kept["trainer"] = {k: v for k, v in config["trainer"].items() if k != "default_root_dir"}
     settings = cfg.compare
     kept["arms"] = [settings.aa, settings.cold, sorted(settings.baselines), settings.alternatives, settings.threads]
-    kept["where"] = [__version__, {k: v for k, v in environment().items() if k != "threads"}]
+    kept["where"] = [version("lightning-accel"), {k: v for k, v in environment().items() if k != "threads"}]
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
