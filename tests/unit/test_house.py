@@ -5,6 +5,7 @@ import importlib
 import inspect
 from pathlib import Path
 
+import grimp
 import pytest
 from omegaconf import OmegaConf
 
@@ -25,6 +26,18 @@ def test_no_folder_holds_more_than_15_modules():
     folders = {path.parent for path in MODULES}
     sizes = {str(f.relative_to(ROOT)): len([p for p in f.glob("*.py") if p.name != "__init__.py"]) for f in folders}
     assert {folder: size for folder, size in sizes.items() if size > 15} == {}
+
+
+def test_no_modules_import_each_other():
+    """No circle, however long, between modules; a package's `__init__` is one of them.
+
+    All imports count: inside functions, and under `TYPE_CHECKING`. What is loaded by a name in a string does not.
+    """
+    graph = grimp.build_graph("lightning_accel", cache_dir=None)
+    left = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    while ends := {m for m in left if not left[m] & left.keys() or m not in set().union(*left.values())}:
+        left = {module: imported for module, imported in left.items() if module not in ends}
+    assert left == {}
 
 
 def nodes(plain):
