@@ -9,6 +9,7 @@ import torch
 from cli_calls import call
 from lightning.pytorch import Trainer
 
+from lightning_accel.callbacks import L1InfProjection
 from lightning_accel.evidence.feature_selection.overhead import measure_overhead
 from lightning_accel.evidence.feature_selection.page import SelectionReport, write_selection_page
 from lightning_accel.evidence.feature_selection.plots import plot_accuracy_against_features, plot_weights
@@ -45,7 +46,11 @@ def make(seed, callbacks, epochs=4):
 
 @pytest.fixture(scope="module")
 def trained():
-    return list(select_features(make, parameter="encoder.0.weight", sparsities=[0.8], retrain_epoch=2, seeds=[0, 1]))
+    return list(
+        select_features(
+            make, L1InfProjection, parameter="encoder.0.weight", sparsities=[0.8], retrain_epoch=2, seeds=[0, 1]
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +81,17 @@ def test_controls_keep_other_columns_and_train_from_the_same_start(trained):
     assert kept[KEPT_WEIGHTS] == kept["bi-level"], "one projection has chosen both"
     assert not torch.equal(first[KEPT_WEIGHTS], first["bi-level"])
     assert kept["random"] != kept["bi-level"]
-    again = list(select_features(make, parameter="encoder.0.weight", sparsities=[0.8], retrain_epoch=2, seeds=[0]))
+    again = list(
+        select_features(
+            make, L1InfProjection, parameter="encoder.0.weight", sparsities=[0.8], retrain_epoch=2, seeds=[0]
+        )
+    )
     assert torch.equal(again[-1].weight, first["random"]), "the random choice is the seed's"
 
 
 def test_without_an_epoch_to_retrain_every_step_is_projected():
     _, bilevel, exact = select_features(
-        make, parameter="encoder.0.weight", sparsities=[0.5], retrain_epoch=None, seeds=[0]
+        make, L1InfProjection, parameter="encoder.0.weight", sparsities=[0.5], retrain_epoch=None, seeds=[0]
     )
     assert bilevel.selection.features == exact.selection.features == 30
 
@@ -126,7 +135,7 @@ def test_runs_without_a_baseline_are_refused(runs):
 
 
 def test_overhead_is_measured_between_neighbouring_steps():
-    found = list(measure_overhead(make, parameter="encoder.0.weight", sparsities=[0.5], seed=0))
+    found = list(measure_overhead(make, L1InfProjection, parameter="encoder.0.weight", sparsities=[0.5], seed=0))
     assert [(o.method, o.sparsity) for o in found] == [("bi-level", 0.5), ("exact", 0.5)]
     for overhead in found:
         # 4 epochs of 6 steps: the first of each has no batch before it, the first 4 steps warm up
@@ -142,7 +151,7 @@ def test_overhead_of_fits_that_are_too_short_is_refused():
         return trainer, model, data
 
     with pytest.raises(ValueError, match="to compare neighbours, got 3 steps in 1 epochs"):
-        list(measure_overhead(short, parameter="encoder.0.weight", sparsities=[0.5], seed=0))
+        list(measure_overhead(short, L1InfProjection, parameter="encoder.0.weight", sparsities=[0.5], seed=0))
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from omegaconf import DictConfig
 from rich.table import Table
 
+from lightning_accel.callbacks.projection.l1inf_projection import L1InfProjection
 from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.fit import build
 from lightning_accel.cli.results import cleaned, cleaned_override, save_configuration
@@ -64,6 +65,7 @@ def compare_selection(cfg: DictConfig) -> float:
         for seed in (cfg.seed + i for i in range(cfg.compare.pairs)):
             found = select_features(
                 make,
+                L1InfProjection,
                 parameter=settings.parameter,
                 sparsities=list(settings.sparsities),
                 retrain_epoch=epoch,
@@ -78,7 +80,7 @@ def compare_selection(cfg: DictConfig) -> float:
         overheads = list[Overhead]()
         try:
             overheads += measure_overhead(
-                make, parameter=settings.parameter, sparsities=list(settings.sparsities), seed=cfg.seed
+                make, L1InfProjection, parameter=settings.parameter, sparsities=list(settings.sparsities), seed=cfg.seed
             )
         except ValueError as error:  # what the trainings found is worth showing all the same
             console.print(f"Time of a step is not measured: {error}", markup=False, style="yellow", soft_wrap=True)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_accel.callbacks.projection.l1inf_projection import L1InfProjection
-from lightning_accel.evidence.feature_selection.study import METHODS, MakeFit
+from lightning_accel.evidence.feature_selection.study import METHODS, MakeFit, MakeProjection
 from lightning_accel.measure import PairedRatio, compare_paired, synchronize
 
 _WARM_UP = 4  # steps that are left out
@@ -69,11 +68,14 @@ class _StepClock(Callback):
         return [self.seconds[step] for step in even], [self.seconds[step - 1] for step in even]
 
 
-def measure_overhead(make: MakeFit, *, parameter: str, sparsities: Sequence[float], seed: int) -> Iterator[Overhead]:
+def measure_overhead(
+    make: MakeFit, project: MakeProjection, *, parameter: str, sparsities: Sequence[float], seed: int
+) -> Iterator[Overhead]:
     """Fit once for each method and sparsity, project after every second step, and compare neighbours.
 
     Args:
         make: Builds trainer, model and data for a seed, with callbacks.
+        project: Builds the callback that projects.
         parameter: Name of the weight whose columns are projected.
         sparsities: Fractions of the columns to clear, in [0, 1].
         seed: Of model and data.
@@ -84,7 +86,7 @@ def measure_overhead(make: MakeFit, *, parameter: str, sparsities: Sequence[floa
     for sparsity in sparsities:
         for name, method in METHODS.items():
             clock = _StepClock()
-            projection = L1InfProjection(
+            projection = project(
                 target_sparsity=sparsity, parameters=parameter, groups="columns", method=method, every_n_steps=2
             )
             trainer, model, data = make(seed, [projection, clock])

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_accel.callbacks.projection.l1inf_projection import L1InfProjection
 from lightning_accel.evidence.feature_selection.controls import RankedColumns, Ranking
 from lightning_accel.measure import PairedDifference, subtract_paired
 
@@ -21,6 +20,7 @@ KEPT_WEIGHTS = "not rewound"  # bi-level; what is left of the weights after the 
 CONTROLS: dict[str, Ranking] = {"magnitude": "magnitude", "random": "random"}
 
 MakeFit = Callable[[int, Sequence[Callback]], tuple[Trainer, LightningModule, LightningDataModule]]
+MakeProjection = Callable[..., Callback]  # `L1InfProjection`, or what takes its arguments
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Trained:
 
 def select_features(
     make: MakeFit,
+    project: MakeProjection,
     *,
     parameter: str,
     sparsities: Sequence[float],
@@ -77,6 +78,7 @@ def select_features(
 
     Args:
         make: Builds trainer, model and data for a seed, with callbacks.
+        project: Builds the callback that projects.
         parameter: Name of the weight whose columns are the features.
         sparsities: Fractions of the features to clear, in [0, 1].
         retrain_epoch: Epoch (from 0) that begins with the projection; ``None``: project after every step instead, and
@@ -87,7 +89,7 @@ def select_features(
         yield _train(make, [], parameter=parameter, seed=seed, method=PLAIN, sparsity=0.0)
         for sparsity in sparsities:
             for name, method in METHODS.items():
-                projection = L1InfProjection(
+                projection = project(
                     target_sparsity=sparsity,
                     parameters=parameter,
                     groups="columns",
@@ -99,7 +101,7 @@ def select_features(
                 yield _train(make, [projection], parameter=parameter, seed=seed, method=name, sparsity=sparsity)
             if retrain_epoch is None:
                 continue
-            kept = L1InfProjection(
+            kept = project(
                 target_sparsity=sparsity,
                 parameters=parameter,
                 groups="columns",
