@@ -1,4 +1,4 @@
-"""The one place that touches private attributes of Lightning, each with its reason."""
+"""The one place that touches private attributes of Lightning, each with its reason; its loggers, by `decision_line`."""
 
 from lightning_accel.lightning_private.callbacks import (
     MovingAverage,

@@ -23,8 +23,8 @@ from lightning_accel.async_sgd.replicas.shards import whole
 from lightning_accel.async_sgd.shared_memory.memory import anonymous_file
 from lightning_accel.async_sgd.shared_memory.spawn import StartMethod, resolve_start_method
 from lightning_accel.async_sgd.shared_memory.supervisor import Remains
-from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import launcher_module, make_averages_picklable, only_tunes, without_launcher
+from lightning_accel.lightning_private.decision_line import say_decision
 from lightning_accel.strategies.engines import devices_here, run_on_engine
 from lightning_accel.strategies.live import live_table
 from lightning_accel.strategies.refusals import refuse_other_launchers, refuse_tuning_callbacks

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
 
-from lightning_accel.decision_line import say_decision
 from lightning_accel.evidence.measured_runs.runs import measure_fit
 from lightning_accel.evidence.measured_runs.step_clock import PHASES, StepClock
+from lightning_accel.lightning_private.decision_line import say_decision
 
 
 class Hands:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from arms import ARMS, ASYNC, PLAIN, Arm, low_rank_names, zero_rows
 
-from lightning_accel.decision_line import CHANNELS
+from lightning_accel.lightning_private.decision_line import CHANNELS
 from lightning_accel.low_rank import merge
 from lightning_accel.measure import compare_paired, environment, subtract_paired
 

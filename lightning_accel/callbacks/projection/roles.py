@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.callbacks.projection.selection import Selection, too_few_groups
-from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import has_compiled_parts
+from lightning_accel.lightning_private.decision_line import say_decision
 from lightning_accel.projection.training.ball_specification import Ball
 from lightning_accel.projection.training.output_layers import OutputLayers, has_matrices
 from lightning_accel.projection.training.targets import Target

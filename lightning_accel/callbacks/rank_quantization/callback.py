@@ -39,8 +39,8 @@ from lightning_accel.callbacks.rank_quantization.switch import (
     keep_held_dense,
 )
 from lightning_accel.callbacks.rank_quantization.verdict import Verdict, ranks_of
-from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import averaged_modules, rename_in_finetuning
+from lightning_accel.lightning_private.decision_line import say_decision
 from lightning_accel.low_rank import RankPlan, low_rank_layers
 from lightning_accel.low_rank.plan import Method, Weighting
 from lightning_accel.low_rank.rank_search.timing import default_cache_dir

@@ -17,8 +17,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_accel.arguments import check_choice, check_number, check_switch
 from lightning_accel.callbacks.recurrent.scheduled_layers import ScheduledLayers
 from lightning_accel.callbacks.recurrent.whole_step_check import STEPS, difference
-from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import callbacks_of
+from lightning_accel.lightning_private.decision_line import say_decision
 from lightning_accel.recurrent.schedule_choice import SCHEDULES
 
 _SECONDS_OF_A_CHOICE = 1.0  # what tracing, verifying and measuring the schedules of one cell takes

@@ -13,8 +13,8 @@ from lightning_accel.callbacks.layer_exchange.structure import ChangesStructure,
 from lightning_accel.callbacks.order import correct_order
 from lightning_accel.callbacks.sequential_freezing.factor_turns import FactorTurns, steps_of
 from lightning_accel.callbacks.sequential_freezing.training_length import length_of_training
-from lightning_accel.decision_line import say_decision
 from lightning_accel.lightning_private import every_callback
+from lightning_accel.lightning_private.decision_line import say_decision
 from lightning_accel.low_rank import AdaptiveFreezing, FreezingSchedule, low_rank_layers
 from lightning_accel.low_rank.freezing import check_weights
 

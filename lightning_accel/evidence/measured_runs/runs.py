@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 
-from lightning_accel.decision_line import CHANNELS
 from lightning_accel.evidence.measured_runs.energy import EnergyMeter
 from lightning_accel.evidence.measured_runs.step_clock import PHASES, StepClock
+from lightning_accel.lightning_private.decision_line import CHANNELS
 
 Fit: TypeAlias = tuple[Trainer, LightningModule, LightningDataModule | None]
 MakeFit: TypeAlias = Callable[[int, Path], Fit]
