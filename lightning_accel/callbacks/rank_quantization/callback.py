@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_accel.arguments import check_path, check_patterns
 from lightning_accel.callbacks.layer_exchange.exchanged_layers import ExchangedLayers
 from lightning_accel.callbacks.layer_exchange.holders import why_not_exchanged
+from lightning_accel.callbacks.layer_exchange.layers_of_others import TakesLayers
 from lightning_accel.callbacks.layer_exchange.structure import (
     FACTORS,
     SharesLayers,
@@ -48,7 +49,7 @@ from lightning_accel.low_rank.rank_search.timing import default_cache_dir
 _NAMES_SAID = 4  # of layers, in a line
 
 
-class RankQuantization(pl.Callback):
+class RankQuantization(TakesLayers, pl.Callback):
     """Replace layers by low-rank ones of measured ranks while ``fit`` runs, where that makes this run faster.
 
     Chooses *matrix ranks* that the hardware likes; it has nothing to do with numeric precision. Acts on the first
