@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_accel.transfers import Lane, send_to_host
+from lightning_accel.machine.transfers import Lane, send_to_host
 
 if TYPE_CHECKING:
     from lightning_accel.async_sgd.policy.pushes import Push

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
+from lightning_accel.machine.transfers import send_to_device
 from lightning_accel.recurrent.cell_step import CellStep, HeldStep, Step, is_torch_cell, run_loop, torch_cell_step
 from lightning_accel.recurrent.schedule_choice import Schedule, ScheduleChoice
-from lightning_accel.transfers import send_to_device
 
 
 class Recurrent(nn.Module):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.machine_code.c_functions import REALS, MachineCode, refusal
-from lightning_accel.machine_code.toolchain import CannotCompileError
+from lightning_accel.machine.c_functions import REALS, MachineCode, refusal
+from lightning_accel.machine.toolchain import CannotCompileError
 from lightning_accel.recurrent.compiler.emit_triton import scan_kernel
 from lightning_accel.recurrent.exactness.plain_modes import surroundings
 

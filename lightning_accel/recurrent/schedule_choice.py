@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.machine_code.c_functions import refusal as no_compiler
-from lightning_accel.machine_code.c_functions import start_check
-from lightning_accel.machine_code.toolchain import compile_budget
+from lightning_accel.machine.c_functions import refusal as no_compiler
+from lightning_accel.machine.c_functions import start_check
+from lightning_accel.machine.toolchain import compile_budget
 from lightning_accel.measure import time_interleaved
 from lightning_accel.recurrent.cell_step import CellStep, Step, run_loop
 from lightning_accel.recurrent.compiler.emit_triton.triton_code import triton_refusal

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.machine_code.toolchain import compiling_for_comparison
+from lightning_accel.machine.toolchain import compiling_for_comparison
 from lightning_accel.recurrent.cell_step import Step, is_native, run_native, torch_cell_step
 from lightning_accel.recurrent.compiler.executor import EXAMPLE_STREAMS, StepSchedule
 from lightning_accel.recurrent.compiler.trace import CannotScheduleError, StepGraph, TensorSpec

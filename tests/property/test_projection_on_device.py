@@ -10,7 +10,7 @@ from test_projection_properties import DTYPES, cases, exact_by_bisection, l1inf,
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_accel import transfers
+from lightning_accel.machine import transfers
 from lightning_accel.projection import (
     project_l1,
     project_l1inf,

@@ -9,13 +9,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_accel import AsyncSGDStrategy, transfers
+from lightning_accel import AsyncSGDStrategy
 from lightning_accel.async_sgd import ParameterServer, Push, Settings, optimizer_side
 from lightning_accel.async_sgd.optimizer_steps import refuse_unsupported
 from lightning_accel.async_sgd.policy.server import ASSIGN
 from lightning_accel.async_sgd.shared_memory.memory import aligned
 from lightning_accel.async_sgd.shared_memory.spawn import resolve_start_method, starter
 from lightning_accel.async_sgd.store import Opening
+from lightning_accel.machine import transfers
 from lightning_accel.strategies.replicas import device_of, number_of_workers
 
 HOST = torch.device("cpu")

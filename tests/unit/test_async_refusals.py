@@ -22,7 +22,7 @@ from lightning_accel.async_sgd.policy.optimizer_copy import copy_optimizers, dum
 from lightning_accel.async_sgd.shared_memory import spawn
 from lightning_accel.async_sgd.shared_memory.spawn import resolve_start_method
 from lightning_accel.async_sgd.shared_memory.unpicklable import what_cannot_be_pickled
-from lightning_accel.machine_code.openmp import rest_threads
+from lightning_accel.machine.openmp import rest_threads
 from lightning_accel.strategies.refusals import refuse_other_launchers
 from lightning_accel.strategies.worker_process.same_data import fingerprint
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_accel.machine_code import large_products
+from lightning_accel.machine import large_products
 from lightning_accel.recurrent import LayerNormLSTMCell, Recurrent
 from lightning_accel.recurrent.compiler import compile_source
 

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from lightning_accel.machine_code import toolchain
+from lightning_accel.machine import toolchain
 from lightning_accel.projection import ExactState, project_l1inf, radius_for_sparsity
 from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.norm_pyramid import MaxPyramid

@@ -8,7 +8,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from lightning_accel.machine_code.c_functions import MachineCode
+from lightning_accel.machine.c_functions import MachineCode
 from lightning_accel.recurrent.compiler.emit_c import emit_c_expression
 from lightning_accel.recurrent.compiler.emit_c.emit_c_expression import expression
 from lightning_accel.recurrent.compiler.normalize import normalize

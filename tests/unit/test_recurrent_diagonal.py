@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_accel.bench.recurrent.diagonal_cells import DiagonalGRUCell, NewtonOverTime
-from lightning_accel.machine_code.c_functions import refusal
+from lightning_accel.machine.c_functions import refusal
 from lightning_accel.recurrent import Recurrent
 
 

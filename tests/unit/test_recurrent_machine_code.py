@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.machine_code import c_functions
-from lightning_accel.machine_code.c_functions import MachineCode
-from lightning_accel.machine_code.toolchain import CannotCompileError, compile_budget, load
+from lightning_accel.machine import c_functions
+from lightning_accel.machine.c_functions import MachineCode
+from lightning_accel.machine.toolchain import CannotCompileError, compile_budget, load
 from lightning_accel.recurrent import (
     LayerNormLSTMCell,
     PeepholeLSTMCell,

@@ -12,7 +12,7 @@ from lightning_accel.bench.recurrent.matrix_cells import (
     MatrixLSTM,
     matrix_states,
 )
-from lightning_accel.machine_code.c_functions import refusal
+from lightning_accel.machine.c_functions import refusal
 from lightning_accel.recurrent import Recurrent
 from lightning_accel.recurrent.compiler.emit_c.emit_c_nest import NestWriter
 from lightning_accel.recurrent.compiler.emit_python.generator import Wanted

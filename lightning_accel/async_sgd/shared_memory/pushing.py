@@ -12,7 +12,7 @@ from lightning_accel.async_sgd.policy.encoding.tensor_spec import TensorSpec
 from lightning_accel.async_sgd.settings import Settings
 from lightning_accel.async_sgd.shared_memory.memory import Mailbox
 from lightning_accel.async_sgd.shared_memory.peers import mailbox_areas, typed
-from lightning_accel.transfers import Lane, lane_of
+from lightning_accel.machine.transfers import Lane, lane_of
 
 
 class PushWriter:

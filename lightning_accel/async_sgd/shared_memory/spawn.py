@@ -25,7 +25,7 @@ from lightning_accel.async_sgd.shared_memory.peers import WorkerProcess
 from lightning_accel.async_sgd.shared_memory.supervisor import Ending, Remains, StartWorker, Supervisor
 from lightning_accel.async_sgd.shared_memory.unpicklable import what_cannot_be_pickled
 from lightning_accel.async_sgd.store import Statistics
-from lightning_accel.machine_code.openmp import rest_threads
+from lightning_accel.machine.openmp import rest_threads
 
 StartMethod = Literal["auto", "fork", "forkserver", "spawn"]
 WorkerFunction = Callable[..., Any]  # called with the store and the caller's arguments

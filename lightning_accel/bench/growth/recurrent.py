@@ -13,7 +13,7 @@ from lightning_accel.bench.recurrent.cases import training_step
 from lightning_accel.bench.recurrent.trainer_rows import fit
 from lightning_accel.callbacks.recurrent.intra_stream_scheduling import IntraStreamScheduling
 from lightning_accel.evidence.growth.curves import GrowthRow
-from lightning_accel.machine_code.c_functions import compiled_library
+from lightning_accel.machine.c_functions import compiled_library
 from lightning_accel.measure import time_interleaved
 from lightning_accel.recurrent.cells import PeepholeLSTMCell
 from lightning_accel.recurrent.module import Recurrent

@@ -11,8 +11,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from lightning_accel.machine_code.c_functions import MachineCode, refusal
-from lightning_accel.machine_code.large_products import are_worth_it, multiply
+from lightning_accel.machine.c_functions import MachineCode, refusal
+from lightning_accel.machine.large_products import are_worth_it, multiply
 from lightning_accel.recurrent.cells import PeepholeLSTMCell
 from lightning_accel.recurrent.graph_rnn import GraphRNN
 from lightning_accel.recurrent.module import Recurrent

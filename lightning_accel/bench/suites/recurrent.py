@@ -44,7 +44,7 @@ from lightning_accel.bench.recurrent.matrix_cells import (
 from lightning_accel.bench.recurrent.rows import chosen_by, medians, timed_row, times_beside
 from lightning_accel.bench.recurrent.trainer_rows import rows as trainer_rows
 from lightning_accel.evidence.rows import BenchRow
-from lightning_accel.machine_code.c_functions import refusal
+from lightning_accel.machine.c_functions import refusal
 from lightning_accel.measure import compare_paired, time_interleaved
 from lightning_accel.recurrent.cells import (
     CoupledGateLSTMCell,

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_accel.machine_code import CannotCompileError, load
+from lightning_accel.machine import CannotCompileError, load
 from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.c_text import MAX_THREADS, passes_text, sums_text
 from lightning_accel.projection.kernels.c_thresholds import PROJECTED

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_accel.machine.transfers import Mark, send_to_host
 from lightning_accel.projection.balls.outcome import Cut
 from lightning_accel.projection.kernels.rounding import require_finite
-from lightning_accel.transfers import Mark, send_to_host
 
 
 @dataclass

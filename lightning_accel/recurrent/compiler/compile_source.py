@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.machine_code import large_products
-from lightning_accel.machine_code.c_functions import MachineCode, second_factor
-from lightning_accel.machine_code.toolchain import CannotCompileError, is_for_comparison
+from lightning_accel.machine import large_products
+from lightning_accel.machine.c_functions import MachineCode, second_factor
+from lightning_accel.machine.toolchain import CannotCompileError, is_for_comparison
 from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
 from lightning_accel.recurrent.compiler.emit_python.weight_gradients import layer_norm_sums
 from lightning_accel.recurrent.compiler.emit_triton.triton_code import TritonCode

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_accel.machine_code.c_functions import refusal
+from lightning_accel.machine.c_functions import refusal
 from lightning_accel.recurrent.cell_step import nesting_of, run_loop
 from lightning_accel.recurrent.compiler.captured_blocks import CapturedBlocks
 from lightning_accel.recurrent.compiler.compile_source import compile_source, generalize

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import torch
 
-from lightning_accel.machine_code.c_functions import REALS
+from lightning_accel.machine.c_functions import REALS
 from lightning_accel.recurrent.compiler.emit_c.emit_c_nest import (
     NestWriter,
     check,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_accel.machine_code.c_functions import REALS
+from lightning_accel.machine.c_functions import REALS
 from lightning_accel.recurrent.compiler.emit_c.emit_c_row import NORM, NotInCError, check, passes, width
 from lightning_accel.recurrent.compiler.emit_python.function_text import parts
 from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, aten, shape

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.machine_code.toolchain import CannotCompileError
+from lightning_accel.machine.toolchain import CannotCompileError
 from lightning_accel.recurrent.compiler.emit_triton.prelude import PRELUDE
 
 CONSTANTS = ("BLOCK", "PARTS", "COLUMNS", "PHASE", "PRECISION", "STAGES")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.machine_code.c_functions import REALS, compiled_library
-from lightning_accel.machine_code.toolchain import CannotCompileError
+from lightning_accel.machine.c_functions import REALS, compiled_library
+from lightning_accel.machine.toolchain import CannotCompileError
 
 _SUMMANDS = 1024  # of one pass: what is packed of both factors stays in the processor's own memory
 _FEWEST = 16  # rows, columns and summands

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_accel.machine_code.c_products import PRODUCTS_IN_C
-from lightning_accel.machine_code.toolchain import CannotCompileError, find_compiler, load
+from lightning_accel.machine.c_products import PRODUCTS_IN_C
+from lightning_accel.machine.toolchain import CannotCompileError, find_compiler, load
 
 REALS = {torch.float32: "float", torch.float64: "double"}
 _PRODUCTS = {torch.float32: "sgemm_", torch.float64: "dgemm_"}
@@ -84,7 +84,7 @@ class MachineCode:
         source: C functions ``void name(int64_t n, int64_t B, const int64_t *at, product_t call)`` on numbers of the
             type ``real``; ``at`` holds, for each tensor, its address and its strides in time and in streams.
         dtype: Of the numbers, float32 or float64.
-        quick: See `lightning_accel.machine_code.toolchain.load`.
+        quick: See `lightning_accel.machine.toolchain.load`.
 
     Raises:
         CannotCompileError: If there is no compiler, or the text does not compile.
@@ -192,7 +192,7 @@ def compiled_library(source: str, dtype: torch.dtype, *, quick: bool = False) ->
     Args:
         source: Of the functions.
         dtype: Of the type ``real`` in it.
-        quick: See `lightning_accel.machine_code.toolchain.load`.
+        quick: See `lightning_accel.machine.toolchain.load`.
 
     Raises:
         CannotCompileError: If there is no compiler, or the text does not compile.
