@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_accel.low_rank import factorize, replace_parameters, to_dense
 from lightning_accel.low_rank.factors.factorize import full_ranks
-from lightning_accel.low_rank.optimizers.exchange import orphans, put_weight, undo_replacement
+from lightning_accel.low_rank.optimizers.exchange import orphans, put_weight, state_alike, undo_replacement
 from lightning_accel.low_rank.optimizers.kinds import description, like, why_not_followed
 
 OPTIMIZERS = {
@@ -339,3 +339,31 @@ def test_orphans_are_trainable_factors_that_no_optimizer_holds():
     assert orphans([torch.optim.SGD([low.factor_in], lr=0.1), torch.optim.SGD([low.factor_out], lr=0.1)], low) == []
     low.factor_out.requires_grad_(False)
     assert orphans([torch.optim.SGD([low.factor_in], lr=0.1)], low) == []
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_of_steps_that_are_only_timed_have_the_entries_and_shapes_of_the_projected_ones(name, layer):
+    states = []
+    for project in (None, state_alike):
+        model, optimizer = trained(OPTIMIZERS[name], layer)
+        low = factorize(model[0], [3] * len(full_ranks(model[0])))
+        replace_parameters(optimizer, {model[0].weight: low}, project=project)
+        states.append([optimizer.state[getattr(low, factor)] for factor in low.factor_names])
+        model[0] = low
+        model(torch.randn(LAYERS[layer][1])).square().sum().backward()
+        optimizer.step()
+        assert all(p.isfinite().all() for p in low.parameters())
+    for projected, alike in zip(*states, strict=True):
+        assert list(alike) == list(projected)
+        assert [getattr(value, "shape", None) for value in alike.values()] == [
+            getattr(value, "shape", None) for value in projected.values()
+        ]
+
+
+def test_states_of_steps_that_are_only_timed_are_as_large_as_the_weights():
+    model, optimizer = trained(OPTIMIZERS["adamw"])
+    before = optimizer.state[model[0].weight]["exp_avg_sq"].mean()
+    low = factorize(model[0], (3,))
+    replace_parameters(optimizer, {model[0].weight: low}, project=state_alike)
+    torch.testing.assert_close(optimizer.state[low.factor_in]["exp_avg_sq"], before.expand_as(low.factor_in))

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_accel.callbacks.layer_exchange.recorded_inputs import RecordedInputs
 from lightning_accel.callbacks.layer_exchange.structure import exchange_layers
 from lightning_accel.lightning_private import uncompiled
+from lightning_accel.low_rank.optimizers.exchange import state_alike
 
 
 class StepTrial:
@@ -58,12 +59,12 @@ class StepTrial:
             self._training_step = compile_like(self._training_step)
 
     def changed(self, change: Callable[[nn.Module], Sequence[str]]) -> "StepTrial":
-        """Return a second copy whose layers ``change`` has exchanged."""
+        """Return a second copy whose layers ``change`` has exchanged; its moments are of the right size, no more."""
         other = copy.copy(self)
         with _GraphTensorsDetached():
             other.module, other.optimizers = copy.deepcopy((self.module, self.optimizers))
         other._attach(self._compile_like)
-        exchange_layers(other.module, other.optimizers, change)
+        exchange_layers(other.module, other.optimizers, change, state_alike)
         return other
 
     def eager(self) -> "StepTrial":

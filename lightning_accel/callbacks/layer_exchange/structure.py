@@ -25,6 +25,7 @@ from lightning_accel.low_rank import adapt_structure, low_rank_layers, merge, re
 from lightning_accel.low_rank.decompose import swap
 from lightning_accel.low_rank.factors.layers import LOW_RANK_TYPES
 from lightning_accel.low_rank.in_place import as_it_is
+from lightning_accel.low_rank.optimizers.exchange import ProjectState
 
 _log = logging.getLogger(__name__)
 
@@ -159,7 +160,10 @@ def enable_low_rank_loading(module: Module) -> Module:
 
 
 def exchange_layers(
-    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], change: Callable[[nn.Module], Sequence[str]]
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    change: Callable[[nn.Module], Sequence[str]],
+    project: ProjectState | None = None,
 ) -> Exchange:
     """Run ``change``, which factors layers of ``module`` in place, and put the factors in the weights' groups.
 
@@ -167,6 +171,7 @@ def exchange_layers(
         module: Changed in place.
         optimizers: Their groups keep their options and order; states are projected, see `replace_parameters`.
         change: Swaps dense layers for low-rank ones and returns their names.
+        project: Makes the factors' states, see `replace_parameters`.
 
     Returns:
         What was done, with the dense layers.
@@ -183,7 +188,7 @@ def exchange_layers(
     for weight in replaced:
         weight.grad = None  # of the step before; what comes now comes by another way than the new layer
     for optimizer in optimizers:
-        exchange.replacements.append(replace_parameters(optimizer, replaced))
+        exchange.replacements.append(replace_parameters(optimizer, replaced, project=project))
         for line in exchange.replacements[-1].fresh:
             _log.info("the optimizer's moments start fresh for a weight of shape %s", line)
     return exchange

@@ -1,6 +1,6 @@
 """Swap parameters of a running optimizer when layers change between dense and low rank."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ _MEAN_OF = {
 }  # second moment to the first moment of the same gradients
 _LARGEST = ("exp_inf",)  # running maximum of absolute gradients
 _COUNTERS = ("step", "mu_product")
+
+State = Mapping[str, Any]  # what an optimizer keeps of one parameter
+ProjectState = Callable[[State, LowRankLayer, Mapping[str, Any]], dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,12 @@ class Replacement:
     states: dict[nn.Parameter, dict[str, Any]]
 
 
-def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, LowRankLayer]) -> Replacement:
+def replace_parameters(
+    optimizer: torch.optim.Optimizer,
+    replaced: Mapping[nn.Parameter, LowRankLayer],
+    *,
+    project: ProjectState | None = None,
+) -> Replacement:
     r"""Let factors take the place of dense weights in their parameter groups, and project the moments.
 
     With ``W = U V``, gradients of the factors are ``dU = G V^T`` and ``dV = U^T G``. So a first moment M of the weight
@@ -54,6 +62,7 @@ def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Pa
         optimizer: Holds the dense weights; changed in place. Group options, order and other states stay.
         replaced: Dense weight to the factored layer that replaces it. Weights that are not in the optimizer are
             ignored, as an optimizer may own a part of the model only.
+        project: Makes the factors' states; None is `project_state`.
 
     Returns:
         What was done; `undo_replacement` takes it back.
@@ -94,7 +103,7 @@ def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Pa
         if problem:
             fresh.append(f"{tuple(weight.shape)}: {problem}")
             continue
-        for name, factor_state in project_state(state, layer, options[weight]).items():
+        for name, factor_state in (project or project_state)(state, layer, options[weight]).items():
             optimizer.state[getattr(layer, name)] = factor_state
             projected += 1
     factors = {weight: _factors_of(layer) for weight, layer in replaced.items() if weight in held}
@@ -131,31 +140,55 @@ def put_weight(optimizer: torch.optim.Optimizer, factors: Sequence[nn.Parameter]
     return any(states)
 
 
-def project_state(
-    state: Mapping[str, Any], layer: LowRankLayer, options: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+def project_state(state: State, layer: LowRankLayer, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the optimizer state of each factor by name, from the dense weight's state; see `replace_parameters`."""
     factors = {name: getattr(layer, name).detach() for name in layer.factor_names}
     squares = {name: factor.square() for name, factor in factors.items()}
     sizes = {name: factor.abs() for name, factor in factors.items()}
-    result: dict[str, dict[str, Any]] = {name: {} for name in factors}
+    moments = {
+        key: _pull_back(layer, factors, value)
+        for key, value in state.items()
+        if value is not None and key in _FIRST and not ("square_avg" in state and key == "momentum_buffer")
+    }
     for key, value in state.items():
-        if value is not None and key in _FIRST + _SECOND + _LARGEST:
-            if "square_avg" in state and key == "momentum_buffer":
-                moments = {name: torch.zeros_like(factor) for name, factor in factors.items()}
-            elif key in _MEAN_OF and (mean := state.get(_MEAN_OF[key])) is not None:
-                moments = _second_moments(layer, factors, mean, value, _corrections(state, options))
-            else:
-                moments = _pull_back(layer, factors if key in _FIRST else squares if key in _SECOND else sizes, value)
-            for name, moment in moments.items():
-                result[name][key] = moment
+        if value is None or key in moments or key not in _FIRST + _SECOND + _LARGEST:
+            continue
+        if key in _FIRST:
+            moments[key] = {name: torch.zeros_like(factor) for name, factor in factors.items()}
+        elif (mean := _MEAN_OF.get(key)) in moments:
+            first, second = _corrections(state, options)
+            spread = (value / second - (state[mean] / first).square()).clamp_min(0.0)
+            moments[key] = {
+                name: second * (variance + (moments[mean][name] / first).square())
+                for name, variance in _pull_back(layer, squares, spread).items()
+            }
         else:
-            for entry in result.values():
-                entry[key] = value.clone() if isinstance(value, Tensor) else value
+            moments[key] = _pull_back(layer, squares if key in _SECOND else sizes, value)
+    result = {name: _of_one_factor(state, {key: moments[key][name] for key in moments}) for name in factors}
     for entry in result.values():
         if entry.get("max_exp_avg_sq") is not None:
             entry["max_exp_avg_sq"] = torch.maximum(entry["max_exp_avg_sq"], entry["exp_avg_sq"])
     return result
+
+
+def state_alike(state: State, layer: LowRankLayer, _options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return states of the factors' shapes, every moment its mean over the weight: for steps that are only timed."""
+    means = {
+        key: value.mean() for key, value in state.items() if value is not None and key in _FIRST + _SECOND + _LARGEST
+    }
+    factors = {name: getattr(layer, name).detach() for name in layer.factor_names}
+    return {
+        name: _of_one_factor(state, {key: torch.ones_like(factor).mul_(mean) for key, mean in means.items()})
+        for name, factor in factors.items()
+    }
+
+
+def _of_one_factor(state: State, moments: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return one factor's state: its moments, and copies of the weight's counters, in the order of the weight's."""
+    return {
+        key: moments[key] if key in moments else value.clone() if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }
 
 
 def _corrections(state: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[float, float]:
@@ -164,21 +197,6 @@ def _corrections(state: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[
     if "exp_avg" not in state or betas is None or steps < 1:
         return 1.0, 1.0
     return 1.0 - float(betas[0]) ** steps, 1.0 - float(betas[1]) ** steps
-
-
-def _second_moments(
-    layer: LowRankLayer,
-    factors: Mapping[str, Tensor],
-    first: Tensor,
-    second: Tensor,
-    corrections: tuple[float, float],
-) -> dict[str, Tensor]:
-    """Return second moments that are at least the squares of the first ones, both corrected for their weights' sums."""
-    mean = first / corrections[0]
-    squares = {name: factor.square() for name, factor in factors.items()}
-    spread = _pull_back(layer, squares, (second / corrections[1] - mean.square()).clamp_min(0.0))
-    means = _pull_back(layer, factors, mean)
-    return {name: corrections[1] * (spread[name] + means[name].square()) for name in spread}
 
 
 def orphans(optimizers: Sequence[torch.optim.Optimizer], layer: LowRankLayer) -> list[str]:
