@@ -122,6 +122,32 @@ def test_svd_factors_share_the_singular_values_evenly():
     torch.testing.assert_close(layer.factor_out.square().sum(0), values)
 
 
+@pytest.mark.parametrize("shape", [(24, 200), (200, 24)])
+@pytest.mark.parametrize("decades", [0, 4])
+def test_factors_of_wide_float32_weights_are_those_of_an_svd(shape, decades):
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    dense = nn.Linear(shape[1], shape[0])
+    dense.weight.data = (left * torch.logspace(0, -decades, 24, dtype=torch.float64) @ right).float()
+    precise = nn.Linear(shape[1], shape[0]).double()
+    precise.weight.data = dense.weight.data.double()
+    for rank in (4, 24):
+        ours, exact = factorize(dense, (rank,)), factorize(precise, (rank,))
+        torch.testing.assert_close(ours.weight.detach(), exact.weight.detach().float(), rtol=0.0, atol=2e-7)
+        torch.testing.assert_close(ours.factor_in.square().sum(1), exact.factor_in.square().sum(1).float())
+        torch.testing.assert_close(ours.factor_out.square().sum(0), exact.factor_out.square().sum(0).float())
+
+
+def test_a_wide_weight_of_less_rank_than_asked_for_leaves_factors_that_can_learn():
+    torch.manual_seed(0)
+    dense = nn.Linear(200, 24)
+    dense.weight.data = torch.randn(24, 2) @ torch.randn(2, 200)
+    layer = factorize(dense, (8,))
+    torch.testing.assert_close(layer.weight.detach(), dense.weight.detach(), rtol=1e-4, atol=1e-4)
+    assert layer.factor_in.square().sum(1).min() > 0.1
+    assert all(p.isfinite().all() for p in layer.parameters())
+
+
 def test_tucker_factors_have_one_norm():
     torch.manual_seed(0)
     layer = factorize(nn.Conv2d(8, 6, 3), (4, 5))
