@@ -147,7 +147,7 @@ def test_neither_making_the_callback_nor_leaving_a_short_run_alone_draws_random_
     assert callback.structure_state() == "dense"
 
 
-@pytest.mark.parametrize(("low_rank", "rounds"), [(7.9, [2, 3]), (4.0, [2, 3, 5, 8])])
+@pytest.mark.parametrize(("low_rank", "rounds"), [(7.9, [2, 3]), (4.0, [2, 3, 5, 3, 5])])
 def test_a_trial_that_promises_nothing_ends_early(low_rank, rounds, tmp_path, monkeypatch, caplog):
     asked = []
 
@@ -164,6 +164,40 @@ def test_a_trial_that_promises_nothing_ends_early(low_rank, rounds, tmp_path, mo
     assert asked == rounds
     assert bool(low_rank_layers(module)) == (low_rank == 4.0)
     assert f"with unmeasured ranks a whole step takes {1000 * low_rank:.2f} ms instead of 8000.00 ms" in caplog.text
+
+
+def test_a_trial_of_theoretical_ranks_ends_early_where_they_are_no_faster(tmp_path, monkeypatch):
+    asked = []
+
+    def fake(candidates, *, rounds, **_):
+        asked.append(rounds)
+        return {name: [8.0 if name == "dense" else 8.1] * rounds for name in candidates}
+
+    monkeypatch.setattr(_step_times, "time_interleaved", fake)
+    monkeypatch.setattr(_request.RankRequest, "planning_seconds", lambda *_: 1e9)
+    module = Classifier()
+    train(module, [RankQuantization(when="setup", min_energy=0.0, max_overhead=20.0)], tmp_path)
+    assert asked == [2, 3]
+    assert not low_rank_layers(module)
+
+
+@pytest.mark.parametrize(("ratio", "looked"), [(2.0, False), (8.0, True)])
+def test_a_first_look_is_left_out_where_no_gain_that_the_entries_promise_pays_for_measuring(
+    ratio, looked, tmp_path, monkeypatch
+):
+    asked = []
+
+    def fake(candidates, *, rounds, **_):
+        asked.append(rounds)
+        return {name: [8.0 if name == "dense" else 4.0] * rounds for name in candidates}
+
+    monkeypatch.setattr(_step_times, "time_interleaved", fake)
+    monkeypatch.setattr(_decide, "_GAIN_TO_GO_ON", 0.1)
+    monkeypatch.setattr(_decide, "_STEPS_OF_TRIALS", 0.0)
+    monkeypatch.setattr(_decision, "too_short", lambda *_, **__: None)
+    monkeypatch.setattr(_request.RankRequest, "planning_seconds", lambda *_: 12 * 8.0 * 0.3)  # of the steps that remain
+    train(Classifier(), [RankQuantization(ratio, when="setup", min_energy=0.0, max_overhead=0.0)], tmp_path)
+    assert asked == [2, *([3, 5] if looked else []), 3, 5]
 
 
 @pytest.mark.parametrize("freezing", [False, True])

@@ -36,6 +36,7 @@ from lightning_accel.low_rank.rank_search.gate import apply_decision, verify_pla
 
 _STEPS_OF_TRIALS = 100.0  # dense ones; what both trials take
 _GAIN_TO_GO_ON = 80.0  # dense steps to be saved: twice what the rest of both trials takes
+_SHARE_FOR_MEASURING = 0.5  # of what is saved by theoretical ranks, for finding better ones
 STEPS_TO_TRY = 2 * (PAIRS + 2) + 2  # dense ones; two phases of low-rank layers take about as long as one of those
 
 
@@ -214,11 +215,15 @@ class _ByWholeSteps:
             return dense(hopeless)
         step = self.times.dense_seconds()
         planning = terms.request.planning_seconds(self.trial.module, step)
-        if terms.request.ratio is not None and planning > terms.remaining * max(terms.max_overhead, 0.5) * step:
-            # Not even steps that took no time at all could pay for it: the first trial is that of the final ranks.
-            return MeasuringTooLong(planning, terms.remaining)
+        if (ratio := terms.request.ratio) is not None:
+            # Where not even steps that gained as much as their entries could pay for it, the first trial is that of the
+            # final ranks.
+            most = max(terms.max_overhead, _SHARE_FOR_MEASURING * (1.0 - 1.0 / ratio))
+            if planning > terms.remaining * most * step:
+                return MeasuringTooLong(planning, terms.remaining)
         quick = self.times.compare(terms.request.unmeasured_ranks(self.trial.module), go_on=self._promising)
-        allowed = terms.remaining * max(terms.max_overhead * quick.dense, 0.5 * quick.saved if quick.faster else 0.0)
+        gained = _SHARE_FOR_MEASURING * quick.saved if quick.faster else 0.0
+        allowed = terms.remaining * max(terms.max_overhead * quick.dense, gained)
         if terms.seconds() + planning <= allowed:
             return None
         unpaid = MeasuringTooLong(planning, terms.remaining, quick)
@@ -240,8 +245,7 @@ class _ByWholeSteps:
 
     def _promising(self, seconds: Mapping[str, Sequence[float]]) -> bool:
         """Say whether what a few pairs show is worth more pairs, and the second trial that a gain is followed by."""
-        share = 1.0 - statistics.median(seconds["low rank"]) / statistics.median(seconds["dense"])
-        return self.terms.remaining * max(share, 0.0) >= _GAIN_TO_GO_ON
+        return self.terms.remaining * max(_share_saved(seconds), 0.0) >= _GAIN_TO_GO_ON
 
     def _try_theoretical(self, plan: RankPlan, unpaid: MeasuringTooLong) -> Verdict:
         """Take theoretical ranks if whole steps are faster with them."""
@@ -249,7 +253,7 @@ class _ByWholeSteps:
         ranks = ranks_of(plan)
         if not ranks:
             return Verdict(plan, explain(None))
-        tried = self.times.compare(ranks)
+        tried = self.times.compare(ranks, go_on=lambda seconds: _share_saved(seconds) > 0.0)
         if not tried.faster:
             return Verdict(plan.dense(set(ranks), str(tried)), reasons.DoesNotPay(explain(tried)), tried)
         return self.terms.count(plan, explain(tried), tried.saved, tried)
@@ -281,3 +285,7 @@ class _ByWholeSteps:
         if not eligible_layers(self.trial.module, include=request.include, exclude=request.exclude)[0]:
             return dense(reasons.ALL_UNFIT)
         return dataclasses.replace(self, terms=dataclasses.replace(self.terms, request=request)).decide()
+
+
+def _share_saved(seconds: Mapping[str, Sequence[float]]) -> float:
+    return 1.0 - statistics.median(seconds["low rank"]) / statistics.median(seconds["dense"])
