@@ -63,6 +63,14 @@ class Kill(Callback):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Litter(Callback):
+    """Leave many files in the folder of the run."""
+
+    def on_fit_end(self, trainer, pl_module):
+        for number in range(2000):
+            Path(trainer.default_root_dir, f"{number}.txt").touch()
+
+
 class Cached(Callback):
     def __init__(self, cache_dir=None):
         self.cache_dir = cache_dir
@@ -89,6 +97,10 @@ def plain(seed: int, folder: Path):
 
 def burdened(seed: int, folder: Path):
     return trainer(folder, callbacks=[Burden()]), Line(), Blobs()
+
+
+def littering(seed: int, folder: Path):
+    return trainer(folder, callbacks=[Litter()]), Line(), Blobs()
 
 
 def crashing(seed: int, folder: Path):

@@ -76,8 +76,20 @@ def test_worker_leaves_environment_of_the_parent_alone(tmp_path, monkeypatch):
         assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
 
 
-def test_worker_dies_with_its_parent(tmp_path):
+def test_folder_of_a_run_is_gone_when_its_answer_comes(tmp_path, monkeypatch):
+    """For whoever has the last answer ends the process, in whatever it is about."""
+    folders = tmp_path / "folders"
+    folders.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folders))
+    with ArmWorker(Arm("littering", fits.littering), log=tmp_path / "log") as worker:
+        worker.run(pair=0, seed=0, order=0)
+        assert list(folders.glob("lightning-accel-*")) == []
+
+
+def test_worker_dies_with_its_parent_and_leaves_no_folder(tmp_path):
     """A parent killed by SIGKILL can not clean up; its busy worker must notice by itself."""
+    folders = tmp_path / "folders"
+    folders.mkdir()
     program = f"""
 import sys
 sys.path.insert(0, {str(Path(fits.__file__).parent)!r})
@@ -92,7 +104,8 @@ if __name__ == "__main__":
 """
     script = tmp_path / "parent.py"
     script.write_text(program)
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+    environment = os.environ | {"TMPDIR": str(folders)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as parent:
         pid = int(parent.stdout.readline())
         parent.kill()
         parent.wait()
@@ -101,6 +114,7 @@ if __name__ == "__main__":
     while _runs(pid):
         assert time.monotonic() < deadline, "the worker outlived its parent"
         os.sched_yield()
+    assert list(folders.glob("lightning-accel-*")) == []
 
 
 def _runs(pid: int) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -172,20 +171,21 @@ def _serve(arm: Arm, requests: Connection, lifeline: Connection, log: str) -> No
             if request == "environment":
                 requests.send(("environment", environment("cuda" if torch.cuda.is_available() else "cpu")))
                 continue
-            folder = Path(tempfile.mkdtemp(prefix="lightning-accel-"))
+            make = arm.make_warmup if request["pair"] < 0 and arm.make_warmup is not None else arm.make
+            answer: tuple[str, object]
             try:
-                make = arm.make_warmup if request["pair"] < 0 and arm.make_warmup is not None else arm.make
-                run = measure_fit(make, arm=arm.name, folder=folder, **request)
-                requests.send(("run", run.to_dict()))
+                with tempfile.TemporaryDirectory(prefix="lightning-accel-", ignore_cleanup_errors=True) as folder:
+                    run = measure_fit(make, arm=arm.name, folder=Path(folder), **request)
+                answer = ("run", run.to_dict())
             except Exception as error:
                 failure = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-                requests.send(("error", failure))
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                answer = ("error", failure)
+            requests.send(answer)  # when the folder is gone: whoever has the last answer ends this process
 
 
 def _leave(number: int, _: FrameType | None) -> None:
-    """Unwind the stack on SIGTERM, so that processes which the fit itself started are ended, too."""
+    """Unwind the stack on SIGTERM, so that processes and folder of a fit go, too; a second one changes nothing."""
+    signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
