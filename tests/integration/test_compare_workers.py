@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -56,13 +57,19 @@ def test_error_of_a_fit_comes_back_with_its_message_and_keeps_finished_rows(tmp_
     assert [r.arm for r in RunLedger(tmp_path, fingerprint="x", resume=True).runs] == ["plain"]
 
 
-def test_death_of_a_process_is_told_with_the_signal_and_its_last_words(tmp_path):
+def test_death_of_a_process_is_told_with_the_signal_and_its_last_words(tmp_path, monkeypatch):
+    folders = tmp_path / "folders"
+    folders.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folders))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     with ArmWorker(Arm("gone", fits.killed), log=tmp_path / "log") as worker:
         with pytest.raises(WorkerError, match=r"`gone` died \(signal SIGKILL, out of memory\?\)") as error:
             worker.run(pair=0, seed=0, order=0)
         assert "last words" in error.value.details
         with pytest.raises(WorkerError, match="died"):
             worker.run(pair=1, seed=0, order=0)
+        assert len(list(folders.glob("lightning-accel-*"))) == 1, "nobody was left to clean up"
+    assert list(folders.glob("lightning-accel-*")) == []
 
 
 def test_worker_leaves_environment_of_the_parent_alone(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -133,6 +134,8 @@ class ArmWorker:
         if self._process.is_alive():
             self._process.kill()
         self._process.join()
+        for left in Path(tempfile.gettempdir()).glob(f"{_folders_of(self.pid)}*"):  # a killed process cleans up nothing
+            shutil.rmtree(left, ignore_errors=True)
 
     def _receive(self) -> tuple[str, Any]:
         ready = wait([self._connection, self._process.sentinel])
@@ -174,13 +177,18 @@ def _serve(arm: Arm, requests: Connection, lifeline: Connection, log: str) -> No
             make = arm.make_warmup if request["pair"] < 0 and arm.make_warmup is not None else arm.make
             answer: tuple[str, object]
             try:
-                with tempfile.TemporaryDirectory(prefix="lightning-accel-", ignore_cleanup_errors=True) as folder:
+                with tempfile.TemporaryDirectory(prefix=_folders_of(os.getpid()), ignore_cleanup_errors=True) as folder:
                     run = measure_fit(make, arm=arm.name, folder=Path(folder), **request)
                 answer = ("run", run.to_dict())
             except Exception as error:
                 failure = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
                 answer = ("error", failure)
             requests.send(answer)  # when the folder is gone: whoever has the last answer ends this process
+
+
+def _folders_of(pid: int) -> str:
+    """Return what the names of the folders begin with in which a process runs its fits."""
+    return f"lightning-accel-{pid}-"
 
 
 def _leave(number: int, _: FrameType | None) -> None:
