@@ -107,16 +107,16 @@ class MachineCode:
         """
         held, at = [], []
         for block in blocks:
-            tensor = _rows(block)
+            tensor = dense_rows(block)
             held.append(tensor)
-            at += [tensor.data_ptr(), tensor.stride(0), _stride_of_streams(tensor, 1)]
+            at += [tensor.data_ptr(), tensor.stride(0), stride_of_streams(tensor, 1)]
         for constant in constants:
             if _lies_by_columns(constant):
                 at += [constant.data_ptr(), 0, -constant.stride(1)]
                 continue
-            tensor = _rows(constant)
+            tensor = dense_rows(constant)
             held.append(tensor)
-            at += [tensor.data_ptr(), 0, _stride_of_streams(tensor, 0)]
+            at += [tensor.data_ptr(), 0, stride_of_streams(tensor, 0)]
         getattr(self._library, name)(
             ctypes.c_int64(steps), ctypes.c_int64(streams), (ctypes.c_int64 * len(at))(*at), self._product
         )
@@ -200,14 +200,14 @@ def compiled_library(source: str, dtype: torch.dtype, *, quick: bool = False) ->
     return load(f"typedef {REALS[dtype]} real;\n{_PRELUDE}\n{PRODUCTS_IN_C}\n{source}\n", quick=quick)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """Return the tensor with its last dimension dense."""
+def dense_rows(tensor: Tensor) -> Tensor:
+    """Return the tensor with its last dimension dense, as generated functions read it."""
     if tensor.dim() and tensor.shape[-1] != 1 and tensor.stride(-1) != 1:
         return tensor.contiguous()
     return tensor
 
 
-def _stride_of_streams(tensor: Tensor, dim: int) -> int:
+def stride_of_streams(tensor: Tensor, dim: int) -> int:
     """Return the distance of streams; 0 where all share one row."""
     return tensor.stride(dim) if tensor.dim() == dim + 2 and tensor.shape[dim] != 1 else 0
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_accel.machine.c_functions import dense_rows, stride_of_streams
 from lightning_accel.machine.toolchain import CannotCompileError
 from lightning_accel.recurrent.compiler.emit_triton.prelude import PRELUDE
 
@@ -104,10 +105,10 @@ class TritonCode:
             constants: Values that no time step changes, after them.
         """
         arguments: list[Any] = []
-        for tensor in map(_rows, blocks):
-            arguments += [tensor, tensor.stride(0), _stride_of_streams(tensor, 1)]
-        for tensor in map(_rows, constants):
-            arguments += [tensor, 0, _stride_of_streams(tensor, 0)]
+        for tensor in map(dense_rows, blocks):
+            arguments += [tensor, tensor.stride(0), stride_of_streams(tensor, 1)]
+        for tensor in map(dense_rows, constants):
+            arguments += [tensor, 0, stride_of_streams(tensor, 0)]
         phases, streamed, types = self.kernels[name]
         device = arguments[0].device
         plan = plan_launch(streams, streamed, device)
@@ -171,15 +172,3 @@ def functions(source: str, *, interpreted: bool) -> dict[str, Any]:
 
 def _varying(name: str) -> list[str]:
     return ["n", "B", "begin", "end"] if name.startswith("loop_") else []
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return the tensor with its last dimension dense."""
-    if tensor.dim() and tensor.shape[-1] != 1 and tensor.stride(-1) != 1:
-        return tensor.contiguous()
-    return tensor
-
-
-def _stride_of_streams(tensor: Tensor, dim: int) -> int:
-    """Return the distance of streams; 0 where all share one row."""
-    return tensor.stride(dim) if tensor.dim() == dim + 2 and tensor.shape[dim] != 1 else 0
