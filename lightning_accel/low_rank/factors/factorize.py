@@ -250,9 +250,9 @@ def _singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, :rank], values[:rank], right[:rank]
     wide = (matrix if rows <= columns else matrix.T).double()
-    squares, vectors = torch.linalg.eigh(wide @ wide.T)
-    short = vectors.flip(1)[:, :rank]
-    values = squares.flip(0)[:rank].clamp_min(0.0).sqrt()
+    squares, vectors = _of_gram_matrix(wide)
+    short = vectors[:, :rank]
+    values = squares[:rank].clamp_min(0.0).sqrt()
     long = short.T @ wide / values.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     left, right = (short, long) if rows <= columns else (long.T, short.T)
     return left.to(matrix.dtype), values.to(matrix.dtype), right.to(matrix.dtype)
@@ -275,9 +275,15 @@ def _on_orthonormal_inputs(factors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _leading(weight: Tensor, mode: int, rank: int) -> Tensor:
     """Return the leading left singular vectors of the unfolding along ``mode``, from its Gram matrix in float64."""
-    unfolded = weight.transpose(0, mode).flatten(1).double()
-    _, vectors = torch.linalg.eigh(unfolded @ unfolded.T)
-    return vectors.flip(1)[:, :rank].to(weight.dtype)
+    _, vectors = _of_gram_matrix(weight.transpose(0, mode).flatten(1))
+    return vectors[:, :rank].to(weight.dtype)
+
+
+def _of_gram_matrix(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (falling) and eigenvectors (columns) of ``matrix @ matrix.T``, in float64."""
+    rows = matrix.double()
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    return values.flip(0), vectors.flip(1)
 
 
 def _balanced(factors: dict[str, Tensor]) -> dict[str, Tensor]:
