@@ -22,6 +22,7 @@ from lightning_accel.low_rank.decompose import decompose, merge
 from lightning_accel.low_rank.eligibility import eligible_layers, low_rank_layers
 from lightning_accel.low_rank.factors.factorize import factorize, to_dense
 from lightning_accel.low_rank.factors.layers import LowRankConv, LowRankLinear, TuckerConv
+from lightning_accel.low_rank.factors.shared_vectors import SharedVectors
 from lightning_accel.low_rank.freezing import FreezingSchedule, freeze, frozen_parameters
 from lightning_accel.low_rank.optimizers.exchange import replace_parameters
 from lightning_accel.low_rank.plan import RankPlan
@@ -35,6 +36,7 @@ __all__ = [
     "LowRankConv",
     "LowRankLinear",
     "RankPlan",
+    "SharedVectors",
     "TuckerConv",
     "adapt_structure",
     "decompose",

@@ -8,11 +8,18 @@ from torch import Tensor, nn
 from lightning_accel.low_rank.eligibility import LEFT_ALONE, eligible_layers, low_rank_layers
 from lightning_accel.low_rank.factors.factored import FactoredLayer
 from lightning_accel.low_rank.factors.factorize import factorize, to_dense
+from lightning_accel.low_rank.factors.shared_vectors import SharedVectors
 from lightning_accel.low_rank.in_place import become
 from lightning_accel.low_rank.plan import RankPlan
 
 
-def decompose(model: nn.Module, plan: RankPlan, *, second_moments: Mapping[str, Tensor] | None = None) -> list[str]:
+def decompose(
+    model: nn.Module,
+    plan: RankPlan,
+    *,
+    second_moments: Mapping[str, Tensor] | None = None,
+    shared: SharedVectors | None = None,
+) -> list[str]:
     """Replace layers in place by their factored form, as planned; names, biases, hooks and modes stay.
 
     Layers that are low rank already are left as they are, so a second call changes nothing. Layers that could be
@@ -23,6 +30,8 @@ def decompose(model: nn.Module, plan: RankPlan, *, second_moments: Mapping[str, 
         plan: Says the ranks of each layer.
         second_moments: Name to mean of ``x x^T``, see `input_second_moments`; needed by a plan whose weighting is
             ``"activation"``.
+        shared: What `make_plan` was given: vectors that it found for weights which are still the same are not computed
+            again. A plan whose weighting is ``"activation"`` has none.
 
     Returns:
         Names of the layers that were replaced.
@@ -66,7 +75,7 @@ def decompose(model: nn.Module, plan: RankPlan, *, second_moments: Mapping[str, 
                     f"the plan is weighted by activations; `second_moments` lacks `{entry.name}`: "
                     "pass the result of `input_second_moments`."
                 )
-        made[entry.name] = factorize(dense, entry.ranks, second_moment=moment)
+        made[entry.name] = factorize(dense, entry.ranks, second_moment=moment, shared=shared)
     for name, layer in made.items():
         swap(model, name, layer)
     if dense_by_harm:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_accel.low_rank.factors.factored import DenseLayer
 from lightning_accel.low_rank.factors.layers import LowRankConv, LowRankLayer, LowRankLinear, TuckerConv
+from lightning_accel.low_rank.factors.shared_vectors import LeadingVectors, SharedVectors, singular_vectors
 
 _RIDGE = 1e-6  # of the mean eigenvalue: keeps the whitening invertible where an input never varies
 
@@ -54,7 +55,13 @@ def empty_like(dense: DenseLayer, ranks: Sequence[int]) -> LowRankLayer:
     return layer.train(dense.training)
 
 
-def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor | None = None) -> LowRankLayer:
+def factorize(
+    dense: DenseLayer,
+    ranks: Sequence[int],
+    *,
+    second_moment: Tensor | None = None,
+    shared: SharedVectors | None = None,
+) -> LowRankLayer:
     r"""Return the factored layer that is nearest to ``dense``.
 
     One rank: ``min ||(W - U V) C^(1/2)||_F`` over matrices of that rank, W unfolded to (out, in * kernel), by an SVD,
@@ -67,6 +74,7 @@ def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor 
         dense: Layer with finite weights. It is not changed; its bias is shared.
         ranks: ``(rank,)`` or ``(r1, r2)``, each between 1 and the full rank (larger ones are cut to it).
         second_moment: ``C``, the mean of ``x x^T`` over the layer's inputs, (in, in); None stands for the identity.
+        shared: Where to look for singular vectors of this weight, if there is no ``second_moment``.
 
     Raises:
         ValueError: If a weight is NaN or infinite, a rank is below 1, their number does not fit, or ``second_moment``
@@ -75,7 +83,8 @@ def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor 
     References:
         Hajimolahoseini, Ahmed, Liu, arXiv:2309.03824. *Deviations*: the optional weighting by ``C``.
 
-    Complexity: one SVD of the unfolded weight per channel mode, in float32 or float64, on the weight's device.
+    Complexity: the eigenvectors of one Gram matrix in float64 per channel mode, on the weight's device; an SVD for one
+    rank of a weight in float64.
 
     Example:
         >>> from torch import nn
@@ -90,11 +99,11 @@ def factorize(dense: DenseLayer, ranks: Sequence[int], *, second_moment: Tensor 
     layer = empty_like(dense, ranks)
     with torch.no_grad():
         weight, whiten, unwhiten = _whitened(dense, second_moment)
+        vectors = LeadingVectors(weight) if shared is None or whiten is not None else shared.of(dense.weight, weight)
         if len(ranks) == 1:
-            factors = _split_evenly(weight.flatten(1), ranks[0])
+            factors = _split_evenly(*vectors.matrix(ranks[0]))
         else:
-            left, right = _leading(weight, 0, ranks[1]), _leading(weight, 1, ranks[0])
-            core = torch.einsum("ob,oi...,ia->ba...", left, weight, right)
+            left, core, right = vectors.tucker(ranks)
             factors = {"factor_out": left, "core": core, "factor_in": right.T}
         if whiten is not None:
             inputs = factors["factor_in"].view(ranks[0], weight.shape[1], -1)
@@ -169,35 +178,21 @@ class EnergyProfile:
 
     def __init__(self, dense: DenseLayer, second_moment: Tensor | None = None) -> None:
         with torch.no_grad():
-            self._weight, _, _ = _whitened(dense, second_moment)
-        self._kept: dict[int, Tensor] = {}  # number of ranks to the energy kept at any; made when asked for
+            weight, _, _ = _whitened(dense, second_moment)
+        self.vectors = LeadingVectors(weight)
+        self._total = float(weight.double().square().sum())
+        self._kept: dict[int, Tensor] = {}  # number of ranks to the energy kept at any up to some; made when asked for
 
     def __call__(self, ranks: Sequence[int]) -> float:
         """Return the energy kept at ``ranks``, in [0, 1]; a layer of zeros keeps everything."""
-        if len(ranks) not in self._kept:
-            with torch.no_grad():
-                self._kept[len(ranks)] = self._two_factor() if len(ranks) == 1 else self._tucker()
-        kept = self._kept[len(ranks)]
+        if self._total == 0.0:
+            return 1.0
+        kept = self._kept.get(len(ranks))
+        if kept is None or any(rank > size for rank, size in zip(ranks, kept.shape, strict=True)):
+            kept = self.vectors.two_factor_energies() if len(ranks) == 1 else self.vectors.tucker_energies(ranks)
+            kept = self._kept[len(ranks)] = kept.cpu()
         index = tuple(min(rank, size) - 1 for rank, size in zip(ranks, kept.shape, strict=True))
-        return min(1.0, float(kept[index]))
-
-    def _two_factor(self) -> Tensor:
-        """Return the energy kept at rank 1, 2, ...: squared singular values, by the smaller Gram matrix in float64."""
-        unfolded = self._weight.flatten(1).double()
-        gram = unfolded @ unfolded.T if unfolded.shape[0] <= unfolded.shape[1] else unfolded.T @ unfolded
-        return _share(torch.linalg.eigvalsh(gram).clamp_min(0.0).flip(0).cumsum(0))
-
-    def _tucker(self) -> Tensor:
-        """Return the energy kept at (r1, r2), from the whole core."""
-        weight = self._weight
-        left, right = _leading(weight, 0, weight.shape[0]), _leading(weight, 1, weight.shape[1])
-        core = torch.einsum("ob,oi...,ia->ba...", left, weight, right)
-        return _share(core.double().square().flatten(2).sum(2).T.cumsum(1).cumsum(0))
-
-
-def _share(cumulated: Tensor) -> Tensor:
-    total = cumulated.flatten()[-1]
-    return (cumulated / total if total > 0.0 else torch.ones_like(cumulated)).cpu()
+        return min(1.0, float(kept[index]) / self._total)
 
 
 def _precise(tensor: Tensor) -> Tensor:
@@ -222,40 +217,21 @@ def _whitened(dense: DenseLayer, second_moment: Tensor | None) -> tuple[Tensor, 
     return whitened, root.to(weight.dtype), inverse.to(weight.dtype)
 
 
-def _split_evenly(matrix: Tensor, rank: int) -> dict[str, Tensor]:
-    """Return U and V of the truncated SVD, singular values on both sides; none of them is dead."""
-    left, values, right = _singular_vectors(matrix, rank)
-    zero = values <= values[0] * max(matrix.shape) * torch.finfo(matrix.dtype).eps
+def _split_evenly(left: Tensor, values: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """Return U and V of a truncated SVD, singular values on both sides; none of them is dead."""
+    longest = max(left.shape[0], right.shape[1])
+    zero = values <= values[0] * longest * torch.finfo(values.dtype).eps
     root = values.sqrt()
     if bool(zero.any()):
         alive = int((~zero).sum())
         # Of directions without a singular value the SVD returns any; these see all inputs, alike at every call.
-        draw = torch.randn(rank - alive, right.shape[1], generator=torch.Generator().manual_seed(0)).to(right)
+        draw = torch.randn(len(values) - alive, right.shape[1], generator=torch.Generator().manual_seed(0)).to(right)
         draw -= draw @ right[:alive].T @ right[:alive]
         right = torch.cat([right[:alive], torch.linalg.qr(draw.T).Q.T])
         left, root = left.clone(), root.clone()
         left[:, alive:] = 0.0
         root[alive:] = root[:alive].mean() if alive else 1.0
     return {"factor_out": left * root, "factor_in": root[:, None] * right}
-
-
-def _singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading left singular vectors, singular values (falling) and right ones of a matrix.
-
-    Unfolded convolutions are many times as wide as high. The Gram matrix of the short side, in twice the precision,
-    then takes an eighth of the time of an SVD; it squares singular values, which leaves those of a float32 exact.
-    """
-    rows, columns = matrix.shape
-    if matrix.dtype != torch.float32 or max(rows, columns) < 2 * min(rows, columns):
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return left[:, :rank], values[:rank], right[:rank]
-    wide = (matrix if rows <= columns else matrix.T).double()
-    squares, vectors = _of_gram_matrix(wide)
-    short = vectors[:, :rank]
-    values = squares[:rank].clamp_min(0.0).sqrt()
-    long = short.T @ wide / values.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    left, right = (short, long) if rows <= columns else (long.T, short.T)
-    return left.to(matrix.dtype), values.to(matrix.dtype), right.to(matrix.dtype)
 
 
 def _on_orthonormal_inputs(factors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -269,21 +245,8 @@ def _on_orthonormal_inputs(factors: dict[str, Tensor]) -> dict[str, Tensor]:
     if "core" in factors:
         core = torch.einsum("ba...,ca->bc...", factors["core"].double(), change)
         return factors | {"core": core, "factor_in": basis.T}
-    split = _split_evenly(factors["factor_out"].double() @ change.T, change.shape[0])
+    split = _split_evenly(*singular_vectors(factors["factor_out"].double() @ change.T, change.shape[0]))
     return split | {"factor_in": split["factor_in"] @ basis.T}
-
-
-def _leading(weight: Tensor, mode: int, rank: int) -> Tensor:
-    """Return the leading left singular vectors of the unfolding along ``mode``, from its Gram matrix in float64."""
-    _, vectors = _of_gram_matrix(weight.transpose(0, mode).flatten(1))
-    return vectors[:, :rank].to(weight.dtype)
-
-
-def _of_gram_matrix(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues (falling) and eigenvectors (columns) of ``matrix @ matrix.T``, in float64."""
-    rows = matrix.double()
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
-    return values.flip(0), vectors.flip(1)
 
 
 def _balanced(factors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,6 @@
 """Make a rank plan: look at the model, measure its layers, choose."""
 
-import ctypes
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from lightning_accel.low_rank.choose import choose_by_paper, choose_fixed, choos
 from lightning_accel.low_rank.eligibility import eligible_layers, left_alone
 from lightning_accel.low_rank.factors.factored import DenseLayer
 from lightning_accel.low_rank.factors.factorize import EnergyProfile
+from lightning_accel.low_rank.factors.shared_vectors import SharedVectors, weight_digest
 from lightning_accel.low_rank.freezing import NUM_GROUPS
 from lightning_accel.low_rank.optimizers.kinds import MakeOptimizer
 from lightning_accel.low_rank.plan import (
@@ -63,6 +62,7 @@ def make_plan(
     phase_weights: tuple[float, float] | None = None,
     cache_dir: Path | str | None = None,
     timer: Timer | None = None,
+    shared: SharedVectors | None = None,
 ) -> RankPlan:
     """Choose a rank, or dense, for every linear and convolutional layer of a model on this machine.
 
@@ -91,6 +91,7 @@ def make_plan(
             schedule's ``weights``, >= 0 and not all 0. None times them with everything trainable.
         cache_dir: Keeps times and energies between runs, see `default_cache_dir`; None measures anew.
         timer: Replaces the clock, for tests.
+        shared: Keeps the singular vectors behind the energies for `decompose`, where they are not weighted.
 
     Raises:
         ValueError: If not exactly one target is given, one is out of range, the method does not know the target,
@@ -157,7 +158,13 @@ def make_plan(
         )
         if run_batch is None or called is not None:
             draft = _with_candidates(
-                draft, dense, moments.get(name), method=method, target=target, cache=None if moments else cache
+                draft,
+                dense,
+                moments.get(name),
+                method=method,
+                target=target,
+                cache=None if moments else cache,
+                shared=None if moments else shared,
             )
         if measured and called is not None and draft.candidates:
             maker = make_optimizer.get(name, torch.optim.SGD) if isinstance(make_optimizer, Mapping) else make_optimizer
@@ -206,6 +213,7 @@ def _with_candidates(
     method: Method,
     target: Target,
     cache: DiskCache | None,
+    shared: SharedVectors | None,
 ) -> LayerPlan:
     """Add the ranks to consider and their energies."""
     if method == "fixed":
@@ -223,10 +231,14 @@ def _with_candidates(
     if not dense.weight.any():
         return dataclasses.replace(draft, reason="its weight is zero: nothing tells yet which rank it will need")
     names = [candidate_name(r) for r in ranks]
-    key = f"energy-{_digest(dense.weight)}" if cache is not None else ""
+    digest = "" if cache is None and shared is None else weight_digest(dense.weight)
+    key = f"energy-{digest}"
     energies = cache.read(key) if cache is not None else {}
     if not set(names) <= set(energies):
         profile = EnergyProfile(dense, moment)
+        profile.vectors.prepare(ranks, decompose=shared is not None)
+        if shared is not None:
+            shared.keep(digest, profile.vectors, ranks)
         energies |= {name: profile(r) for name, r in zip(names, ranks, strict=True)}
         if cache is not None:
             cache.write(key, energies)
@@ -274,12 +286,3 @@ def _assemble(
         weighting=weighting,
         device=measure.environment(next(model.parameters()).device),
     ).with_reached()
-
-
-def _digest(weight: Tensor) -> str:
-    """Return a hash of the weight's type, shape and bytes (torch alone can not hand out bytes without copying)."""
-    data = weight.detach().cpu().contiguous()
-    size = data.numel() * data.element_size()
-    digest = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=16)
-    digest.update((ctypes.c_char * size).from_address(data.data_ptr()))
-    return digest.hexdigest()
