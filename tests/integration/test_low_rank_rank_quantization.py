@@ -21,7 +21,8 @@ from lightning_accel.callbacks.rank_quantization import decide as _decide
 from lightning_accel.callbacks.rank_quantization import decision as _decision
 from lightning_accel.callbacks.rank_quantization import request as _request
 from lightning_accel.callbacks.rank_quantization import step_times as _step_times
-from lightning_accel.low_rank import LowRankLinear, RankPlan, eligible_layers, low_rank_layers, make_plan
+from lightning_accel.callbacks.rank_quantization import switch as _switch
+from lightning_accel.low_rank import LowRankLinear, RankPlan, eligible_layers, factorize, low_rank_layers, make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
 
@@ -61,6 +62,33 @@ def test_stays_low_rank_where_the_whole_step_is_faster(tmp_path, monkeypatch, ca
     assert [layer.name for layer in callback.plan.layers if layer.ranks] == ["net.0", "net.4"]
     held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in module.parameters()}
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_the_switch_takes_what_planning_found_out_only_for_weights_that_are_the_same(written, tmp_path, monkeypatch):
+    fake_clock(monkeypatch, lambda name: 8.0 if name == "dense" else 4.0)
+    module, sizes, expected = Classifier(), [], {}
+    eigh, decompose = torch.linalg.eigh, _switch.decompose
+
+    def watched(module, plan, **settings):
+        if written:
+            module.net[4].weight.data[0] += 1.0  # which no version counter tells
+        expected.update(weight=module.net[4].weight.detach().clone(), ranks=plan.layers[1].ranks)
+        sizes.clear()
+        names = decompose(module, plan, **settings)
+        expected.update(sizes=list(sizes), made=module.net[4].weight.detach().clone())
+        return names
+
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sizes.append(len(matrix)) or eigh(matrix))
+    monkeypatch.setattr(_switch, "decompose", watched)
+    callback = fixed(cache_dir=tmp_path / "times", when=1)
+    train(module, [callback], tmp_path)
+    assert set(low_rank_layers(module)) == {"net.0", "net.4"}
+    assert expected["sizes"] == ([32] if written else [])
+    dense = nn.Linear(32, 32)
+    dense.weight.data = expected["weight"]
+    torch.testing.assert_close(factorize(dense, expected["ranks"]).weight, expected["made"])
+    assert callback.decision.shared is None
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "RMSprop"])

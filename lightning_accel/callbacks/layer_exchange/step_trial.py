@@ -110,6 +110,15 @@ class StepTrial:
             optimizer.step()
             optimizer.zero_grad()
 
+    def warm_up(self, pl_module: "pl.LightningModule") -> None:
+        """Make a step that is taken back: the optimizers then have states, the parameters the values of the run's."""
+        self.step()
+        values = {name: p for name, p in pl_module.named_parameters() if not nn.parameter.is_lazy(p)}
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                if name in values:
+                    parameter.copy_(values[name])
+
     def recorded_inputs(self) -> RecordedInputs:
         """Make a training step's forward and return what the layers got."""
         recorder = RecordedInputs(self.module)

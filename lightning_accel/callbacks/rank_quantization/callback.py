@@ -169,7 +169,8 @@ class RankQuantization(TakesLayers, pl.Callback):
         if not can_switch_in_fit(trainer.strategy):
             self.plan = self.decision.unmeasured_plan(trainer, pl_module)
             with isolate_rng():
-                names = factor_as_planned(self.plan, None, pl_module)
+                names = factor_as_planned(self.plan, None, self.decision.shared, pl_module)
+            self.decision.forget()
             self._settle(trainer, pl_module, Verdict(self.plan, reasons.unmeasured(trainer.strategy)), names)
             return
         hook.defer()
@@ -281,7 +282,7 @@ class RankQuantization(TakesLayers, pl.Callback):
         self.plan = keep_held_dense(verdict.explained(), trainer, pl_module)
         planned = list(ranks_of(self.plan))
         if not planned:
-            self.decision.inputs = None
+            self.decision.forget()
             self._settle(trainer, pl_module, verdict, ())
             return
         if why := why_not_exchanged(trainer, pl_module, planned):
@@ -289,19 +290,19 @@ class RankQuantization(TakesLayers, pl.Callback):
             plan = dataclasses.replace(self.plan.dense(set(planned), why), reason=str(refused))
             self._leave_dense(trainer, pl_module, Verdict(plan, refused))
             return
-        change = functools.partial(factor_as_planned, self.plan, self.decision.inputs)
+        change = functools.partial(factor_as_planned, self.plan, self.decision.inputs, self.decision.shared)
         with isolate_rng():
             exchange = exchange_layers_in_fit(trainer, pl_module, change)
         names = exchange.names
         self._exchanged.begin(trainer, pl_module, exchange)
         self._follow_in_finetuning(trainer, pl_module, names)
-        self.decision.inputs = None
+        self.decision.forget()
         self._untried = names
         self._settle(trainer, pl_module, verdict, names)
 
     def _leave_dense(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", verdict: Verdict) -> None:
         self.plan = verdict.explained()
-        self.decision.inputs = None
+        self.decision.forget()
         self._settle(trainer, pl_module, verdict, ())
         rank_zero_warn(f"RankQuantization leaves {type(pl_module).__name__} dense: {verdict.reason}.")
 

@@ -30,7 +30,7 @@ from lightning_accel.callbacks.rank_quantization.reasons import Comparison, Meas
 from lightning_accel.callbacks.rank_quantization.request import RankRequest
 from lightning_accel.callbacks.rank_quantization.step_times import PAIRS, StepTimes, TrialError
 from lightning_accel.callbacks.rank_quantization.verdict import Verdict, dense, ranks_of
-from lightning_accel.low_rank import RankPlan, eligible_layers
+from lightning_accel.low_rank import RankPlan, SharedVectors, eligible_layers
 from lightning_accel.low_rank.optimizers.kinds import makers_by_layer
 from lightning_accel.low_rank.rank_search.gate import apply_decision, verify_plan
 
@@ -58,6 +58,7 @@ class Terms:
         keep: Choose low rank although it does not pay.
         max_overhead: Share of the remaining time that measuring may take without a proven gain.
         started: When deciding began, by ``time.perf_counter``.
+        shared: What planning finds out for the decomposition.
     """
 
     trainer: "pl.Trainer"
@@ -66,6 +67,7 @@ class Terms:
     keep: bool
     max_overhead: float
     started: float = field(default_factory=time.perf_counter)
+    shared: SharedVectors = field(default_factory=SharedVectors)
 
     def seconds(self) -> float:
         """Return how long deciding has taken so far."""
@@ -104,7 +106,8 @@ class Terms:
         if self.trainer.is_global_zero:
             try:
                 layers, _ = eligible_layers(self.trainer.lightning_module)
-                result = make(module, run_batch, makers_by_layer(layers, self.trainer.optimizers)).to_json()
+                makers = makers_by_layer(layers, self.trainer.optimizers)
+                result = make(module, run_batch, makers, self.shared).to_json()
             except ValueError as problem:  # the other processes must hear of it, they wait for a plan
                 result = problem
             except Exception as problem:  # layers of others' classes run here, out of their model

@@ -30,7 +30,7 @@ from lightning_accel.callbacks.rank_quantization.reasons import Reason
 from lightning_accel.callbacks.rank_quantization.request import RankRequest
 from lightning_accel.callbacks.rank_quantization.verdict import Verdict, dense
 from lightning_accel.lightning_private import every_callback, pruned_layers
-from lightning_accel.low_rank import RankPlan, eligible_layers
+from lightning_accel.low_rank import RankPlan, SharedVectors, eligible_layers
 from lightning_accel.low_rank.plan import UNMEASURED
 
 
@@ -41,6 +41,7 @@ class Decision:
     Attributes:
         switch_epoch: Epoch at whose first batch to decide; None before the weights were looked at.
         inputs: What the layers got in the step that was looked at; None before.
+        shared: What planning found out for the decomposition; None before.
     """
 
     request: RankRequest
@@ -50,6 +51,7 @@ class Decision:
     max_overhead: float
     switch_epoch: int | None = None
     inputs: RecordedInputs | None = None
+    shared: SharedVectors | None = None
     _progress: Progress = field(default_factory=Progress, compare=False)
     _untriable: Reason | None = None
     _watched_from: float | None = None
@@ -63,8 +65,13 @@ class Decision:
     def begin(self) -> None:
         """Forget an earlier fit."""
         self.stop()
-        self.switch_epoch, self.inputs, self._untriable, self._progress = None, None, None, Progress()
+        self.forget()
+        self.switch_epoch, self._untriable, self._progress = None, None, Progress()
         self._wait_until = 0.0
+
+    def forget(self) -> None:
+        """Drop what was only kept for the decomposition."""
+        self.inputs, self.shared = None, None
 
     def at_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
@@ -143,7 +150,8 @@ class Decision:
                 "nothing before. Pass `plan=` (see `lightning-accel plan`), or method='snapped' with on_loss='keep', "
                 "and leave `when` at 'setup'."
             )
-        return self.given or self.request.plan(pl_module, None)
+        self.shared = SharedVectors()
+        return self.given or self.request.plan(pl_module, None, shared=self.shared)
 
     def stop(self) -> None:
         """Stop watching a step."""
@@ -163,7 +171,7 @@ class Decision:
         try:
             trial = StepTrial(trainer, pl_module, batch, batch_idx)
             inputs = trial.recorded_inputs()
-            trial.step()
+            trial.warm_up(pl_module)
         except Exception as problem:  # user code may refuse to be copied or called twice, for any reason
             self._expect(reasons.not_copied(problem), pl_module, index, window)
             return None
@@ -175,7 +183,9 @@ class Decision:
         if pruned := pruned_layers(trainer, pl_module):
             request = request.without(pruned)
         remaining = self._progress.remaining(trainer).batches
-        return Terms(trainer, request, remaining, self.on_loss == "keep", self.max_overhead)
+        terms = Terms(trainer, request, remaining, self.on_loss == "keep", self.max_overhead)
+        self.shared = terms.shared
+        return terms
 
     def _wait(self) -> None:
         """Look again in the next epoch, or when training has gone on for long enough to count on as much again."""

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_accel.arguments import check_choice, check_number
 from lightning_accel.callbacks.layer_exchange.layer_trial import Ranks
 from lightning_accel.callbacks.rank_quantization.reasons import LostToTheFloor
-from lightning_accel.low_rank import RankPlan, eligible_layers, make_plan, theoretical_ranks
+from lightning_accel.low_rank import RankPlan, SharedVectors, eligible_layers, make_plan, theoretical_ranks
 from lightning_accel.low_rank.optimizers.kinds import MakeOptimizer
 from lightning_accel.low_rank.plan import UNMEASURED, Method, Weighting, factor_parameters
 
@@ -60,10 +60,11 @@ class RankRequest:
         module: nn.Module,
         run_batch: Callable[[Any], object] | None,
         optimizers: Mapping[str, MakeOptimizer] | None = None,
+        shared: SharedVectors | None = None,
     ) -> RankPlan:
-        """Make the plan; ``optimizers`` make what updates each layer, by name."""
+        """Make the plan; ``optimizers`` make what updates each layer, by name, ``shared`` is for its decomposition."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return make_plan(module, run_batch, **settings, make_optimizer=optimizers or {})
+        return make_plan(module, run_batch, **settings, make_optimizer=optimizers or {}, shared=shared)
 
     def without(self, names: Iterable[str]) -> "RankRequest":
         """Return the request with layers excluded."""
@@ -74,12 +75,13 @@ class RankRequest:
         module: nn.Module,
         run_batch: Callable[[Any], object] | None,
         optimizers: Mapping[str, MakeOptimizer] | None = None,
+        shared: SharedVectors | None = None,
     ) -> RankPlan:
         """Make a plan of theoretical ranks on plateaus, for want of time to measure.
 
         Layers that would keep less than `min_energy` stay dense.
         """
-        plan = dataclasses.replace(self, method="snapped").plan(module, run_batch, optimizers)
+        plan = dataclasses.replace(self, method="snapped").plan(module, run_batch, optimizers, shared)
         poor = {layer.name for layer in plan.layers if layer.ranks is not None and layer.energy < self.min_energy}
         return plan.dense(poor, f"retains less than {self.min_energy:.0%} of its energy")
 

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_accel.callbacks.layer_exchange.globals_and_closures import held_out_of_sight
 from lightning_accel.callbacks.layer_exchange.recorded_inputs import RecordedInputs
 from lightning_accel.lightning_private import pruned_layers
-from lightning_accel.low_rank import RankPlan, decompose, eligible_layers, low_rank_layers
+from lightning_accel.low_rank import RankPlan, SharedVectors, decompose, eligible_layers, low_rank_layers
 from lightning_accel.low_rank.calls import input_second_moments
 from lightning_accel.low_rank.eligibility import left_alone
 
@@ -76,10 +76,12 @@ def _keep_hidden_dense(plan: RankPlan, trainer: "pl.Trainer", module: nn.Module)
     return plan
 
 
-def factor_as_planned(plan: RankPlan, inputs: RecordedInputs | None, module: nn.Module) -> list[str]:
-    """Decompose ``module``; ``inputs`` weigh it where the plan says so."""
+def factor_as_planned(
+    plan: RankPlan, inputs: RecordedInputs | None, shared: SharedVectors | None, module: nn.Module
+) -> list[str]:
+    """Decompose ``module``; ``inputs`` weigh it where the plan says so, ``shared`` is what planning found out."""
     if plan.weighting != "activation" or inputs is None:
-        return decompose(module, plan)
+        return decompose(module, plan, shared=shared)
     eligible, _ = eligible_layers(module)
     planned = {layer.name: eligible[layer.name] for layer in plan.layers if layer.ranks and layer.name in eligible}
     return decompose(module, plan, second_moments=input_second_moments(module, planned, inputs.replay, shrink=True))
