@@ -34,7 +34,7 @@ def other_loss(trial: StepTrial, ranks: Ranks) -> str | None:
 
     def loss(change: Callable[[nn.Module], list[str]]) -> float:
         with isolate_rng():  # new layers draw their values
-            changed = trial.eager().changed(change)
+            changed = trial.changed_for_forward(change)
         with isolate_rng():
             return float(changed.forward().detach())
 

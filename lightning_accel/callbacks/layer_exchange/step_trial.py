@@ -67,10 +67,13 @@ class StepTrial:
         exchange_layers(other.module, other.optimizers, change, state_alike)
         return other
 
-    def eager(self) -> "StepTrial":
-        """Return a trial whose changed copies are not compiled: for few calls, where compiling takes longer."""
+    def changed_for_forward(self, change: Callable[[nn.Module], Sequence[str]]) -> "StepTrial":
+        """Return a second copy for a single `forward`: neither compiled, which takes longer, nor in an optimizer."""
         other = copy.copy(self)
-        other._compile_like = None
+        with _GraphTensorsDetached():
+            other.module = copy.deepcopy(self.module)
+        other._attach(None)
+        exchange_layers(other.module, (), change)
         return other
 
     def run(self) -> Any:
@@ -110,9 +113,8 @@ class StepTrial:
             optimizer.step()
             optimizer.zero_grad()
 
-    def warm_up(self, pl_module: "pl.LightningModule") -> None:
-        """Make a step that is taken back: the optimizers then have states, the parameters the values of the run's."""
-        self.step()
+    def take_parameters(self, pl_module: "pl.LightningModule") -> None:
+        """Give the copy's parameters the values of the run's, from which its steps have moved them."""
         values = {name: p for name, p in pl_module.named_parameters() if not nn.parameter.is_lazy(p)}
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():

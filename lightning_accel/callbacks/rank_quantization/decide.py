@@ -206,6 +206,7 @@ class _ByWholeSteps:
         for problem in PROBLEMS:
             if unfit := self._unfit(problem):
                 return self._without(unfit)
+        self.trial.take_parameters(self.terms.trainer.lightning_module)  # the weights that would be decomposed
         run_batch = self.terms.in_context(self.inputs)
         if unpaid is not None:
             return self._try_theoretical(self.terms.plan(self.trial.module, run_batch, measured=False), unpaid)

@@ -171,7 +171,7 @@ class Decision:
         try:
             trial = StepTrial(trainer, pl_module, batch, batch_idx)
             inputs = trial.recorded_inputs()
-            trial.warm_up(pl_module)
+            trial.step()
         except Exception as problem:  # user code may refuse to be copied or called twice, for any reason
             self._expect(reasons.not_copied(problem), pl_module, index, window)
             return None
