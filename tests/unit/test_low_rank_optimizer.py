@@ -6,7 +6,13 @@ from torch import nn
 
 from lightning_accel.low_rank import factorize, replace_parameters, to_dense
 from lightning_accel.low_rank.factors.factorize import full_ranks
-from lightning_accel.low_rank.optimizers.exchange import orphans, put_weight, state_alike, undo_replacement
+from lightning_accel.low_rank.optimizers.exchange import (
+    orphans,
+    project_state,
+    put_weight,
+    state_alike,
+    undo_replacement,
+)
 from lightning_accel.low_rank.optimizers.kinds import description, like, why_not_followed
 
 OPTIMIZERS = {
@@ -367,3 +373,26 @@ def test_states_of_steps_that_are_only_timed_are_as_large_as_the_weights():
     low = factorize(model[0], (3,))
     replace_parameters(optimizer, {model[0].weight: low}, project=state_alike)
     torch.testing.assert_close(optimizer.state[low.factor_in]["exp_avg_sq"], before.expand_as(low.factor_in))
+
+
+@pytest.mark.parametrize("optimizer", ["sum of gradients", "second moment alone"])
+@pytest.mark.parametrize(
+    ("dense", "ranks"),
+    [
+        (nn.Linear(5, 7), (3,)),
+        (nn.Conv2d(5, 7, 1), (3,)),
+        (nn.Conv2d(5, 7, 3), (4,)),
+        (nn.Conv2d(5, 7, 3), (2, 3)),
+        (nn.Conv1d(5, 7, 4), (2, 3)),
+    ],
+    ids=str,
+)
+def test_moments_are_those_of_the_derivatives_that_autograd_finds(dense, ranks, optimizer):
+    layer, value = factorize(dense, ranks), torch.rand_like(dense.weight)
+    key, power = ("momentum_buffer", 1) if optimizer == "sum of gradients" else ("sum", 2)
+    factors = {n: getattr(layer, n).detach().pow(power).requires_grad_() for n in layer.factor_names}
+    product = layer.product(factors)
+    expected = torch.autograd.grad(product, list(factors.values()), value.view_as(product))
+    found = project_state({key: value}, layer, {})
+    for name, gradient in zip(factors, expected, strict=True):
+        torch.testing.assert_close(found[name][key], gradient)

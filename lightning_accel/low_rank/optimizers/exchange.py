@@ -146,7 +146,7 @@ def project_state(state: State, layer: LowRankLayer, options: Mapping[str, Any])
     squares = {name: factor.square() for name, factor in factors.items()}
     sizes = {name: factor.abs() for name, factor in factors.items()}
     moments = {
-        key: _pull_back(layer, factors, value)
+        key: _pull_back(factors, value)
         for key, value in state.items()
         if value is not None and key in _FIRST and not ("square_avg" in state and key == "momentum_buffer")
     }
@@ -160,10 +160,10 @@ def project_state(state: State, layer: LowRankLayer, options: Mapping[str, Any])
             spread = (value / second - (state[mean] / first).square()).clamp_min(0.0)
             moments[key] = {
                 name: second * (variance + (moments[mean][name] / first).square())
-                for name, variance in _pull_back(layer, squares, spread).items()
+                for name, variance in _pull_back(squares, spread).items()
             }
         else:
-            moments[key] = _pull_back(layer, squares if key in _SECOND else sizes, value)
+            moments[key] = _pull_back(squares if key in _SECOND else sizes, value)
     result = {name: _of_one_factor(state, {key: moments[key][name] for key in moments}) for name in factors}
     for entry in result.values():
         if entry.get("max_exp_avg_sq") is not None:
@@ -210,13 +210,22 @@ def _factors_of(layer: LowRankLayer) -> tuple[nn.Parameter, ...]:
     return tuple(getattr(layer, name) for name in layer.factor_names)
 
 
-def _pull_back(layer: LowRankLayer, point: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
-    """Apply the transposed derivative of the layer's product at ``point`` to ``cotangent``."""
-    with torch.enable_grad():
-        leaves = {name: value.detach().clone().requires_grad_() for name, value in point.items()}
-        product = layer.product(leaves)
-        gradients = torch.autograd.grad(product, list(leaves.values()), cotangent.to(product.dtype).view_as(product))
-    return dict(zip(leaves, gradients, strict=True))
+def _pull_back(point: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
+    """Apply the transposed derivative of the factors' product at ``point`` to ``cotangent``, of the weight's shape."""
+    left, right = point["factor_out"].flatten(1), point["factor_in"].flatten(1)
+    weight = cotangent.to(left.dtype).flatten(1)
+    below = left.T @ weight  # (r2 or r, in * kernel)
+    if "core" not in point:
+        found = {"factor_in": below, "factor_out": weight @ right.T}
+    else:
+        core = point["core"].flatten(2)  # (r2, r1, kernel)
+        below = below.view(core.shape[0], right.shape[1], core.shape[2])
+        found = {
+            "factor_in": torch.einsum("bak,bik->ai", core, below),
+            "core": torch.einsum("bik,ai->bak", below, right),
+            "factor_out": weight @ torch.einsum("bak,ai->bik", core, right).flatten(1).T,
+        }
+    return {name: found[name].reshape(factor.shape) for name, factor in point.items()}
 
 
 def _unknown(weight: Tensor, state: Mapping[str, Any]) -> str | None:
