@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_accel import enable_low_rank_loading
 from lightning_accel.callbacks import RankQuantization, SequentialFreezing
+from lightning_accel.callbacks.layer_exchange import globals_and_closures as _globals_and_closures
 from lightning_accel.callbacks.layer_exchange import structure as _structure
 from lightning_accel.callbacks.layer_exchange.structure import refuse_sharded
 from lightning_accel.callbacks.rank_quantization import decide as _decide
@@ -89,6 +90,16 @@ def test_the_switch_takes_what_planning_found_out_only_for_weights_that_are_the_
     dense.weight.data = expected["weight"]
     torch.testing.assert_close(factorize(dense, expected["ranks"]).weight, expected["made"])
     assert callback.decision.shared is None
+
+
+def test_global_variables_are_searched_only_where_something_unknown_holds_a_weight(tmp_path, monkeypatch):
+    fake_clock(monkeypatch, lambda name: 8.0 if name == "dense" else 4.0)
+    searched = []
+    monkeypatch.setattr(_globals_and_closures, "_places", lambda: searched.append(True) or ())
+    module = Classifier()
+    train(module, [fixed()], tmp_path)
+    assert low_rank_layers(module)
+    assert not searched
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "RMSprop"])

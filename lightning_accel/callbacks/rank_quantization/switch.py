@@ -37,23 +37,20 @@ def check_something_to_factor(module: nn.Module, include: Sequence[str], exclude
 
 def keep_held_dense(plan: RankPlan, trainer: "pl.Trainer", module: nn.Module) -> RankPlan:
     """Return the plan without layers whose weights nobody would train, or that a pruning callback holds."""
-    held = {
-        parameter
-        for optimizer in trainer.optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    pruned, orphans = pruned_layers(trainer, module), set()
-    for layer in plan.layers:
-        if layer.ranks is not None and layer.name not in pruned:
-            weight = module.get_submodule(layer.name).weight
-            if weight.requires_grad and weight not in held:
-                orphans.add(layer.name)
+    pruned = pruned_layers(trainer, module)
+    orphans = _orphans(plan, trainer, module) - pruned
     if orphans:
         _log.warning("no optimizer holds the weights of %s: these layers stay dense.", sorted(orphans))
     plan = plan.dense(pruned, "a pruning callback holds its weight")
     plan = plan.dense(orphans, "its weight is in no optimizer's groups")
     return _keep_hidden_dense(plan, trainer, module)
+
+
+def _orphans(plan: RankPlan, trainer: "pl.Trainer", module: nn.Module) -> set[str]:
+    """Return the low-rank layers of a plan whose trainable weights no optimizer holds."""
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    weights = {layer.name: module.get_submodule(layer.name).weight for layer in plan.layers if layer.ranks is not None}
+    return {name for name, weight in weights.items() if weight.requires_grad and id(weight) not in held}
 
 
 def _keep_hidden_dense(plan: RankPlan, trainer: "pl.Trainer", module: nn.Module) -> RankPlan:
