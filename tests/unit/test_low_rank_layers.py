@@ -122,9 +122,9 @@ def test_svd_factors_share_the_singular_values_evenly():
     torch.testing.assert_close(layer.factor_out.square().sum(0), values)
 
 
-@pytest.mark.parametrize("shape", [(24, 200), (200, 24)])
+@pytest.mark.parametrize("shape", [(24, 200), (200, 24), (24, 24), (30, 24)])
 @pytest.mark.parametrize("decades", [0, 4])
-def test_factors_of_wide_float32_weights_are_those_of_an_svd(shape, decades):
+def test_factors_of_float32_weights_are_those_of_an_svd(shape, decades):
     torch.manual_seed(0)
     left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     dense = nn.Linear(shape[1], shape[0])
