@@ -115,7 +115,7 @@ def test_a_shared_decomposition_is_the_same_and_takes_no_eigenvectors(kind, coun
     expected = factors(alone)
     assert expected
     for name, factor in factors(together).items():
-        torch.testing.assert_close(factor, expected[name])
+        assert torch.equal(factor, expected[name]), name  # so runs that find energies on disk end alike
 
 
 def test_each_unfolding_is_decomposed_once(count_eigh):

@@ -50,9 +50,10 @@ class LeadingVectors:
 
     def tucker_energies(self, ranks: Sequence[int]) -> Tensor:
         """Return the squared norm of what (1, 1), (1, 2), ... up to at least ``ranks`` keep."""
-        self.tucker(ranks)
-        assert self._known.core is not None
-        return self._known.core.double().square().flatten(2).sum(2).T.cumsum(1).cumsum(0)
+        core = self._known.core
+        if core is None or core.shape[0] < ranks[1] or core.shape[1] < ranks[0]:
+            _, core, _ = self.tucker(ranks)
+        return core.double().square().flatten(2).sum(2).T.cumsum(1).cumsum(0)
 
     def matrix(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return left singular vectors, singular values (falling) and right ones of the weight as (out, in * kernel).
@@ -75,9 +76,10 @@ class LeadingVectors:
         left = self._vectors(0, ranks[1]).to(self._weight.dtype)
         right = self._vectors(1, ranks[0]).to(self._weight.dtype)
         core = self._known.core
-        if core is None or core.shape[0] < left.shape[1] or core.shape[1] < right.shape[1]:
+        # a part of a larger core would be rounded otherwise than one by itself
+        if core is None or core.shape[:2] != (left.shape[1], right.shape[1]):
             core = self._known.core = torch.einsum("ob,oi...,ia->ba...", left, self._weight, right)
-        return left, core[: left.shape[1], : right.shape[1]], right
+        return left, core, right
 
     def cut(self, ranks: Sequence[Sequence[int]]) -> _Known:
         """Return what is known, without what no decomposition into any of these ranks needs."""
