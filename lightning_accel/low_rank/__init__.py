@@ -8,6 +8,7 @@ In the order of use::
     replaced = decompose(model, plan)                   # in place; names, biases, hooks and modes stay
     decision = verify_plan(plan, time_variants)         # whole steps decide: what does not pay goes back to dense
     replace_parameters(optimizer, {weight: layer})      # in the middle of a training: moments are projected
+    MatchedUpdates(optimizer, {layer: update_multiplier(layer)})  # Adam and kin: steps as long as the dense weight's
     frozen = freeze(model, FreezingSchedule().frozen_group(epoch=3), user_frozen=frozen_parameters(model))
     merge(model)                                        # dense again
     adapt_structure(model, state_dict)                  # before loading: structure follows keys and shapes
@@ -25,6 +26,7 @@ from lightning_accel.low_rank.factors.layers import LowRankConv, LowRankLinear, 
 from lightning_accel.low_rank.factors.shared_vectors import SharedVectors
 from lightning_accel.low_rank.freezing import FreezingSchedule, freeze, frozen_parameters
 from lightning_accel.low_rank.optimizers.exchange import replace_parameters
+from lightning_accel.low_rank.optimizers.matched_updates import MatchedUpdates, update_multiplier
 from lightning_accel.low_rank.plan import RankPlan
 from lightning_accel.low_rank.rank_search.candidates import theoretical_ranks
 from lightning_accel.low_rank.rank_search.search import make_plan
@@ -35,6 +37,7 @@ __all__ = [
     "FreezingSchedule",
     "LowRankConv",
     "LowRankLinear",
+    "MatchedUpdates",
     "RankPlan",
     "SharedVectors",
     "TuckerConv",
@@ -50,4 +53,5 @@ __all__ = [
     "replace_parameters",
     "theoretical_ranks",
     "to_dense",
+    "update_multiplier",
 ]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +12,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_accel.arguments import check_path, check_patterns
+from lightning_accel.arguments import check_path, check_patterns, check_switch
 from lightning_accel.callbacks.layer_exchange.exchanged_layers import ExchangedLayers
 from lightning_accel.callbacks.layer_exchange.holders import why_not_exchanged
 from lightning_accel.callbacks.layer_exchange.layers_of_others import TakesLayers
 from lightning_accel.callbacks.layer_exchange.structure import (
-    FACTORS,
     SharesLayers,
     can_switch_in_fit,
     exchange_layers_in_fit,
@@ -37,10 +36,13 @@ from lightning_accel.callbacks.rank_quantization.switch import (
     check_something_to_factor,
     explain_failure,
     factor_as_planned,
+    follow_back_in_finetuning,
+    follow_in_finetuning,
     keep_held_dense,
 )
+from lightning_accel.callbacks.rank_quantization.update_matching import UpdateMatching
 from lightning_accel.callbacks.rank_quantization.verdict import Verdict, ranks_of
-from lightning_accel.lightning_private import averaged_modules, rename_in_finetuning
+from lightning_accel.lightning_private import averaged_modules
 from lightning_accel.lightning_private.decision_line import say_decision
 from lightning_accel.low_rank import RankPlan, low_rank_layers
 from lightning_accel.low_rank.plan import Method, Weighting
@@ -78,6 +80,8 @@ class RankQuantization(TakesLayers, pl.Callback):
             taken.
         min_energy: Least energy each layer retains, in [0, 1].
         weighting: ``"activation"`` weighs energies by the layers' inputs.
+        match_updates: Let steps of Adam, AdamW, NAdam and Adamax move each product as far as they would move the dense
+            weight, by a learning rate of the factors' own. Worth trying at ratios of 3 and more.
         include: Shell patterns of module names to consider.
         exclude: Shell patterns of module names to leave alone.
         cache_dir: Folder for measured times; None is `lightning_accel.low_rank.default_cache_dir`.
@@ -118,12 +122,14 @@ class RankQuantization(TakesLayers, pl.Callback):
         max_overhead: float = 0.03,
         min_energy: float = 0.5,
         weighting: Weighting = "none",
+        match_updates: bool = False,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         cache_dir: str | Path | None = None,
     ) -> None:
         check_patterns("include", include)
         check_patterns("exclude", exclude)
+        check_switch("match_updates", match_updates)
         check_path("cache_dir", cache_dir, optional=True)
         if not isinstance(plan, RankPlan):
             check_path("plan", plan, optional=True)
@@ -146,6 +152,7 @@ class RankQuantization(TakesLayers, pl.Callback):
         self._said = False  # the line of this fit
         self._untried: Sequence[str] = ()  # made low rank in the step under way
         self._exchanged = ExchangedLayers()
+        self._updates = UpdateMatching(match_updates)
         self._shares = False  # layers with other processes, of which one decides
 
     def structure_state(self) -> str:
@@ -171,12 +178,13 @@ class RankQuantization(TakesLayers, pl.Callback):
             with isolate_rng():
                 names = factor_as_planned(self.plan, None, self.decision.shared, pl_module)
             self.decision.forget()
+            self._updates.choose(trainer, pl_module)
             self._settle(trainer, pl_module, Verdict(self.plan, reasons.unmeasured(trainer.strategy)), names)
             return
         hook.defer()
         self.decision.begin()
         if self._outcome != "low rank" or not low_rank_layers(pl_module):  # else a second fit of what was replaced
-            self._outcome = None
+            self._outcome, self._updates.multipliers = None, {}
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -187,8 +195,9 @@ class RankQuantization(TakesLayers, pl.Callback):
             with isolate_rng():
                 exchange_layers_in_fit(trainer, pl_module, functools.partial(load_factors, held))
             self._outcome = "low rank"
-            self._follow_in_finetuning(trainer, pl_module, low_rank_layers(pl_module))
+            follow_in_finetuning(trainer, pl_module, low_rank_layers(pl_module))
         self._exchanged.resume(pl_module)
+        self._updates.begin(trainer, pl_module)
         if self._outcome is None:
             request = self.decision.request
             check_something_to_factor(pl_module, request.include, request.exclude)
@@ -251,6 +260,7 @@ class RankQuantization(TakesLayers, pl.Callback):
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Leave no hook behind; say what to do if the new layers may be the reason."""
         self.decision.stop()
+        self._updates.end()
         if self._untried and isinstance(exception, Exception):
             explain_failure(pl_module, self._untried, exception)
         self._untried = ()
@@ -261,18 +271,21 @@ class RankQuantization(TakesLayers, pl.Callback):
         """Leave no hook behind where a fit ended before it began, as those of a `Tuner` do."""
         self.decision.stop()
         self._exchanged.end()
+        self._updates.end()
         structure_hook(pl_module).release()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return decision and plan; the layers themselves are told by the weights."""
         plan = None if self.plan is None else self.plan.to_json()
-        return {"outcome": self._outcome, "switch_epoch": self.decision.switch_epoch, "plan": plan}
+        state = {"outcome": self._outcome, "switch_epoch": self.decision.switch_epoch, "plan": plan}
+        return state | {"update_multipliers": dict(self._updates.multipliers)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`: a resumed run decides nothing anew."""
         self._outcome, self.decision.switch_epoch = state_dict["outcome"], state_dict["switch_epoch"]
+        self._updates.multipliers = dict(state_dict.get("update_multipliers", {}))  # not there before there were any
         self.plan = None if state_dict["plan"] is None else RankPlan.from_json(state_dict["plan"])
 
     def _switch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", verdict: Verdict) -> None:
@@ -295,7 +308,8 @@ class RankQuantization(TakesLayers, pl.Callback):
             exchange = exchange_layers_in_fit(trainer, pl_module, change)
         names = exchange.names
         self._exchanged.begin(trainer, pl_module, exchange)
-        self._follow_in_finetuning(trainer, pl_module, names)
+        self._updates.choose(trainer, pl_module)
+        follow_in_finetuning(trainer, pl_module, names)
         self.decision.forget()
         self._untried = names
         self._settle(trainer, pl_module, verdict, names)
@@ -315,10 +329,8 @@ class RankQuantization(TakesLayers, pl.Callback):
         for name, why in reasons_of.items():
             self.plan = None if self.plan is None else self.plan.dense({name}, why)
         self._outcome = "low rank" if low_rank_layers(pl_module) else "dense"
-        rename_in_finetuning(
-            trainer,
-            {f"{n}.{part}": [f"{n}.weight"] if part == "factor_in" else [] for n in reasons_of for part in FACTORS},
-        )
+        self._updates.forget(reasons_of)
+        follow_back_in_finetuning(trainer, reasons_of)
         names = ", ".join(list(reasons_of)[:_NAMES_SAID]) + (", ..." if len(reasons_of) > _NAMES_SAID else "")
         rank_zero_warn(f"RankQuantization put {names} back, dense from now on: {next(iter(reasons_of.values()))}.")
 
@@ -336,11 +348,3 @@ class RankQuantization(TakesLayers, pl.Callback):
         listed = ", ".join(list(names)[:_NAMES_SAID]) + (", ..." if len(names) > _NAMES_SAID else "")
         head = f"{len(names)} layers are low rank now ({listed})" if names else "the model stays dense"
         say_decision(trainer, "RankQuantization", f"{head}: {reason}.", metrics)
-
-    def _follow_in_finetuning(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: Iterable[str]
-    ) -> None:
-        layers = low_rank_layers(pl_module)
-        rename_in_finetuning(
-            trainer, {f"{n}.weight": [f"{n}.{factor}" for factor in layers[n].factor_names] for n in names}
-        )

@@ -2,7 +2,7 @@
 
 import logging
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_accel.callbacks.layer_exchange.globals_and_closures import held_out_of_sight
 from lightning_accel.callbacks.layer_exchange.recorded_inputs import RecordedInputs
-from lightning_accel.lightning_private import pruned_layers
+from lightning_accel.callbacks.layer_exchange.structure import FACTORS
+from lightning_accel.lightning_private import pruned_layers, rename_in_finetuning
 from lightning_accel.low_rank import RankPlan, SharedVectors, decompose, eligible_layers, low_rank_layers
 from lightning_accel.low_rank.calls import input_second_moments
 from lightning_accel.low_rank.eligibility import left_alone
@@ -82,6 +83,22 @@ def factor_as_planned(
     eligible, _ = eligible_layers(module)
     planned = {layer.name: eligible[layer.name] for layer in plan.layers if layer.ranks and layer.name in eligible}
     return decompose(module, plan, second_moments=input_second_moments(module, planned, inputs.replay, shrink=True))
+
+
+def follow_in_finetuning(trainer: "pl.Trainer", module: nn.Module, names: Iterable[str]) -> None:
+    """Let callbacks that thaw parameters later know those of layers that are low rank now."""
+    layers = low_rank_layers(module)
+    rename_in_finetuning(
+        trainer, {f"{n}.weight": [f"{n}.{factor}" for factor in layers[n].factor_names] for n in names}
+    )
+
+
+def follow_back_in_finetuning(trainer: "pl.Trainer", names: Iterable[str]) -> None:
+    """Let them know the weights of layers that are dense again."""
+    rename_in_finetuning(
+        trainer,
+        {f"{n}.{part}": [f"{n}.weight"] if part == "factor_in" else [] for n in names for part in FACTORS},
+    )
 
 
 def explain_failure(module: nn.Module, names: Sequence[str], problem: BaseException) -> None:
