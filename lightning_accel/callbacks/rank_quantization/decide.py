@@ -217,6 +217,8 @@ class _ByWholeSteps:
         terms = self.terms
         if hopeless := self._look_at_layers():
             return dense(hopeless)
+        if terms.request.unmeasured:
+            return None  # the trial of the plan is that of the same ranks
         step = self.times.dense_seconds()
         planning = terms.request.planning_seconds(self.trial.module, step)
         if (ratio := terms.request.ratio) is not None:

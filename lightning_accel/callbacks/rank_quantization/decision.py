@@ -31,7 +31,6 @@ from lightning_accel.callbacks.rank_quantization.request import RankRequest
 from lightning_accel.callbacks.rank_quantization.verdict import Verdict, dense
 from lightning_accel.lightning_private import every_callback, pruned_layers
 from lightning_accel.low_rank import RankPlan, SharedVectors, eligible_layers
-from lightning_accel.low_rank.plan import UNMEASURED
 
 
 @dataclass
@@ -143,7 +142,7 @@ class Decision:
         Raises:
             MisconfigurationException: If there is none.
         """
-        unmeasured = self.request.method in UNMEASURED and self.on_loss == "keep"
+        unmeasured = self.request.unmeasured and self.on_loss == "keep"
         if isinstance(self.when, int) or (self.given is None and not unmeasured):
             raise MisconfigurationException(
                 f"RankQuantization can not switch layers while {type(trainer.strategy).__name__} trains, and measures "

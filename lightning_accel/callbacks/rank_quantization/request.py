@@ -105,9 +105,14 @@ class RankRequest:
                 ranks[name] = candidate
         return ranks
 
+    @property
+    def unmeasured(self) -> bool:
+        """Whether ranks are chosen by theory, which takes no time."""
+        return self.method in UNMEASURED
+
     def planning_seconds(self, module: nn.Module, step_seconds: float) -> float:
         """Estimate, from above, what `plan` will take with nothing cached."""
-        if self.method in UNMEASURED:
+        if self.unmeasured:
             return 0.0
         layers, _ = eligible_layers(module, include=self.include, exclude=self.exclude)
         kinds = {(type(layer), tuple(layer.weight.shape)) for layer in layers.values()}

@@ -1,6 +1,7 @@
 """Learning rates of factors in a running fit: chosen at the switch, kept in checkpoints, in force during steps."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -10,6 +11,7 @@ from lightning_accel.low_rank import MatchedUpdates, low_rank_layers, update_mul
 from lightning_accel.low_rank.optimizers.matched_updates import why_not_matched
 
 
+@dataclass
 class UpdateMatching:
     """The multipliers of a run's low-rank layers, and what puts them in force; see `MatchedUpdates`.
 
@@ -20,10 +22,9 @@ class UpdateMatching:
         multipliers: Layer name to multiplier; empty before the switch.
     """
 
-    def __init__(self, wanted: bool) -> None:
-        self.wanted = wanted
-        self.multipliers: dict[str, float] = {}
-        self._matched: list[MatchedUpdates] = []
+    wanted: bool
+    multipliers: dict[str, float] = field(default_factory=dict)
+    _matched: list[MatchedUpdates] = field(default_factory=list, compare=False)
 
     def choose(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
         """Choose the multipliers by the factors as they are now, on all processes alike, and `begin`."""
