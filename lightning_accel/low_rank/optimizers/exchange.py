@@ -146,7 +146,7 @@ def project_state(state: State, layer: LowRankLayer, options: Mapping[str, Any])
     squares = {name: factor.square() for name, factor in factors.items()}
     sizes = {name: factor.abs() for name, factor in factors.items()}
     moments = {
-        key: _pull_back(factors, value)
+        key: pull_back(factors, value)
         for key, value in state.items()
         if value is not None and key in _FIRST and not ("square_avg" in state and key == "momentum_buffer")
     }
@@ -160,10 +160,10 @@ def project_state(state: State, layer: LowRankLayer, options: Mapping[str, Any])
             spread = (value / second - (state[mean] / first).square()).clamp_min(0.0)
             moments[key] = {
                 name: second * (variance + (moments[mean][name] / first).square())
-                for name, variance in _pull_back(squares, spread).items()
+                for name, variance in pull_back(squares, spread).items()
             }
         else:
-            moments[key] = _pull_back(squares if key in _SECOND else sizes, value)
+            moments[key] = pull_back(squares if key in _SECOND else sizes, value)
     result = {name: _of_one_factor(state, {key: moments[key][name] for key in moments}) for name in factors}
     for entry in result.values():
         if entry.get("max_exp_avg_sq") is not None:
@@ -210,7 +210,7 @@ def _factors_of(layer: LowRankLayer) -> tuple[nn.Parameter, ...]:
     return tuple(getattr(layer, name) for name in layer.factor_names)
 
 
-def _pull_back(point: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
+def pull_back(point: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
     """Apply the transposed derivative of the factors' product at ``point`` to ``cotangent``, of the weight's shape."""
     left, right = point["factor_out"].flatten(1), point["factor_in"].flatten(1)
     weight = cotangent.to(left.dtype).flatten(1)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_accel.low_rank.factors.layers import LowRankLayer
+from lightning_accel.low_rank.optimizers.exchange import pull_back
 
 LARGEST_MULTIPLIER = 2.0**1.5
 """Bound: factors of a weight near zero would ask for any rate, and for a smaller one as soon as they have grown."""
@@ -52,15 +53,12 @@ def update_multiplier(layer: LowRankLayer) -> float:
         >>> update_multiplier(factorize(dense, (64,)))  # |U|^2 = |V|^2 = 64: sqrt(256 / 128), the root of two
         1.4142135623730951
     """
-    with torch.enable_grad():
-        squares = {name: getattr(layer, name).detach().double().square() for name in layer.factor_names}
-        leaves = [square.requires_grad_() for square in squares.values()]
-        product = layer.product(squares)
-        derivatives = torch.autograd.grad(product.sum(), leaves)
-    total = sum(float(derivative.sum()) for derivative in derivatives)
+    squares = {name: getattr(layer, name).detach().double().square() for name in layer.factor_names}
+    ones = torch.ones_like(layer.product(squares))
+    total = sum(float(derivatives.sum()) for derivatives in pull_back(squares, ones).values())
     if not total > 0.0:
         return LARGEST_MULTIPLIER
-    exact = min(max(math.sqrt(product.numel() / total), 1.0), LARGEST_MULTIPLIER)
+    exact = min(max(math.sqrt(ones.numel() / total), 1.0), LARGEST_MULTIPLIER)
     return float(2.0 ** (round(_PER_DOUBLING * math.log2(exact)) / _PER_DOUBLING))
 
 
