@@ -33,7 +33,7 @@ class _Turns(Callback):
 
     def __init__(self, projection: L1InfProjection, clock: Callable[[], float]) -> None:
         self.projection, self.clock, self.last = projection, clock, 0.0
-        self.when = projection._run.timing
+        self.when, self.freezes = projection._run.timing, projection._run.freeze_zero_groups
         self.turns: list[list[float]] = []
 
     @override
@@ -44,7 +44,9 @@ class _Turns(Callback):
             self.turns[-1].append(self.clock() - self.last)
         if batch_idx % _TURN == 0:
             self.turns.append([])
-            self.projection._run.timing = self.when if len(self.turns) % 2 else Timing(at_end=True)
+            projects = len(self.turns) % 2 == 1
+            self.projection._run.timing = self.when if projects else Timing(at_end=True)
+            self.projection._run.freeze_zero_groups = projects and self.freezes  # or groups would be held between
         self.last = self.clock()
 
 
