@@ -471,6 +471,25 @@ def test_stochastic_weight_averages_are_thinned_out(batch_norm):
         assert zero_rows(weight) >= len(weight) // 2, name
 
 
+@pytest.mark.parametrize("size", [{"radius_fraction": 0.2}, {"radius": 3.0}, {"target_sparsity": 0.5}])
+@pytest.mark.parametrize("groups", ["rows", "columns"])
+def test_all_weights_in_one_call_of_machine_code_train_bit_for_bit_as_one_by_one(groups, size, tmp_path):
+    ends = {}
+    for compile in (True, False):
+        net, callback = Net(), L1InfProjection(parameters=ALL, groups=groups, compile=compile, **size)
+        fit(net, callback, epochs=4, default_root_dir=tmp_path)
+        projector = callback._run.projector
+        ends[compile] = weights(net), callback.state_dict()["projector"], projector
+    (ours, memory, quick), (theirs, other, slow) = ends[True], ends[False]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for name, kept in other.items():
+        for key, value in kept.items():
+            same = memory[name][key]
+            assert torch.equal(same, value) if isinstance(value, torch.Tensor) else same == value, (name, key)
+    assert len(quick._at_once) == 1
+    assert slow._at_once == {} or all(once._radii == [] for once in slow._at_once.values()), "no machine code"
+
+
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
 def test_nan_in_a_weight_raises_or_is_left_alone(nonfinite):
     net = Net()

@@ -15,12 +15,12 @@ from lightning_accel.projection.training.targets import find_targets
 STEPS, FULL = 24, 12  # steps, and from which on as many groups are cleared as ever will be
 
 
-def walk(groups, dtype, *, nonfinite="raise"):
+def walk(groups, dtype, *, nonfinite="raise", compile=False):
     """Return projector and model after steps of a random walk, and what was found and left in each of them."""
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(40, 16), nn.Conv2d(3, 16, 3)]).to(dtype)
     ball = Ball(target_sparsity=0.5, nonfinite=nonfinite)
-    projector = Projector(find_targets(model, groups=groups), ball, Ramp("linear", 2, FULL), True, zeros_only=True)
+    projector = Projector(find_targets(model, groups=groups), ball, Ramp("linear", 2, FULL), True, compile, True)
     seen = []
     for step in range(1, STEPS):
         with torch.no_grad():
@@ -40,15 +40,18 @@ def test_nothing_new_to_clear_is_found_as_by_looking_each_time(monkeypatch, grou
     monkeypatch.setattr(module, "clear_alone", lambda *a, **k: (looks.append(1), slow(*a, **k))[1])
     quick, _, mine = walk(groups, dtype)
     few = len(looks)
-    monkeypatch.setattr(Projector, "_clear_again", lambda *_: False)
+    monkeypatch.setattr(Projector, "_clear_again", lambda _, chosen, *__: list(chosen))
     careful, _, theirs = walk(groups, dtype)
     assert few <= 2 * (FULL - 2), "no look after the last group has gone"
     assert len(looks) - few == 2 * (STEPS - 3), "one for each parameter and step behind the start"
-    for now, then in zip(mine, theirs, strict=True):
-        for a, b in zip(now, then, strict=True):
+    at_once, _, compiled = walk(groups, dtype, compile=True)
+    for now, then, in_one_call in zip(mine, theirs, compiled, strict=True):
+        for a, b, c in zip(now, then, in_one_call, strict=True):
             assert torch.equal(a, b)
-    for a, b in zip(quick.memories.values(), careful.memories.values(), strict=True):
+            assert torch.equal(a, c)
+    for a, b, c in zip(*(projector.memories.values() for projector in (quick, careful, at_once)), strict=True):
         assert torch.equal(a.dead, b.dead)
+        assert torch.equal(a.dead, c.dead)
         assert int(a.dead.sum()) == len(a.dead) // 2 or len(a.dead) == 3
 
 

@@ -1,12 +1,17 @@
 """Chunked passes equal the plain expressions on tensors of many chunks, in every layout they tell apart."""
 
+import ctypes
+import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_accel.machine import toolchain
+from lightning_accel.machine.openmp import team_of_torch
 from lightning_accel.projection import ExactState, project_l1inf, radius_for_sparsity
+from lightning_accel.projection.balls.all_at_once import AllAtOnce
 from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.norm_pyramid import MaxPyramid
 from lightning_accel.projection.balls.shared_radius import clear_alone, cut_alone
@@ -122,6 +127,32 @@ def test_two_threads_do_what_one_does(name, dtype):
     assert torch.equal(x, expected)
 
 
+def test_machine_code_runs_on_the_threads_that_torch_computes_with():
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or "libgomp" not in maps.read_text(encoding="utf-8"):
+        assert team_of_torch() is None
+        return
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    parallel = ctypes.CFUNCTYPE(None, kind, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(team_of_torch())
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        torch.randn(2_000, 2_000).mul_(2.0)
+        threads, seen = {task.name for task in Path("/proc/self/task").iterdir()}, set()
+        meet = threading.Barrier(3)  # or one thread might do the work of all
+
+        @kind
+        def work(_):
+            meet.wait(timeout=60)
+            seen.add(str(threading.get_native_id()))
+
+        parallel(work, None, 3, 0)
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) == 3
+    assert seen <= threads, "threads of its own would share cores with those of torch"
+
+
 def bits(x):
     return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
@@ -148,10 +179,14 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("threads", "team"), [(1, "torch's"), (2, "torch's"), (5, "torch's"), (2, "its own")])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_machine_code_finds_and_clamps_what_eager_passes_do_bit_for_bit(dtype, threads, monkeypatch):
+def test_machine_code_finds_and_clamps_what_eager_passes_do_bit_for_bit(
+    dtype, threads, team, monkeypatch, forget_compiling
+):
     monkeypatch.setattr(compiled, "_ALONE", 1)  # threads for small tensors as well
+    if team == "its own":
+        monkeypatch.setattr(compiled, "team_of_torch", lambda: None)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -200,48 +235,122 @@ def test_compiled_projections_equal_eager_ones_bit_for_bit(dtype):
             project_l1inf(x, 1.0, dims, compile=True)
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-def test_steps_near_each_other_are_projected_alike_in_one_call_and_in_many(dim):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_steps_near_each_other_are_projected_alike_in_one_call_and_one_by_one(threads, monkeypatch):
+    monkeypatch.setattr(compiled, "_ALONE", 1)  # threads for small tensors as well
     generator = torch.Generator().manual_seed(2)
-    x, tau, in_one_call = torch.randn(60, 90, generator=generator), 0.0, 0
-    radius = 0.2 * float(x.abs().amax(1 - dim).sum())
-    for _ in range(25):
-        one, many, probe = x.clone(), x.clone(), x.clone()
-        with compiling(True):
-            in_one_call += MaxPyramid(probe, (dim,), probe).project_near(radius, tau) is not None
-            quick = cut_alone(MaxPyramid(one, (dim,), one), radius, start=tau)
-        with compiling(False):
-            slow = cut_alone(MaxPyramid(many, (dim,), many), radius, start=tau)
-        assert torch.equal(bits(one), bits(many))
-        assert quick.tau == slow.tau > 0.0
-        assert torch.equal(quick.left, slow.left)
-        assert torch.equal(quick.tops, slow.tops)
-        x, tau = one + 1e-2 * torch.randn(one.shape, generator=generator), quick.tau
-    assert in_one_call > 20
+    drawn = [torch.randn(shape, generator=generator) for shape in ((60, 90), (60, 90), (8, 5, 3, 3), (7, 7), (12, 70))]
+    dims, in_one_call = (0, 1, 1, 0, 0), 0
+    radii = [
+        0.2 * float(x.abs().amax([d for d in range(x.ndim) if d != dim]).sum())
+        for x, dim in zip(drawn, dims, strict=True)
+    ]
+    radii[3] = 1e3  # of a ball that the tensor lies in
+    together, alone = [x.clone() for x in drawn], [x.clone() for x in drawn]
+    layouts = [MaxPyramid(x, (dim,), x) for x, dim in zip(together, dims, strict=True)]
+    once, taus = AllAtOnce.of(layouts), [0.0] * len(drawn)
+    assert once.are(layouts)
+    assert not once.are(layouts[1:])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(25):
+            versions = [x._version for x in together]
+            with compiling(True):
+                compiled.largest(layouts[0].blocks.source)  # compiles
+                found = once.project(radii, taus)
+            with compiling(False):
+                one_by_one = [
+                    cut_alone(MaxPyramid(x, (dim,), x), radius, start=tau)
+                    for x, dim, radius, tau in zip(alone, dims, radii, taus, strict=True)
+                ]
+                assert once.project(radii, taus) is None
+            in_one_call += found is not None
+            for i, slow in enumerate(one_by_one):
+                assert torch.equal(bits(together[i]), bits(alone[i]))
+                assert found[i] == slow.tau
+                assert torch.equal(once.left[i], slow.left)
+                assert torch.equal(once.norms[i], slow.tops)
+                assert together[i]._version > versions[i]  # graphs that saved it must notice
+            taus = found
+            for x, y in zip(together, alone, strict=True):
+                moved = 1e-2 * torch.randn(x.shape, generator=generator)
+                x.add_(moved), y.add_(moved)
+    finally:
+        torch.set_num_threads(before)
+    assert taus[3] == 0.0
+    assert in_one_call == 25
+
+
+def test_all_are_projected_or_cleared_at_once_or_none():
+    x, y = torch.randn(6, 40), torch.randn(5, 30)
+    y[2, 3] = float("nan")
+    before = x.clone(), y.clone()
+    once = AllAtOnce.of([MaxPyramid(x, (0,), x), MaxPyramid(y, (1,), y)])
+    dead = [torch.tensor([True, False] * 3), torch.rand(30, generator=torch.Generator().manual_seed(0)) < 0.5]
+    with compiling(True):
+        compiled.largest(torch.randn(1, 50, 1_000))  # compiles
+        assert once.project([1.0, 1.0], [0.0, 0.1]) is None
+        assert once.clear([3, 3], dead) is None
+        assert torch.equal(bits(x), bits(before[0]))
+        assert torch.equal(bits(y), bits(before[1]))
+        y[2, 3] = 1.0
+        [(mine, _), (theirs, _)] = once.clear([3, 0], dead)
+    assert mine is dead[0]
+    assert theirs is dead[1]
+    assert torch.equal(x, before[0].masked_fill(dead[0].unsqueeze(1), 0.0))
+    assert torch.equal(y, before[1].nan_to_num(1.0).masked_fill(dead[1], 0.0))
+    assert AllAtOnce.of([once.layouts[0], None]) is None
+    half = torch.randn(3, 4).half()
+    assert AllAtOnce.of([MaxPyramid(half, (0,), half)]) is None
+    assert AllAtOnce.of([MaxPyramid(x, (0,), x.clone())]) is None, "not in place"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dead_groups_are_cleared_alike_compiled_or_eager(dtype):
+    for shape in COMPILED.values():
+        x = tensor(shape, dtype)
+        x.view(-1)[:3] = torch.tensor([-0.0, 0.0, -1e-7])
+        dead = torch.rand(shape[1], generator=torch.Generator().manual_seed(1)) < 0.5
+        expected = x.masked_fill(dead.view(1, -1, 1), 0.0)
+        for compile in (True, False):
+            for if_finite in (True, False):
+                y = x.clone()
+                layout = MaxPyramid(y, (1,), y)
+                with compiling(compile):
+                    assert layout.clear(dead, dead.nonzero().flatten(), if_finite=if_finite)
+                    assert torch.equal(bits(y), bits(expected))
+                    y[0, 0, 0] = float("inf")
+                    assert layout.clear(dead, dead.nonzero().flatten(), if_finite=if_finite) is not if_finite
+                    assert bool(torch.isinf(y).any()) == (if_finite or not bool(dead[0]))
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_the_smallest_groups_are_cleared_alike_in_one_call_and_in_many(dim):
     generator = torch.Generator().manual_seed(3)
-    for cleared in (1, 20, 59, 60):
+    for cleared in (0, 1, 20, 59, 60):
         x = torch.randn(60, 60, generator=generator)
         x[5:9], x[:, 5:9] = 0.25, 0.25  # ties
-        for dead in (None, torch.rand(60, generator=generator) < 0.2):
-            found = []
-            for compile in (True, False):
-                y = x.clone()
+        many = torch.zeros(60, dtype=torch.bool)
+        many[::2] = True
+        for dead in (None, torch.rand(60, generator=generator) < 0.2, many):
+            one, other = x.clone(), x.clone()
+            once = AllAtOnce.of([MaxPyramid(one, (dim,), one)])
+            with compiling(True):
+                compiled.largest(torch.randn(1, 50, 1_000))  # compiles
+                [(gone, tau)] = once.clear([cleared], [dead])
+            with compiling(False):
                 floor = Floor([60], 0, sparsity=cleared / 60, zeros_only=True)
-                with compiling(compile):
-                    assert MaxPyramid(y.clone(), (dim,), y).clear_smallest(cleared, dead) is None, "not in place"
-                    found.append((clear_alone(MaxPyramid(y, (dim,), y), floor, dead=dead), y))
-            (quick, one), (slow, many) = found
-            assert torch.equal(bits(one), bits(many))
-            assert torch.equal(quick.left, slow.left)
-            assert torch.equal(quick.tops, slow.tops)
-            assert quick.tau == slow.tau
-            gone = one.abs().amax(1 - dim) == 0
+                slow = clear_alone(MaxPyramid(other, (dim,), other), floor, dead=dead)
+                assert once.clear([cleared], [dead]) is None
+            assert torch.equal(bits(one), bits(other))
+            assert torch.equal(once.left[0], slow.left)
+            assert torch.equal(once.norms[0], slow.tops)
+            assert tau == slow.tau
+            assert torch.equal(gone, slow.left == 0.0 if dead is None else dead | (slow.left == 0.0))
+            assert (gone is dead) == (dead is not None and torch.equal(gone, dead))
+            assert torch.equal(gone, one.abs().amax(1 - dim) == 0)
             assert int(gone.sum()) == (cleared if dead is None else max(cleared, int(dead.sum())))
-            assert dead is None or bool(gone[dead].all())
             assert torch.equal(one, x.masked_fill(gone.unsqueeze(1 - dim), 0.0)), "all others stay as they are"
 
 

@@ -324,7 +324,7 @@ def test_one_bad_parameter_leaves_all_unchanged():
     with torch.no_grad():
         model[1].weight[0, 0] = math.nan
     before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=r"`0\.weight, 1\.weight` holds NaN"):
+    with pytest.raises(ValueError, match=r"^`1\.weight` holds NaN"):
         Projector(find_targets(model), Ball(radius=0.5)).project(1)
     assert torch.equal(model[0].weight, before[0].weight)
 

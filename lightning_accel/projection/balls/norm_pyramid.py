@@ -7,11 +7,11 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.balls.l1_thresholds import l1_thresholds, near_limits
+from lightning_accel.projection.balls.l1_thresholds import l1_thresholds
 from lightning_accel.projection.kernels import compiled
 from lightning_accel.projection.kernels.eager import clamp, group_max, small_matrices
 from lightning_accel.projection.kernels.layout import Blocks, normalize_dims
-from lightning_accel.projection.kernels.rounding import KEEP_FLOAT, round_bound, round_toward_zero
+from lightning_accel.projection.kernels.rounding import round_bound, round_toward_zero
 
 Norm = Literal["l1", "l2", "linf"]
 Level = tuple[Norm, tuple[int, ...]]
@@ -108,42 +108,32 @@ class MaxPyramid:
                 torch.maximum(target, low.unsqueeze(1), out=target)
         self.blocks.finish()
 
-    def project_near(self, radius: float, start: float) -> tuple[Tensor, Tensor, float] | None:
-        """Project in place in one piece of machine code, from the threshold of a similar tensor.
+    def clear(self, dead: Tensor, indices: Tensor, *, if_finite: bool = False) -> bool:
+        """Clear dead groups in place; say whether that was done.
 
-        Returns:
-            The norms before, what is left of them, float64 ``(groups,)`` both, and the threshold; ``None`` where that
-            is not possible, or takes a more careful look.
+        Args:
+            dead: Boolean ``(groups,)``.
+            indices: Theirs, int64 ``(dead groups,)``.
+            if_finite: Leave everything as it is where an entry is NaN or infinite; also where their sum overflows.
         """
-        blocks = self.blocks
-        if not start <= radius or not self._in_place():
-            return None
-        groups = blocks.source.shape[1]
-        target, low, slack = near_limits(groups, radius, groups)
-        return compiled.project_near(
-            blocks.source, compiled.NearThreshold(start, (target, low, slack, radius, KEEP_FLOAT))
-        )
-
-    def clear_smallest(self, cleared: int, dead: Tensor | None) -> tuple[Tensor, Tensor, float] | None:
-        """Clear so many (>= 1) of the smallest groups in place, and all dead ones, in one piece of machine code.
-
-        Returns:
-            The norms before, what is left of them (infinite for all), float64 ``(groups,)`` both, and the threshold;
-            ``None`` where that is not possible, or takes a more careful look.
-        """
-        return compiled.clear_smallest(self.blocks.source, cleared, dead) if self._in_place() else None
-
-    def clear(self, groups: Tensor) -> bool:
-        """Clear some groups in place, by their indices, int64 ``(chosen,)``; say whether that is possible."""
-        if self._in_place():
-            self.blocks.source.index_fill_(1, groups, 0.0)
-            return True
-        return False
-
-    def is_finite(self) -> bool:
-        """Say whether no entry is NaN or infinite; ``False`` also where their sum overflows."""
+        if not self._in_place():
+            return False
         source = self.blocks.source
-        return math.isfinite(float(source.sum(dtype=torch.promote_types(source.dtype, torch.float32))))
+        done = compiled.clear(source, dead, if_finite=if_finite)
+        if done is not None:
+            return done
+        if if_finite and not math.isfinite(float(source.sum(dtype=torch.promote_types(source.dtype, torch.float32)))):
+            return False
+        if source.shape[0] > 1 and source.shape[2] == 1:  # single entries, one by one
+            source.masked_fill_(dead.view(1, -1, 1), 0.0)
+        else:
+            source.index_fill_(1, indices, 0.0)
+        return True
+
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Say whether it stands for a tensor's own memory on CPU, of a type, to be written in place."""
+        source = self.blocks.source
+        return self._in_place() and source.dtype == dtype and source.numel() > 0 and compiled.is_plain(source)
 
     def _in_place(self) -> bool:
         return self.blocks.target is self.blocks.source and self.blocks.copied_dims is None

@@ -30,6 +30,8 @@ class Cut(NamedTuple):
 class LoneCut(NamedTuple):
     """What a projection of one tensor found, before any of it is made a tensor; see `Cut`.
 
+    The next projection of the same tensor may write over it.
+
     Attributes:
         tops: float64 ``(groups,)``, norms of the groups before.
         tau: Taken off each of them; 0 where nothing was done.
@@ -41,8 +43,8 @@ class LoneCut(NamedTuple):
     left: Tensor
 
     def cut(self) -> Cut:
-        """Return the same as a `Cut`."""
-        return Cut(self.tops.sum(), self.tops.new_full((), self.tau), [self.left], [self.tops])
+        """Return the same as a `Cut`, in memory of its own."""
+        return Cut(self.tops.sum(), self.tops.new_full((), self.tau), [self.left.clone()], [self.tops.clone()])
 
 
 class NothingNew(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.l1_thresholds import Thresholds, l1_thresholds, single_threshold, threshold_near
-from lightning_accel.projection.balls.norm_pyramid import MaxPyramid, Norm, Pyramid, fibre_norms, project_fibres
+from lightning_accel.projection.balls.norm_pyramid import Norm, Pyramid, fibre_norms, project_fibres
 from lightning_accel.projection.balls.outcome import Cut, LoneCut
 from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.rounding import inner_radius, require_finite
@@ -28,8 +28,7 @@ class Team:
             default.
         name: For errors.
         floor: Groups that stay; none by default.
-        start: The tau of similar tensors, or 0; looked at on CPU where no other team has as many groups, so that
-            shards find what the whole does.
+        start: The tau of similar tensors, or 0; looked at on CPU.
     """
 
     pyramids: Sequence[Pyramid]
@@ -43,24 +42,25 @@ class Team:
 def cut(teams: Sequence[Team], *, outer: Norm = "l1", nonfinite: str = "raise") -> list[Cut]:
     """Project each team's tensors together onto one ball of the outermost norm, and write the results.
 
-    Thresholds of teams with equally many groups are found together, for a handful of small operations a team costs
-    more than its passes over memory.
+    On an accelerator, thresholds of teams with equally many groups are found together, for a handful of small
+    operations a team costs more than its passes over memory.
 
     Raises:
         ValueError: If there is NaN or infinity and ``nonfinite`` is ``"raise"``; nothing was written then.
     """
     tops = [_living_tops(team) for team in teams]
     together = [torch.cat(t) if len(t) > 1 else t[0] for t in tops]
-    alike: dict[tuple[int, int, torch.device], list[int]] = {}
+    alike: dict[tuple[object, ...], list[int]] = {}
     for i, (norms, team) in enumerate(zip(together, teams, strict=True)):
         roundings = max(p.roundings for p in team.pyramids)
-        alike.setdefault((len(norms), roundings, norms.device), []).append(i)
+        shared = norms.device if placement.is_far(norms) else i  # each CPU tensor by itself, as in one call for all
+        alike.setdefault((len(norms), roundings, shared), []).append(i)
     found: dict[int, Thresholds] = {}
-    for (groups, roundings, _), members in alike.items():
+    for members in alike.values():
         alone = len(members) == 1
         rows = together[members[0]].unsqueeze(0) if alone else torch.stack([together[i] for i in members])
         radii = [teams[i].radius(together[i]) for i in members]
-        terms = groups + roundings
+        terms = rows.shape[1] + max(p.roundings for p in teams[members[0]].pyramids)
         near = None
         if alone and teams[members[0]].start > 0.0 and outer == "l1" and not placement.is_far(rows):
             near = threshold_near(rows[0], float(radii[0]), terms, teams[members[0]].start)
@@ -91,10 +91,6 @@ def cut_alone(
     ``radius`` may be what gives it for the norms of the groups. ``start`` is the tau of a similar tensor, or 0;
     ``floor`` says which groups stay.
     """
-    if start > 0.0 and not callable(radius) and isinstance(part, MaxPyramid) and (floor is None or floor.idle(radius)):
-        found = part.project_near(radius, start)
-        if found is not None:
-            return LoneCut(found[0], found[2], found[1])
     tops = part.tops()
     if callable(radius):
         radius = radius(tops)
@@ -130,10 +126,6 @@ def clear_alone(
         ValueError: As `cut`.
     """
     cleared = floor.cleared
-    if cleared and isinstance(part, MaxPyramid):
-        found = part.clear_smallest(cleared, dead)
-        if found is not None:
-            return LoneCut(found[0], found[2], found[1])
     tops = part.tops()
     if dead is not None:
         tops = tops.masked_fill(dead & torch.isfinite(tops), 0.0)

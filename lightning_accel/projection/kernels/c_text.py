@@ -10,7 +10,7 @@ columns of ``(before, groups * after)``, of which narrow ones are laid side by s
 from lightning_accel.projection.kernels.c_sums import SUMS
 from lightning_accel.projection.kernels.c_thresholds import thresholds_text
 
-MAX_THREADS = 64
+_MOST_PIECES = 64
 
 _HEAD = """
 #include <math.h>
@@ -23,6 +23,7 @@ _HEAD = """
 #define WIDE 512 /* entries of a row */
 #define LARGER(a, b) ((a) > (b) ? (a) : (b))
 #define SMALLER(a, b) ((a) < (b) ? (a) : (b))
+#define PIECES(threads, rows) LARGER(1, SMALLER(THREADS, SMALLER(threads, rows)))
 
 typedef struct {
     const void *source, *bounds;
@@ -30,21 +31,44 @@ typedef struct {
     int64_t first, last, columns, groups;
 } piece_t;
 
-/* Cut rows into a piece a thread. A thread that does not start is done without. */
+/* What runs a function on each thread of a team: GOMP_parallel of the OpenMP runtime that torch computes with. Its
+   threads are awake, and wait for work on the cores that threads of our own would need. Nothing where it is another. */
+typedef void (*team_t)(void (*)(void *), void *, unsigned, unsigned);
+static team_t team;
+void work_with(team_t found) { team = found; }
+
+typedef struct {
+    void *(*work)(void *);
+    piece_t *pieces;
+    int64_t count, next;
+} shared_t;
+
+static void take_pieces(void *given) {
+    shared_t *s = given;
+    for (int64_t i; (i = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED)) < s->count;) s->work(&s->pieces[i]);
+}
+
+/* Cut rows into a piece a thread, at most one a row. A thread that does not start is done without. */
 static void in_pieces(void *(*work)(void *), piece_t whole, int64_t stride, int64_t rows, int64_t threads) {
+    const int64_t count = PIECES(threads, rows);
     pthread_t ids[THREADS];
     piece_t pieces[THREADS];
     char begun[THREADS];
-    for (int64_t i = 0; i < threads; i++) {
+    for (int64_t i = 0; i < count; i++) {
         pieces[i] = whole;
         pieces[i].target = (char *)whole.target + i * stride;
-        pieces[i].first = rows * i / threads;
-        pieces[i].last = rows * (i + 1) / threads;
-        begun[i] = i + 1 < threads && pthread_create(&ids[i], 0, work, &pieces[i]) == 0;
+        pieces[i].first = rows * i / count;
+        pieces[i].last = rows * (i + 1) / count;
     }
-    for (int64_t i = 0; i < threads; i++)
+    if (team && count > 1) { /* all threads, for a smaller team would end those that it leaves out */
+        shared_t shared = {work, pieces, count, 0};
+        team(take_pieces, &shared, threads, 0);
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) begun[i] = i + 1 < count && !pthread_create(&ids[i], 0, work, &pieces[i]);
+    for (int64_t i = 0; i < count; i++)
         if (!begun[i]) work(&pieces[i]);
-    for (int64_t i = 0; i < threads; i++)
+    for (int64_t i = 0; i < count; i++)
         if (begun[i]) pthread_join(ids[i], 0);
 }
 
@@ -118,14 +142,14 @@ int largest_BITS(const TYPE *x, TYPE *out, int64_t before, int64_t groups, int64
     }
     const int64_t beside = side_by_side(before, groups * after), width = beside * groups * after;
     const int64_t rows = before / beside, rest = (before % beside) * groups * after;
-    threads = LARGER(1, SMALLER(threads, rows));
-    TYPE *found = malloc(threads * width * sizeof(TYPE));
+    const int64_t pieces = PIECES(threads, rows);
+    TYPE *found = malloc(pieces * width * sizeof(TYPE));
     if (!found) return 1;
     piece_t whole = {x, 0, found, 0, 0, width, groups};
     in_pieces(largest_of_columns_BITS, whole, width * sizeof(TYPE), rows, threads);
     for (int64_t c = 0; c < rest; c++) found[c] = LARGER(found[c], (TYPE)(x[rows * width + c] & MAGNITUDE));
     memset(out, 0, groups * sizeof(TYPE));
-    for (int64_t i = 0; i < threads * beside; i++)
+    for (int64_t i = 0; i < pieces * beside; i++)
         for (int64_t g = 0; g < groups; g++)
             for (int64_t a = 0; a < after; a++) out[g] = LARGER(out[g], found[(i * groups + g) * after + a]);
     free(found);
@@ -196,6 +220,18 @@ int clamp_BITS(const TYPE *x, TYPE *out, const TYPE *bounds, int64_t before, int
     free(levels);
     return 0;
 }
+
+/* Clear dead groups in place; to look: only where no entry is NaN or infinite. Return whether that was done: nothing
+   was written otherwise. dead: (groups,). */
+int clear_BITS(TYPE *x, const char *dead, int64_t before, int64_t groups, int64_t after, int64_t threads, int look) {
+    TYPE *bounds = malloc(groups * sizeof(TYPE));
+    int done = bounds && !(look && largest_BITS(x, bounds, before, groups, after, threads));
+    for (int64_t g = 0; look && done && g < groups; g++) done = bounds[g] < INFINITE;
+    for (int64_t g = 0; done && g < groups; g++) bounds[g] = dead[g] ? 0 : INFINITE;
+    done = done && !clamp_BITS(x, x, bounds, before, groups, after, threads);
+    free(bounds);
+    return done;
+}
 """
 
 
@@ -207,12 +243,12 @@ def passes_text(kind: str, bits: int, infinity: int, turns: int) -> str:
             ``float``, see `c_thresholds`.
         bits: Of a float, 16, 32 or 64.
         infinity: Its bits, as an integer.
-        turns: Evaluations that ``project_near_float`` makes at most.
+        turns: Evaluations from a start near a threshold, at most; see `c_thresholds`.
     """
     text = _LARGEST + _CLAMP
     for name, value in (("UNSIGNED", f"uint{bits}_t"), ("TYPE", f"int{bits}_t"), ("BITS", kind)):
         text = text.replace(name, value)
-    head = f"#define THREADS {MAX_THREADS}\n{_HEAD}#define INFINITE ((int{bits}_t){infinity})\n"
+    head = f"#define THREADS {_MOST_PIECES}\n{_HEAD}#define INFINITE ((int{bits}_t){infinity})\n"
     return head + text + (thresholds_text(turns) if kind == "float" else "")
 
 
@@ -222,4 +258,4 @@ def sums_text(real: str) -> str:
     Args:
         real: The type in which levels are subtracted and sums begin, ``float`` or ``double``; names end in it.
     """
-    return f"#define THREADS {MAX_THREADS}\n{_HEAD}{SUMS}".replace("REAL", real)
+    return f"#define THREADS {_MOST_PIECES}\n{_HEAD}{SUMS}".replace("REAL", real)

@@ -6,27 +6,27 @@ UNDECIDED, WITHIN, PROJECTED = range(3)  # what `project_float` returns
 
 # sums go from the first group to the last, as those of the eager threshold do, so that both find the same
 _THRESHOLDS = """
-/* Project groups onto the ball of their largest magnitudes, by Newton's method from below, which drops norms that
-   cannot survive. Return PROJECTED, or, with nothing written, WITHIN, where they lie in the ball, or UNDECIDED: there
-   is no memory, they are not finite, or so close to the ball that the order of a sum decides.
-   rounding: of a sum of norms, relative. target: the radius less what rounding may add; enough: and with it. */
-int project_float(const float *x, float *out, int64_t before, int64_t groups, int64_t after, int64_t threads,
-    double radius, double target, double enough, double rounding, double keep) {
-    double *below = malloc(groups * (sizeof(double) + sizeof(float)));
-    float *bounds = (float *)(below + groups);
+/* The ball: its radius; target: the radius less what rounding may add to a sum; enough: and with it; rounding: of a sum
+   of norms, relative; low, slack: the least sum that is close enough to the target from a near start, and what rounding
+   may add to it there. */
+typedef struct { double radius, target, enough, rounding, low, slack; } ball_t;
+
+/* Find the threshold of norms by Newton's method from below, which drops norms that cannot survive. Return PROJECTED,
+   or WITHIN, where they lie in the ball, or UNDECIDED: they are not finite, or so close to the ball that the order of a
+   sum decides. kept, below: what is left of the norms, and memory; both (groups,). */
+static int threshold(const double *norms, double *kept, double *below, int64_t groups, const ball_t *ball,
+    double *shift) {
     double size = 0.0, top = 0.0, rest;
     int64_t alive = groups, previous = -1;
-    int found = UNDECIDED;
-    if (!below || largest_float((const int32_t *)x, (int32_t *)bounds, before, groups, after, threads)) goto end;
-    for (int64_t g = 0; g < groups; g++) size += bounds[g];
-    if (!(size < INFINITY)) goto end;
-    if (size * (1.0 + 2.0 * rounding) <= radius) found = WITHIN;
-    if (!(size * (1.0 - 2.0 * rounding) > radius)) goto end;
-    for (int64_t g = 0; g < groups; g++) top = LARGER(top, bounds[g]);
-    for (int64_t g = 0; g < groups; g++) below[g] = bounds[g] - top;
-    volatile double lost = rounding * top; /* no fused multiplication, which rounds otherwise */
-    double tau = (size - target) / groups - top - lost;
-    tau = LARGER(tau, -target);
+    for (int64_t g = 0; g < groups; g++) size += norms[g];
+    if (!(size < INFINITY)) return UNDECIDED;
+    if (size * (1.0 + 2.0 * ball->rounding) <= ball->radius) return WITHIN;
+    if (!(size * (1.0 - 2.0 * ball->rounding) > ball->radius)) return UNDECIDED;
+    for (int64_t g = 0; g < groups; g++) top = LARGER(top, norms[g]);
+    for (int64_t g = 0; g < groups; g++) below[g] = norms[g] - top;
+    volatile double lost = ball->rounding * top; /* no fused multiplication, which rounds otherwise */
+    double tau = (size - ball->target) / groups - top - lost;
+    tau = LARGER(tau, -ball->target);
     for (;;) {
         int64_t count = 0;
         rest = 0.0;
@@ -36,60 +36,112 @@ int project_float(const float *x, float *out, int64_t before, int64_t groups, in
             below[count] = below[i];
             count += over > 0.0;
         }
-        if (rest <= enough || count == previous) break;
-        tau += (rest - target) / count;
+        if (rest <= ball->enough || count == previous) break;
+        tau += (rest - ball->target) / count;
         previous = alive = count;
     }
-    const double scale = rest > target ? target / rest : 1.0;
+    const double scale = rest > ball->target ? ball->target / rest : 1.0;
     for (int64_t g = 0; g < groups; g++) {
-        const double over = bounds[g] - top - tau;
-        const double bound = (over > 0.0 ? over : 0.0) * scale * keep;
+        const double over = norms[g] - top - tau;
+        kept[g] = (over > 0.0 ? over : 0.0) * scale;
+    }
+    *shift = top + tau;
+    return PROJECTED;
+}
+
+/* Find the threshold of norms by Newton's method from one close to it; return PROJECTED, or UNDECIDED. */
+static int near_threshold(const double *norms, double *kept, int64_t groups, const ball_t *ball, double *shift) {
+    double tau = *shift;
+    if (!(0.0 < tau && tau <= ball->radius)) return UNDECIDED;
+    for (int turn = 0; turn < TURNS; turn++) {
+        double rest = 0.0;
+        int64_t count = 0;
+        for (int64_t g = 0; g < groups; g++) kept[g] = norms[g] <= tau ? 0.0 : norms[g] - tau;
+        for (int64_t g = 0; g < groups; g++) rest += kept[g];
+        for (int64_t g = 0; g < groups; g++) count += kept[g] != 0.0;
+        if (ball->low <= rest && rest <= ball->target) {
+            *shift = tau;
+            return PROJECTED;
+        }
+        if (!(rest <= MOST) || count == 0) break;
+        tau += (rest - ball->target + ball->slack) / count;
+        if (!(0.0 < tau && tau <= ball->radius)) break;
+    }
+    return UNDECIDED;
+}
+
+static void round_bounds(float *bounds, const double *kept, int64_t groups, double keep) {
+    for (int64_t g = 0; g < groups; g++) {
+        const double bound = kept[g] * keep;
         bounds[g] = bound > TINY ? (float)bound : 0.0f;
     }
-    found = clamp_float((const int32_t *)x, (int32_t *)out, (const int32_t *)bounds, before, groups, after, threads)
-        ? UNDECIDED : PROJECTED;
+}
+
+/* Project groups onto the ball of their largest magnitudes. Return PROJECTED, or, with nothing written, what
+   `threshold` returns; UNDECIDED also where there is no memory. */
+int project_float(const float *x, float *out, int64_t before, int64_t groups, int64_t after, int64_t threads,
+    double radius, double target, double enough, double rounding, double keep) {
+    const ball_t ball = {radius, target, enough, rounding, 0.0, 0.0};
+    double *norms = malloc(groups * (3 * sizeof(double) + sizeof(float))), shift;
+    double *kept = norms + groups, *other = kept + groups;
+    float *bounds = (float *)(other + groups);
+    int found = UNDECIDED;
+    if (!norms || largest_float((const int32_t *)x, (int32_t *)bounds, before, groups, after, threads)) goto end;
+    for (int64_t g = 0; g < groups; g++) norms[g] = bounds[g];
+    found = threshold(norms, kept, other, groups, &ball, &shift);
+    if (found != PROJECTED) goto end;
+    round_bounds(bounds, kept, groups, keep);
+    if (clamp_float((const int32_t *)x, (int32_t *)out, (const int32_t *)bounds, before, groups, after, threads))
+        found = UNDECIDED;
 end:
-    free(below);
+    free(norms);
     return found;
 }
 
-/* Project groups in place onto the ball of their largest magnitudes, by Newton's method from a threshold close to the
-   one sought. Return whether it got there; nothing was written to x otherwise.
-   tops, kept: norms before and after, (groups,). shift: the threshold, in and out. */
-int project_near_float(float *x, double *tops, double *kept, int64_t before, int64_t groups, int64_t after,
-    int64_t threads, double target, double low, double slack, double radius, double keep, double *shift) {
-    float *bounds = malloc(groups * sizeof(float));
-    double tau = *shift;
-    int done = 0;
-    if (!bounds || largest_float((const int32_t *)x, (int32_t *)bounds, before, groups, after, threads)) {
-        free(bounds);
-        return 0;
+/* One of several tensors that are projected in place, each onto a ball of its own, or whose smallest groups are
+   cleared. norms, kept: before and after, (groups,), infinite where a group was left alone; memory: of groups doubles
+   and as many floats. dead: (groups,), in and out; fresh: how many are new. cleared: how many groups are to go. shift:
+   the threshold, in and out; 0 where none is known, or nothing was done. */
+typedef struct {
+    float *x;
+    double *norms, *kept, *memory;
+    char *dead;
+    int64_t before, groups, after, threads, found, cleared, fresh;
+    ball_t ball;
+    double shift;
+} part_t;
+
+static float *bounds_of(const part_t *p) { return (float *)(p->memory + p->groups); }
+
+static int largest_of(const part_t *p) {
+    return largest_float((const int32_t *)p->x, (int32_t *)bounds_of(p), p->before, p->groups, p->after, p->threads);
+}
+
+static int clamp_to_bounds(const part_t *p) {
+    int32_t *x = (int32_t *)p->x, *bounds = (int32_t *)bounds_of(p);
+    return clamp_float(x, x, bounds, p->before, p->groups, p->after, p->threads);
+}
+
+/* Project all parts in place, or none: return whether that was done. What fails for want of memory may be
+   done again. */
+int project_parts_float(part_t *parts, int64_t count, double keep) {
+    int failed = 0;
+    for (part_t *p = parts; p < parts + count; p++) {
+        if (largest_of(p)) return 0;
+        for (int64_t g = 0; g < p->groups; g++) p->norms[g] = bounds_of(p)[g];
+        p->found = near_threshold(p->norms, p->kept, p->groups, &p->ball, &p->shift);
+        if (p->found == PROJECTED) continue;
+        p->shift = 0.0;
+        p->found = threshold(p->norms, p->kept, p->memory, p->groups, &p->ball, &p->shift);
+        if (p->found == UNDECIDED) return 0;
+        for (int64_t g = 0; p->found == WITHIN && g < p->groups; g++) p->kept[g] = INFINITY;
     }
-    for (int64_t g = 0; g < groups; g++) tops[g] = bounds[g];
-    for (int turn = 0; turn < TURNS && !done; turn++) {
-        double rest = 0.0;
-        int64_t count = 0;
-        for (int64_t g = 0; g < groups; g++) kept[g] = tops[g] <= tau ? 0.0 : tops[g] - tau;
-        for (int64_t g = 0; g < groups; g++) rest += kept[g];
-        for (int64_t g = 0; g < groups; g++) count += kept[g] != 0.0;
-        if (low <= rest && rest <= target) {
-            done = 1;
-        } else {
-            if (!(rest <= MOST) || count == 0) break;
-            tau += (rest - target + slack) / count;
-            if (!(0.0 < tau && tau <= radius)) break;
-        }
+    for (part_t *p = parts; p < parts + count; p++) {
+        if (p->found == WITHIN) continue;
+        round_bounds(bounds_of(p), p->kept, p->groups, keep);
+        failed |= clamp_to_bounds(p);
     }
-    if (done) {
-        for (int64_t g = 0; g < groups; g++) {
-            const double bound = kept[g] * keep;
-            bounds[g] = bound > TINY ? (float)bound : 0.0f;
-        }
-        done = !clamp_float((const int32_t *)x, (int32_t *)x, (const int32_t *)bounds, before, groups, after, threads);
-        *shift = tau;
-    }
-    free(bounds);
-    return done;
+    return !failed;
 }
 
 /* Return the entry of rank k, 0 the smallest, and leave all smaller ones before it (Hoare's selection). */
@@ -114,35 +166,47 @@ static float select_float(float *v, int64_t n, int64_t k) {
     return v[k];
 }
 
-/* Clear the groups of the smallest magnitudes in place, of equal ones the first, and all dead ones, which count as the
-   smallest. Return whether that was done: not where a magnitude is NaN or infinite.
-   tops, left: magnitudes before; what is left of them, infinity for all: both (groups,). dead: (groups,), or nothing.
-   tau: between the two kinds, 0 where zeros and dead ones are all that goes. */
-int clear_smallest_float(float *x, double *tops, double *left, const char *dead, int64_t before, int64_t groups,
-    int64_t after, int64_t threads, int64_t cleared, double *tau) {
-    float *bounds = malloc(2 * groups * sizeof(float)), *sorted = bounds + groups;
-    int64_t equal = cleared;
-    int done = 0;
-    if (!bounds || largest_float((const int32_t *)x, (int32_t *)bounds, before, groups, after, threads)) goto end;
-    for (int64_t g = 0; g < groups; g++) {
-        if (!(bounds[g] < INFINITY)) goto end;
-        if (dead && dead[g]) bounds[g] = 0.0f;
-        tops[g] = sorted[g] = bounds[g];
+/* Find which groups of a part are to go: the smallest, of equal ones the first, as many as are to be cleared, and all
+   dead ones, which count as zero. Return whether all is finite; nothing was written to x. */
+static int choose_smallest(part_t *p) {
+    float *bounds = bounds_of(p), *sorted = (float *)p->memory, low = 0.0f, high = INFINITY;
+    int64_t zeros = 0, equal = p->cleared;
+    for (int64_t g = 0; g < p->groups; g++) {
+        if (!(bounds[g] < INFINITY)) return 0;
+        if (p->dead[g]) bounds[g] = 0.0f;
+        p->norms[g] = sorted[g] = bounds[g];
+        zeros += bounds[g] == 0.0f;
     }
-    const float low = select_float(sorted, groups, cleared - 1);
-    float high = cleared < groups ? INFINITY : low;
-    for (int64_t g = cleared; g < groups; g++) high = SMALLER(high, sorted[g]);
-    for (int64_t g = 0; g < groups; g++) equal -= bounds[g] < low;
-    for (int64_t g = 0; g < groups; g++) {
+    if (zeros < p->cleared) {
+        low = select_float(sorted, p->groups, p->cleared - 1);
+        if (p->cleared == p->groups) high = low;
+        for (int64_t g = p->cleared; g < p->groups; g++) high = SMALLER(high, sorted[g]);
+        for (int64_t g = 0; g < p->groups; g++) equal -= bounds[g] < low;
+    }
+    p->shift = low > 0.0f ? low + 0.5 * ((double)high - low) : 0.0;
+    p->found = p->fresh = 0;
+    for (int64_t g = 0; g < p->groups; g++) {
         const int goes = low > 0.0f && (bounds[g] < low || (bounds[g] == low && equal-- > 0));
-        bounds[g] = goes || (dead && dead[g]) ? 0.0f : INFINITY;
-        left[g] = bounds[g];
+        p->fresh += goes && !p->dead[g];
+        p->found += goes || p->dead[g];
+        p->kept[g] = goes || p->dead[g] ? 0.0 : INFINITY;
     }
-    *tau = low > 0.0f ? low + 0.5 * ((double)high - low) : 0.0;
-    done = !clamp_float((const int32_t *)x, (int32_t *)x, (const int32_t *)bounds, before, groups, after, threads);
-end:
-    free(bounds);
-    return done;
+    return 1;
+}
+
+/* Clear the smallest groups of all parts in place, or of none, where one holds NaN or infinity: return whether that was
+   done. */
+int clear_parts_float(part_t *parts, int64_t count) {
+    int failed = 0;
+    for (part_t *p = parts; p < parts + count; p++)
+        if (largest_of(p) || !choose_smallest(p)) return 0;
+    for (part_t *p = parts; p < parts + count; p++) {
+        if (!p->found) continue;
+        for (int64_t g = 0; g < p->groups; g++) bounds_of(p)[g] = p->kept[g];
+        failed |= clamp_to_bounds(p);
+        for (int64_t g = 0; p->fresh && g < p->groups; g++) p->dead[g] = p->kept[g] == 0.0;
+    }
+    return !failed;
 }
 """
 
@@ -151,7 +215,7 @@ def thresholds_text(turns: int) -> str:
     """Return the text; it stands behind that of the passes.
 
     Args:
-        turns: Evaluations that ``project_near_float`` makes at most.
+        turns: Evaluations from a start near the threshold, at most.
     """
     numbers = {"TURNS": turns, "TINY": 2.0**-126, "MOST": sys.float_info.max}
     numbers |= {"UNDECIDED": UNDECIDED, "WITHIN": WITHIN, "PROJECTED": PROJECTED}

@@ -10,14 +10,15 @@ import logging
 import time
 import warnings
 from contextvars import ContextVar
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_accel.machine import CannotCompileError, load
+from lightning_accel.machine.openmp import team_of_torch
 from lightning_accel.projection.kernels import placement
-from lightning_accel.projection.kernels.c_text import MAX_THREADS, passes_text, sums_text
+from lightning_accel.projection.kernels.c_text import passes_text, sums_text
 from lightning_accel.projection.kernels.c_thresholds import PROJECTED
 
 Compile = bool | Literal["auto"]
@@ -30,19 +31,6 @@ _KINDS = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "float
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 EVALUATIONS = 12  # of a threshold from a start near it; three are enough
-
-
-class NearThreshold(NamedTuple):
-    """An l1 threshold that is to be found from the one of a similar tensor.
-
-    Attributes:
-        start: That one's.
-        limits: The sum of norms to reach, the least one that is close enough, what rounding may add, the radius, and
-            the factor that takes the roundoff of float32 off a bound.
-    """
-
-    start: float
-    limits: tuple[float, float, float, float, float]
 
 
 _wanted: ContextVar[Compile] = ContextVar("compiled passes wanted", default="auto")
@@ -88,69 +76,42 @@ def largest(x: Tensor) -> Tensor | None:
     if library is None:
         return None
     out = torch.empty(x.shape[1], dtype=x.dtype)
-    failed = library.largest(x.data_ptr(), out.data_ptr(), *x.shape, _threads(x))
+    failed = library.largest(x.data_ptr(), out.data_ptr(), *x.shape, threads_for(x))
     return None if failed else out
 
 
 def clamp(source: Tensor, bounds: Tensor, target: Tensor) -> bool:
     """Do what `eager.clamp` does; say whether it was done."""
     library = _library_for(source)
-    if library is None or not (bounds.is_contiguous() and _plain(target)):
+    if library is None or not (bounds.is_contiguous() and is_plain(target)):
         return False
-    failed = library.clamp(source.data_ptr(), target.data_ptr(), bounds.data_ptr(), *source.shape, _threads(source))
-    _tell_autograd(target)
+    failed = library.clamp(source.data_ptr(), target.data_ptr(), bounds.data_ptr(), *source.shape, threads_for(source))
+    tell_autograd(target)
     return not failed
 
 
-def project_near(x: Tensor, threshold: NearThreshold) -> tuple[Tensor, Tensor, float] | None:
-    """Project float32 groups in place in one call, where a similar tensor's threshold is known.
+def clear(x: Tensor, dead: Tensor, *, if_finite: bool) -> bool | None:
+    """Clear dead groups in place.
 
     Args:
         x: ``(before, groups, after)``, contiguous.
-        threshold: What to reach, and from where.
+        dead: Boolean ``(groups,)``.
+        if_finite: Leave ``x`` as it is where an entry is NaN or infinite.
 
     Returns:
-        Norms of the groups before, what is left of them, both float64 ``(groups,)``, and the threshold; ``None``
-        where nothing was done.
+        Whether that was done; ``None`` where the eager pass is to do it.
     """
-    library = _library_for(x) if x.dtype == torch.float32 else None
-    if library is None:
+    library = _library_for(x)
+    if library is None or not is_plain(dead):
         return None
-    tops, kept = torch.empty(2, x.shape[1], dtype=torch.float64).unbind()
-    tau = ctypes.c_double(threshold.start)
-    if not library.near(
-        x.data_ptr(), tops.data_ptr(), kept.data_ptr(), *x.shape, _threads(x), *threshold.limits, ctypes.byref(tau)
-    ):
-        return None
-    _tell_autograd(x)
-    return tops, kept, tau.value
+    done = library.clear(x.data_ptr(), dead.data_ptr(), *x.shape, threads_for(x), if_finite)
+    tell_autograd(x)
+    return bool(done)
 
 
-def clear_smallest(x: Tensor, cleared: int, dead: Tensor | None) -> tuple[Tensor, Tensor, float] | None:
-    """Clear the float32 groups of the smallest magnitudes in place, in one call.
-
-    Args:
-        x: ``(before, groups, after)``, contiguous.
-        cleared: How many, >= 1.
-        dead: Boolean ``(groups,)``, groups that count as the smallest and are cleared in any case.
-
-    Returns:
-        Magnitudes before, what is left of them (infinite for all), both float64 ``(groups,)``, and the threshold;
-        ``None`` where nothing was done.
-    """
-    library = _library_for(x) if x.dtype == torch.float32 else None
-    if library is None:
-        return None
-    tops, left = torch.empty(2, x.shape[1], dtype=torch.float64).unbind()
-    tau = ctypes.c_double()
-    masked = None if dead is None else dead.contiguous()
-    address = None if masked is None else masked.data_ptr()
-    if not library.smallest(
-        x.data_ptr(), tops.data_ptr(), left.data_ptr(), address, *x.shape, _threads(x), cleared, ctypes.byref(tau)
-    ):
-        return None
-    _tell_autograd(x)
-    return tops, left, tau.value
+def library_for_floats() -> "_Library | None":
+    """Return machine code for float32 where there is some already and it is wanted."""
+    return None if _wanted.get() is False or _broken else _loaded.get(torch.float32)
 
 
 def can_project(x: Tensor) -> bool:
@@ -170,9 +131,9 @@ def project(x: Tensor, out: Tensor, sizes: tuple[int, int, int], limits: tuple[f
     Returns:
         What ``project_float`` returns.
     """
-    done: int = _loaded[torch.float32].project(x.data_ptr(), out.data_ptr(), *sizes, _threads(x), *limits)
+    done: int = _loaded[torch.float32].project(x.data_ptr(), out.data_ptr(), *sizes, threads_for(x), *limits)
     if done == PROJECTED:
-        _tell_autograd(out)
+        tell_autograd(out)
     return done
 
 
@@ -185,7 +146,7 @@ def column_sums(x: Tensor, levels: Tensor | None, wide: torch.dtype) -> tuple[Te
     totals, others = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns, dtype=wide)
     level = None if levels is None else levels.contiguous()
     address = None if level is None else level.data_ptr()
-    sums.columns(x.data_ptr(), address, totals.data_ptr(), others.data_ptr(), rows, columns, _threads(x))
+    sums.columns(x.data_ptr(), address, totals.data_ptr(), others.data_ptr(), rows, columns, threads_for(x))
     return totals, others
 
 
@@ -200,15 +161,14 @@ def run_sums(
     totals, others = torch.empty(runs, sides, dtype=torch.float64), torch.empty(runs, dtype=wide)
     given = [None if t is None else t.contiguous() for t in (chosen, levels)]
     addresses = [None if t is None else t.data_ptr() for t in given]
-    threads = 1 if runs * x.shape[1] < _ALONE else _threads(x)
+    threads = 1 if runs * x.shape[1] < _ALONE else threads_for(x)
     sums.runs(x.data_ptr(), *addresses, totals.data_ptr(), others.data_ptr(), runs, x.shape[1], threads)
     return totals, others
 
 
-def _tell_autograd(written: Tensor) -> None:
+def tell_autograd(*written: Tensor) -> None:
     """Say what machine code does not: that values which a gradient might need are gone."""
-    if not written.is_inference():
-        torch.autograd.graph.increment_version(written)
+    torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])
 
 
 class _Library:
@@ -219,18 +179,19 @@ class _Library:
         infinity = torch.tensor(torch.inf, dtype=dtype)
         bits = int(infinity.view(_INTEGERS[dtype.itemsize]))
         code = load(passes_text(kind, 8 * dtype.itemsize, bits, EVALUATIONS))
-        self.largest, self.clamp = code[f"largest_{kind}"], code[f"clamp_{kind}"]
+        _share_threads(code)
+        self.largest, self.clamp, self.clear = (code[f"{name}_{kind}"] for name in ("largest", "clamp", "clear"))
         self.sums: dict[torch.dtype, _Sums] = {}  # compiled when they are needed
         address, count = ctypes.c_void_p, ctypes.c_int64
         self.largest.argtypes = [address] * 2 + [count] * 4
         self.clamp.argtypes = [address] * 3 + [count] * 4
+        self.clear.argtypes = [address] * 2 + [count] * 4 + [ctypes.c_int]
         if dtype == torch.float32:
             number = ctypes.c_double
-            self.near, self.smallest = code.project_near_float, code.clear_smallest_float
-            self.near.argtypes = [address] * 3 + [count] * 4 + [number] * 5 + [address]
-            self.smallest.argtypes = [address] * 4 + [count] * 5 + [address]
             self.project = code.project_float
             self.project.argtypes = [address] * 2 + [count] * 4 + [number] * 5
+            self.project_parts, self.clear_parts = code.project_parts_float, code.clear_parts_float
+            self.project_parts.argtypes, self.clear_parts.argtypes = [address, count, number], [address, count]
 
 
 class _Sums:
@@ -238,10 +199,17 @@ class _Sums:
 
     def __init__(self, wide: torch.dtype) -> None:
         code = load(sums_text(_KINDS[wide]))
+        _share_threads(code)
         self.columns, self.runs = code[f"column_sums_{_KINDS[wide]}"], code[f"run_sums_{_KINDS[wide]}"]
         address, count = ctypes.c_void_p, ctypes.c_int64
         self.columns.argtypes, self.columns.restype = [address] * 4 + [count] * 3, None
         self.runs.argtypes, self.runs.restype = [address] * 5 + [count] * 3, None
+
+
+def _share_threads(code: ctypes.CDLL) -> None:
+    """Let machine code run on torch's own threads where their runtime is known; else it starts some at every pass."""
+    code.work_with.argtypes, code.work_with.restype = [ctypes.c_void_p], None
+    code.work_with(team_of_torch())
 
 
 def _sums_for(x: Tensor, wide: torch.dtype) -> _Sums | None:
@@ -260,7 +228,7 @@ def _sums_for(x: Tensor, wide: torch.dtype) -> _Sums | None:
 def _library_for(x: Tensor) -> _Library | None:
     """Return machine code for ``x`` where it is to be had and wanted."""
     wanted = _wanted.get()
-    if wanted is False or _broken or not _plain(x) or x.numel() == 0:
+    if wanted is False or _broken or not is_plain(x) or x.numel() == 0:
         return None
     if x.dtype not in _loaded:
         _seen[x.dtype] += x.numel() * x.element_size() + _CALL
@@ -294,7 +262,7 @@ def _give_up(error: Exception) -> None:
     )
 
 
-def _plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Whether a tensor is nothing but its memory on CPU, and contiguous."""
     return x.is_contiguous() and _owns_memory(x)
 
@@ -312,5 +280,6 @@ def _owns_memory(x: Tensor) -> bool:
 _TYPES = (Tensor, torch.nn.Parameter)
 
 
-def _threads(x: Tensor) -> int:
-    return 1 if x.numel() < _ALONE else min(torch.get_num_threads(), MAX_THREADS)
+def threads_for(x: Tensor) -> int:
+    """Return how many threads share a pass over ``x``."""
+    return 1 if x.numel() < _ALONE else torch.get_num_threads()

@@ -1,8 +1,10 @@
 """Which ball parameters are projected onto: its norms, its size, and what it may not clear."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.norm_pyramid import Norm, check_levels
 from lightning_accel.projection.kernels.rounding import check_nonfinite, check_radius
 from lightning_accel.projection.multilevel import Method, Nonfinite
@@ -75,3 +77,24 @@ class Ball:
         check_nonfinite(self.nonfinite)
         if self.min_groups < 0:
             raise ValueError(f"`min_groups` must be >= 0, got {self.min_groups}.")
+
+    def size(self, first: float, part: float) -> float:
+        """Return the radius ``part`` of the way to the full projection, in [0, 1], from a norm of ``first``."""
+        if self.radius is not None and part == 1.0:
+            return self.radius
+        goal = self.radius if self.radius is not None else first * (self.radius_fraction or 0.0)
+        return goal if part == 1.0 else first + (goal - first) * part
+
+    def floor(self, sizes: Sequence[int], first: float, part: float, *, zeros_only: bool) -> Floor:
+        """Return which groups may be cleared ``part`` of the way.
+
+        Args:
+            sizes: Groups of each parameter that shares the budget.
+            first: Norm that all of them had at first.
+            part: In [0, 1].
+            zeros_only: See `Floor`.
+        """
+        least = self.min_groups if self.norms[0] == "l1" else 0  # no other outermost norm clears groups
+        if self.target_sparsity is not None:
+            return Floor(sizes, least, sparsity=self.target_sparsity * part, zeros_only=zeros_only)
+        return Floor(sizes, least, radius=self.size(first, part))

@@ -7,25 +7,26 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_accel.projection.balls.all_at_once import AllAtOnce
 from lightning_accel.projection.balls.exact import ExactState, project_exact
 from lightning_accel.projection.balls.floor import Floor
-from lightning_accel.projection.balls.norm_pyramid import MaxPyramid, Pyramid, check_levels, fibre_norms, pyramid
+from lightning_accel.projection.balls.norm_pyramid import MaxPyramid, Pyramid, fibre_norms
 from lightning_accel.projection.balls.outcome import Cut, LoneCut, NothingNew
 from lightning_accel.projection.balls.shared_radius import Team, clear_alone, cut, cut_alone
 from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.compiled import Compile, compiling
 from lightning_accel.projection.on_device.equal_shapes import cut_equal_shapes, find_equal_shapes
 from lightning_accel.projection.on_device.late_norms import LateNorms
-from lightning_accel.projection.sharded import GatheredPyramid, ShardedMaxPyramid, alike, gather, scatter
+from lightning_accel.projection.sharded import gather, scatter
 from lightning_accel.projection.training.ball_specification import Ball
+from lightning_accel.projection.training.held_groups import HeldGroups
+from lightning_accel.projection.training.layouts import Layouts
 from lightning_accel.projection.training.parameter_state import Memory
 from lightning_accel.projection.training.ramp import Ramp
 from lightning_accel.projection.training.targets import Target
-
-Place = tuple[int, torch.Size, tuple[int, ...]]
 
 _ALL = "all parameters"
 
@@ -54,9 +55,12 @@ class Projector:
     zeros_only: bool = False
     memories: dict[str, Memory] = field(default_factory=dict)
     late: LateNorms = field(default_factory=LateNorms, repr=False)
-    _layouts: dict[str, tuple[nn.Parameter, Place, MaxPyramid]] = field(default_factory=dict, repr=False)
     _last: dict[str, Cut | LoneCut | NothingNew] = field(default_factory=dict, repr=False)
-    _dead: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # masks and their indices
+    _at_once: dict[tuple[str, int], AllAtOnce] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self._layouts = Layouts(self.ball)
+        self._held = HeldGroups(self._layouts)
 
     @property
     def last(self) -> dict[str, Cut]:
@@ -71,7 +75,7 @@ class Projector:
         for target in self.targets:
             memory = self.memory(target)
             if memory.first_norm is None:
-                tops = self._pyramid(target.view(), target).tops()
+                tops = self._layouts.of(target.view(), target).tops()
                 memory.first_norm = float(fibre_norms(tops, self.ball.norms[0], (0,)))
 
     def project(self, step: int, targets: Sequence[Target] | None = None) -> None:
@@ -79,8 +83,8 @@ class Projector:
 
         Raises:
             ValueError: If a parameter holds NaN or infinity and ``nonfinite`` is ``"raise"``; no parameter was changed
-                then, unless the method is exact, which goes from budget to budget. On GPU `check_finite` raises
-                instead, so that steps need not wait.
+                then, unless the method is exact or groups are cleared for a target sparsity, which goes from budget to
+                budget. On GPU `check_finite` raises instead, so that steps need not wait.
         """
         asked = self.targets if targets is None else targets
         part = self.ramp.at(step)
@@ -89,12 +93,65 @@ class Projector:
             return
         alone = len(chosen) == 1 or (self.zeros_only and self.ball.scope == "parameter")
         with compiling(self.compile):
-            left = [target for target in chosen if not (alone and self._project_alone(target, part))]
+            left = [t for t in self._project_all(chosen, part) if not (alone and self._project_alone(t, part))]
             for equal, floor in self._of_equal_shapes(left, part):
                 self._project_stacked(equal, floor)
                 left = [target for target in left if target not in equal]
             if left:
                 self._project_together(left, part)
+
+    def _project_all(self, chosen: Sequence[Target], part: float) -> Sequence[Target]:
+        """Project plain float32 parameters on CPU in one call of machine code, as nearly every step of a fit can.
+
+        Returns:
+            Those that are still to be projected: all, or for a sparsity those of which more groups are to go.
+        """
+        ball, for_sparsity = self.ball, self.ball.target_sparsity is not None
+        if ball.method == "exact" or ball.norms[0] != "l1" or (ball.scope == "global" and len(chosen) > 1):
+            return chosen
+        if self.freeze_zero_groups != for_sparsity or self.zeros_only != for_sparsity:
+            return chosen
+        layouts = [self._layouts.known(target) for target in chosen]
+        key = chosen[0].name, len(chosen)
+        once = self._at_once.get(key)
+        if once is None or not once.are(layouts):
+            once = AllAtOnce.of(layouts)
+        if once is None:
+            return self._clear_again(chosen, part) if for_sparsity else chosen
+        self._at_once[key] = once
+        memories = [self.memory(target) for target in chosen]
+        if for_sparsity:
+            cleared = [ball.floor([groups], 0.0, part, zeros_only=True).cleared for groups in once.groups]
+            gone = once.clear(cleared, [memory.dead for memory in memories])
+            if gone is None:
+                return self._clear_again(chosen, part)
+            taus = [tau for _, tau in gone]
+            for memory, (dead, _) in zip(memories, gone, strict=True):
+                memory.dead = dead
+        else:
+            radii = [ball.size(memory.first_norm or 0.0, part) for memory in memories]
+            if ball.min_groups > 1 or (ball.min_groups == 1 and min(radii) == 0.0):
+                return chosen  # a floor may have to keep some
+            found = once.project(radii, [memory.tau for memory in memories])
+            if found is None:
+                return chosen
+            for memory, tau in zip(memories, found, strict=True):
+                memory.tau = tau
+            taus = found
+        for i, (target, tau) in enumerate(zip(chosen, taus, strict=True)):
+            self._last[target.name] = LoneCut(once.norms[i], tau, once.left[i])
+        return []
+
+    def _clear_again(self, chosen: Sequence[Target], part: float) -> list[Target]:
+        """Clear dead groups where no others are to go; return the other targets."""
+        left = []
+        for target in chosen:
+            found = self._held.clear_again(target, self.memory(target).dead, self._floor([target], part).cleared)
+            if found is None:
+                left.append(target)
+            else:
+                self._last[target.name] = found
+        return left
 
     @torch.no_grad()
     def _project_together(self, chosen: Sequence[Target], part: float) -> None:
@@ -116,11 +173,10 @@ class Projector:
         self._last |= zip(names, cuts, strict=True)
         if not waits and self.ball.nonfinite == "raise":
             self.late.add(cuts)
-        if self.freeze_zero_groups:
-            for team, found in zip(teams, cuts, strict=True):
-                for target, bounds in zip(team, found.bounds, strict=True):
-                    memory = self.memory(target)
-                    memory.dead = bounds == 0.0 if memory.dead is None else memory.dead | (bounds == 0.0)
+        for team, found in zip(teams, cuts, strict=True) if self.freeze_zero_groups else ():
+            for target, bounds in zip(team, found.bounds, strict=True):
+                memory = self.memory(target)
+                memory.dead = bounds == 0.0 if memory.dead is None else memory.dead | (bounds == 0.0)
 
     def _of_equal_shapes(self, targets: Sequence[Target], part: float) -> list[tuple[list[Target], Floor]]:
         """Return parameters on an accelerator that are projected as one tensor, with the floor that they share."""
@@ -146,19 +202,17 @@ class Projector:
         ball, clears = self.ball, self.zeros_only and self.ball.target_sparsity is not None
         if (self.freeze_zero_groups and not clears) or ball.method == "exact" or ball.norms[0] != "l1":
             return False
-        whole: Pyramid | None = self._known_layout(target)
+        whole: Pyramid | None = self._layouts.known(target)
         if whole is None:
             x = target.view()
             if placement.is_far(x) or (isinstance(x, DTensor) and not clears):
                 return False
-            whole = self._pyramid(x, target)
+            whole = self._layouts.of(x, target)
         elif isinstance(whole, MaxPyramid) and placement.is_far(whole.blocks.source):
             return False
         memory, floor = self.memory(target), self._floor([target], part)
         if clears:
             dead = memory.dead if self.freeze_zero_groups else None
-            if dead is not None and self._clear_again(target, whole, dead, floor.cleared):
-                return True
             found = clear_alone(whole, floor, dead=dead, nonfinite=ball.nonfinite, name=target.name)
             self._last[target.name] = found
             if self.freeze_zero_groups:
@@ -170,46 +224,12 @@ class Projector:
         self._last[target.name], memory.tau = found, found.tau
         return True
 
-    def _clear_again(self, target: Target, whole: Pyramid, dead: Tensor, cleared: int) -> bool:
-        """Clear what is dead and look for nothing more, where the dead are as many as are to go; say whether it was so.
-
-        Most steps of a fit are like that: groups that a sparsity asks for die one by one, and stay dead.
-        """
-        if not isinstance(whole, MaxPyramid):
-            return False
-        indices = self._indices(target, dead)
-        if len(indices) < cleared or not (whole.is_finite() and whole.clear(indices)):
-            return False
-        self._last[target.name] = NothingNew(whole, dead)
-        return True
-
-    def _indices(self, target: Target, dead: Tensor) -> Tensor:
-        """Return the indices of a target's dead groups, int64 ``(dead groups,)``."""
-        known = self._dead.get(target.name)
-        if known is None or known[0] is not dead:
-            known = self._dead[target.name] = dead, dead.nonzero().flatten()
-        return known[1]
-
     @torch.no_grad()
     def hold(self, targets: Sequence[Target] | None = None) -> None:
         """Clear what a mask or a frozen group keeps cleared, after an optimizer step without a projection."""
-        for target in self.targets if targets is None else targets:
-            memory = self.memory(target)
-            if memory.kept is not None:
-                parameter = target.parameter
-                if parameter is not None:
-                    memory.kept = alike(memory.kept, parameter)  # a mask from a checkpoint is whole
-                    parameter.masked_fill_(~memory.kept, 0.0)
-            elif memory.dead is not None:
-                whole = self._pyramid(target.view(), target)
-                if (
-                    isinstance(whole, MaxPyramid)
-                    and not placement.is_far(memory.dead)  # indices would wait for it
-                    and whole.clear(self._indices(target, memory.dead))
-                ):
-                    continue
-                infinite = torch.full(memory.dead.shape, torch.inf, dtype=torch.float64, device=memory.dead.device)
-                whole.cut(infinite.masked_fill_(memory.dead, 0.0))
+        with compiling(self.compile):
+            for target in self.targets if targets is None else targets:
+                self._held.hold(target, self.memory(target))
 
     @torch.no_grad()
     def mask(self) -> None:
@@ -267,57 +287,16 @@ class Projector:
         devices = {t.name: t.view().device for t in self.targets}
         self.memories = {name: Memory.of(saved, devices.get(name)) for name, saved in state.items()}
 
-    def _pyramid(self, x: Tensor, target: Target) -> Pyramid:
-        """Lay out a parameter; most layouts are good for as long as its memory is (norms are taken anew each time)."""
-        known = self._known_layout(target)
-        if known is not None:
-            return known
-        built = self._build(x, target)
-        parameter = target.parameter
-        if parameter is not None and isinstance(built, MaxPyramid) and built.blocks.copied_dims is None:
-            self._layouts[target.name] = parameter, _place_of(parameter), built
-        return built
-
-    def _known_layout(self, target: Target) -> MaxPyramid | None:
-        """Return the layout of a plain parameter that still is where it was."""
-        known = self._layouts.get(target.name)
-        if known is None:
-            return None
-        parameter, place, layout = known
-        if target.module._parameters.get(target.leaf) is not parameter or _place_of(parameter) != place:
-            return None
-        return layout
-
-    def _build(self, x: Tensor, target: Target) -> Pyramid:
-        dims = self.ball.dims or (target.group_dims, target.rest_dims)
-        levels = check_levels(self.ball.norms, dims, x.ndim)
-        if isinstance(x, DTensor):
-            if len(levels) == 2 and levels[1][0] == "linf":
-                return ShardedMaxPyramid(x, levels[0][1])
-            return GatheredPyramid(x, lambda whole: pyramid(whole, levels, whole))
-        return pyramid(x, levels, x)
-
     def _team(self, targets: Sequence[Target], name: str, part: float) -> Team:
         dead = [self.memory(t).dead for t in targets] if self.freeze_zero_groups else []
-        pyramids = [self._pyramid(t.view(), t) for t in targets]
+        pyramids = [self._layouts.of(t.view(), t) for t in targets]
         start = self.memory(targets[0]).tau if len(targets) == 1 else 0.0
         floor = self._floor(targets, part)
         return Team(pyramids, functools.partial(_radius, floor), dead, name, start, floor)
 
     def _floor(self, targets: Sequence[Target], part: float) -> Floor:
-        """Return which groups of ``targets`` may be cleared, ``part`` of the way to the full projection."""
-        sizes, ball = [target.num_groups for target in targets], self.ball
-        least = ball.min_groups if ball.norms[0] == "l1" else 0  # no other outermost norm clears groups
-        if ball.target_sparsity is not None:
-            return Floor(sizes, least, sparsity=ball.target_sparsity * part, zeros_only=self.zeros_only)
-        return Floor(sizes, least, radius=self._size(targets, part))
-
-    def _size(self, targets: Sequence[Target], part: float) -> float:
-        if self.ball.radius is not None and part == 1.0:
-            return self.ball.radius
         first = math.fsum(self.memory(t).first_norm or 0.0 for t in targets)
-        goal = self.ball.radius if self.ball.radius is not None else first * (self.ball.radius_fraction or 0.0)
-        return goal if part == 1.0 else first + (goal - first) * part
+        return self.ball.floor([t.num_groups for t in targets], first, part, zeros_only=self.zeros_only)
 
     def _cut_exactly(self, targets: Sequence[Target], name: str, part: float, nonfinite: str) -> Cut:
         whole = [gather(t.view()) for t in targets]
@@ -340,8 +319,3 @@ class Projector:
 def _radius(floor: Floor, norms: Tensor) -> Tensor:
     """Return the radius, float64 ``(1,)``, for norms of groups; without a host synchronization."""
     return floor.radii(norms.flatten()).reshape(1)
-
-
-def _place_of(x: Tensor) -> Place:
-    """Return what stays the same as long as a tensor's layout is good."""
-    return x.data_ptr(), x.shape, x.stride()
