@@ -149,6 +149,47 @@ def test_what_changes_after_the_trace_counts(change, schedule):
     assert_or_frozen(rnn)
 
 
+class Gain:
+    """Two of these are of one class, whose attribute counts for both."""
+
+    shared = 1.0
+
+    def __init__(self, own):
+        self.own = own
+
+    def of(self, x):
+        return x * (self.shared + self.own)
+
+
+class TwoGains(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = Gain(0.5), Gain(0.25)
+        self.weight = nn.Parameter(torch.rand(H))
+
+    def forward(self, x, h):
+        h = torch.tanh(self.second.of(self.first.of(x) * self.weight + h))
+        return h, h
+
+
+@pytest.mark.parametrize("change", ["the class", "the first", "the second", "a method"])
+def test_objects_of_one_class_count_with_it(change, monkeypatch):
+    rnn = Recurrent(TwoGains().double(), schedule="intra_stream")
+    x = torch.randn(T, B, H, dtype=torch.double, requires_grad=True)
+    start = torch.zeros(B, H, dtype=torch.double)
+    assert_as_the_loop(rnn, x, start)
+    before = rnn(x, start)[0]
+    if change == "the class":
+        monkeypatch.setattr(Gain, "shared", 3.0)
+    elif change == "a method":
+        monkeypatch.setattr(Gain, "of", lambda self, x: x - self.own)
+    else:
+        getattr(rnn.cell, change.split()[1]).own = 2.0
+    assert_as_the_loop(rnn, x, start)
+    assert not torch.equal(rnn(x, start)[0], before)
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize(
     ("add", "said"),

@@ -1,5 +1,6 @@
 """GraphRNN: graphs from YAML compute what they describe, and their schedules can be read."""
 
+import dataclasses
 import importlib
 import xml.dom.minidom
 from pathlib import Path
@@ -10,6 +11,8 @@ import yaml
 from torch import nn
 
 from lightning_accel.recurrent import GraphRNN, schedule_svg, schedule_text
+from lightning_accel.recurrent.exactness.assumptions import assumptions_of
+from lightning_accel.recurrent.exactness.code_names import is_fixed
 
 CONF = Path(importlib.import_module("lightning_accel.conf").__file__).parent / "model" / "recurrent_graph"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -56,6 +59,27 @@ def test_the_lstm_is_torchs():
         reference.bias_hh_l0.zero_()
     x = torch.randn(T, B, 2, dtype=torch.double)
     torch.testing.assert_close(rnn(x)[0], reference(x)[0])
+
+
+def test_a_graph_that_is_changed_after_the_trace_counts():
+    rnn, loop = graph_of("lstm", "intra_stream"), graph_of("lstm")
+    x = torch.randn(T, B, 2, dtype=torch.double, requires_grad=True)
+    assert_equal(results(rnn, x), results(loop, x))
+    before = rnn(x)[0]
+    for graph in (rnn.graph, loop.graph):
+        graph.nodes["candidate"] = dataclasses.replace(graph.nodes["candidate"], activation="relu")
+    assert_equal(results(rnn, x), results(loop, x))
+    assert not torch.equal(rnn(x)[0], before)
+    graph = rnn.graph
+    rnn.rnn.cell._incoming[graph.step_order[-1]] = list(rnn.rnn.cell._incoming[graph.step_order[-1]])  # as it was
+    assert_equal(results(rnn, x), results(loop, x))
+
+
+def test_looking_at_a_graph_takes_its_nodes_as_they_are():
+    cell = graph_of("lstm").rnn.cell
+    assert all(is_fixed(type(node)) for node in (*cell.graph.nodes.values(), *cell.graph.edges))
+    assert not is_fixed(type(cell.graph)), "its nodes can be replaced"
+    assert len(assumptions_of(cell).key) < 300, "a look is due at every call"
 
 
 def test_delays_of_two_and_three_mixed_and_a_shift_of_the_input():

@@ -39,11 +39,11 @@ void back(int64_t n, int64_t B, const int64_t *at, product_t call) {
 """
 
 
-def lstm_graph(schedule: Schedule) -> GraphRNN:
-    """Build the LSTM of ``conf/model/recurrent_graph/lstm.yaml`` in the size of the benchmarks."""
+def lstm_graph(schedule: Schedule, inputs: int = INPUT, hidden: int = HIDDEN) -> GraphRNN:
+    """Build the LSTM of ``conf/model/recurrent_graph/lstm.yaml``, by default in the size of the benchmarks."""
     text = (files("lightning_accel.conf") / "model" / "recurrent_graph" / "lstm.yaml").read_text(encoding="utf-8")
     config: Any = yaml.safe_load(text)
-    nodes = {n: node | {"size": INPUT if n == "x" else HIDDEN} for n, node in config["nodes"].items()}
+    nodes = {n: node | {"size": inputs if n == "x" else hidden} for n, node in config["nodes"].items()}
     return GraphRNN(nodes, config["edges"], config["inputs"], config["outputs"], schedule=schedule)
 
 

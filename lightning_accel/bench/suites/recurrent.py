@@ -27,13 +27,13 @@ from lightning_accel.bench.recurrent.cases import (
     floor_in_one_piece,
     gradients,
     layer_of,
-    lstm_graph,
     peak_kib,
     scan_floor,
     training_step,
     unbind_loop,
 )
 from lightning_accel.bench.recurrent.diagonal_cells import DiagonalGRUCell, NewtonOverTime
+from lightning_accel.bench.recurrent.graph_rows import graph_rows, small_rows
 from lightning_accel.bench.recurrent.matrix_cells import (
     AttentionMemory,
     DeltaRule,
@@ -41,11 +41,11 @@ from lightning_accel.bench.recurrent.matrix_cells import (
     MatrixLSTM,
     matrix_states,
 )
-from lightning_accel.bench.recurrent.rows import chosen_by, medians, timed_row, times_beside
+from lightning_accel.bench.recurrent.rows import chosen_by, timed_row
 from lightning_accel.bench.recurrent.trainer_rows import rows as trainer_rows
 from lightning_accel.evidence.rows import BenchRow
 from lightning_accel.machine.c_functions import refusal
-from lightning_accel.measure import compare_paired, time_interleaved
+from lightning_accel.measure import compare_paired
 from lightning_accel.recurrent.cells import (
     CoupledGateLSTMCell,
     FeedbackLSTMCell,
@@ -96,7 +96,8 @@ def rows(*, quick: bool, device: str) -> Iterator[BenchRow]:
     for steps in (128,) if quick else (128, 512):
         for name, kind in _CELLS.items():
             yield from _cell_rows(name, kind, steps, batches, rounds, device)
-    yield from _graph_rows(batches, rounds, device)
+    yield from graph_rows(batches, rounds, device)
+    yield from small_rows(3 if quick else 40, device)
     yield from _deferred_rows(batches, rounds, device)
     if device == "cpu":
         yield _packed_row(128 if quick else 512, rounds)
@@ -130,32 +131,6 @@ def _cell_rows(  # noqa: PLR0917
         }
         case = f"{name}, H={HIDDEN}, T={steps}, B={batch}"
         yield timed_row(case, "loop", "auto", variants, rounds, device, target, chosen_by(auto))
-
-
-def _graph_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:
-    for batch, target in zip(batches, (2.0, 1.8, 1.3), strict=False):
-        x = torch.randn(128, batch, INPUT, device=device)
-        network = lstm_graph("auto").to(device)
-        loop = copy.deepcopy(network)
-        loop.rnn.schedules[0].schedule = "loop"
-        variants = {
-            "nn.LSTM": training_step(nn.LSTM(INPUT, HIDDEN).to(device), x),
-            "GraphRNN": training_step(network, x),
-            "loop": training_step(loop, x),
-            "floor": floor(128, batch, device),
-        }
-        seconds = time_interleaved(variants, rounds=rounds, warmup=1, device=device)
-        yield BenchRow(
-            suite="recurrent",
-            case=f"LSTM as a graph, H={HIDDEN}, T=128, B={batch}",
-            variant="GraphRNN",
-            baseline="nn.LSTM",
-            ratio=compare_paired(seconds["GraphRNN"], seconds["nn.LSTM"]),
-            seconds=medians(seconds),
-            target=target,
-            better="at most",
-            note=times_beside(seconds, "nn.LSTM", "GraphRNN", chosen_by(network.rnn)),
-        )
 
 
 def _deferred_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[BenchRow]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel import torch_private
-from lightning_accel.recurrent.exactness.code_names import NamedByCode, is_library, names_of
+from lightning_accel.recurrent.exactness.code_names import NamedByCode, is_fixed, is_library, names_of
 from lightning_accel.recurrent.instance_forward import InstanceForward
 
 _MOST_VALUES = 20_000
@@ -195,6 +195,8 @@ class _Walk:
 
     def _class(self, kind: type, path: str) -> None:
         """Write down what classes hold beside their instances: class attributes, and methods that may be called."""
+        if self._seen_before(kind, path):
+            return
         own = [base for base in kind.__mro__ if base is not object and not is_library(base.__module__)]
         members = {name: member for base in reversed(own) for name, member in base.__dict__.items()}
         functions = {name: _function_of(member) for name, member in members.items()}
@@ -245,7 +247,10 @@ class _Walk:
 
     def _object(self, value: Any, path: str) -> None:
         self._identity(value, path)
-        if type(value).__module__ == "numpy":
+        kind: Any = type(value)
+        if is_fixed(kind):
+            return
+        if kind.__module__ == "numpy":
             if getattr(value, "nbytes", 0) > _SMALL_ARRAY_BYTES:
                 self._doubt(f"{_place(path)} is a large array of numpy, whose changes are not seen; make it a buffer")
             else:

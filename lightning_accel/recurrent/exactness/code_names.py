@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 # Their code does not change while a program runs, and what it does depends on its arguments.
 _LIBRARIES = frozenset({"torch", "numpy", "einops", "lightning", "pytorch_lightning", "lightning_fabric"})
+_GRAPH = f"{__name__.rpartition('.exactness')[0]}.graph"
 _GLOBAL_READS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 
 
@@ -48,4 +49,11 @@ def names_of(code: types.CodeType) -> NamedByCode:
 def is_library(module: str | None) -> bool:
     """Tell whether a module is torch's, the standard library's, or another whose code nobody changes at run time."""
     top = (module or "").partition(".")[0]
-    return top in _LIBRARIES or (top in sys.stdlib_module_names and top != "__main__")
+    return module == _GRAPH or top in _LIBRARIES or (top in sys.stdlib_module_names and top != "__main__")
+
+
+@functools.lru_cache(maxsize=4096)
+def is_fixed(kind: type[object]) -> bool:
+    """Tell whether objects of a class stay what they are: the frozen nodes and edges of a `RecurrentGraph`."""
+    parameters = kind.__dict__.get("__dataclass_params__")
+    return parameters is not None and parameters.frozen and kind.__module__ == _GRAPH
