@@ -95,6 +95,73 @@ class Loop(nn.Module):
         return torch.stack(outputs)
 
 
+class WideEverywhere(nn.Module):
+    """Calls as wide as the state before the loop, after it and beside it, some of which others need as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.key, self.value, self.decay = nn.Linear(F, 2), nn.Linear(F, 3), nn.Parameter(torch.rand(2, 3))
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        key, value = torch.tanh(self.key(x)), self.value(x)
+        keep = torch.exp(-key.square().unsqueeze(2) * self.decay)
+        new = key.unsqueeze(2) * value.unsqueeze(1)
+        state = keep * state + new
+        read = (state * value.unsqueeze(1).expand(-1, 2, 3)).sum(2)
+        beside = (keep.transpose(1, 2) @ new).sum(
+            (1, 2)
+        )  # wide, and known before the loop, which is not its only reader
+        return (read, beside.unsqueeze(1) * key, (state - keep).amax(1)), state
+
+
+class TwoLoops(nn.Module):
+    """Two states that know nothing of each other, and a wide call that reads both."""
+
+    def __init__(self):
+        super().__init__()
+        self.decay = nn.Parameter(torch.rand(2, 3))
+
+    def forward(self, x: Tensor, states: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        first, second = states
+        new = x[:, :2].unsqueeze(2) * x[:, 2:5].unsqueeze(1)
+        first, second = torch.tanh(first * self.decay + new), torch.sin(second * self.decay.exp() - new)
+        return (first * second).sum(2), (first, second)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("kind", [WideEverywhere, TwoLoops])
+def test_wide_calls_around_a_loop_end_as_they_do_by_themselves(kind, batch):
+    torch.manual_seed(0)
+    cell = kind().double()
+    state = torch.rand(batch, 2, 3, dtype=torch.double).requires_grad_()
+    state = (state, torch.rand(batch, 2, 3, dtype=torch.double).requires_grad_()) if kind is TwoLoops else state
+    x = torch.randn(T, batch, F, dtype=torch.double, requires_grad=True)
+    found = []
+    for schedule in ("loop", "compiled"):
+        rnn = Recurrent(cell, schedule=schedule)
+        ys, last = rnn(x, state)
+        values = [*pytree.tree_leaves(ys), *pytree.tree_leaves(last)]
+        total = sum((k + 1.0) * v.cos().sum() for k, v in enumerate(values))
+        found.append([*values, *torch.autograd.grad(total, [x, *pytree.tree_leaves(state), *rnn.parameters()])])
+    assert set(rnn.schedules[0].choices.values()) == {"compiled"}
+    for a, e in zip(*found, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
+
+
+def test_calls_as_wide_as_the_state_run_in_its_loop():
+    compiled = Recurrent(DiagonalStateSpace(F), schedule="compiled")
+    compiled(torch.randn(T, 4, F), matrix_states(compiled.cell, F, 4))
+    (text,) = texts_of(compiled)
+    forward, backward = text.split("def backward(")
+    machine, forward = forward.split("def make_slabs(")
+    assert "exp_real(" in machine
+    assert "t_exp(" not in forward, "the decay of every entry"
+    wide = "(n, 3, 6, 16, )"
+    assert forward.split("def forward(")[0].count(wide) == 1, "the decay is kept for the backward"
+    assert wide not in forward.split("def forward(")[1]
+    assert "t_mul(v_add_2" not in backward
+
+
 def test_an_unchanged_loop_over_such_a_cell_is_computed_at_its_first_call():
     torch.manual_seed(0)
     model, x = Loop(), torch.randn(T, 3, F, dtype=torch.double)

@@ -26,7 +26,7 @@ from lightning_accel.recurrent.compiler.emit_python.function_text import (
     dtype_text,
     shape_text,
 )
-from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, shape
+from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, aten, shape
 from lightning_accel.recurrent.compiler.stage import Segment
 
 _INDENT = "        "
@@ -109,7 +109,7 @@ class MatrixLoop:
     def _resolve(self, node: Node) -> StreamView:
         """Return which memory a value's elements are read from."""
         if node not in self._views:
-            if node.target in VIEWS and node in self.places.members:
+            if node.target in VIEWS and (node in self.places.members or self._only_repeats(node)):
                 self._views[node] = view_of(node, self._resolve(node.args[0]))
             elif node in self.text.stages.invariant:
                 self._views[node] = whole(node, shape(node))
@@ -118,6 +118,12 @@ class MatrixLoop:
             else:
                 self._views[node] = whole(node, shape(node)[1:])
         return self._views[node]
+
+    def _only_repeats(self, node: Node) -> bool:
+        """Whether a value from outside the loop repeats numbers of another, which is read in its place."""
+        if node.target is not aten.expand.default or node in self.text.stages.invariant:
+            return False
+        return shape(node)[:1] == shape(node.args[0])[:1] and len(shape(node)) == len(shape(node.args[0]))
 
     # ---- the order ----
 

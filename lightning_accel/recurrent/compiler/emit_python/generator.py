@@ -13,6 +13,7 @@ from lightning_accel.recurrent.compiler.emit_c.emit_c_loop import CLoop, CText
 from lightning_accel.recurrent.compiler.emit_c.emit_c_matrix_loop import MatrixLoop
 from lightning_accel.recurrent.compiler.emit_c.emit_c_row import NotInCError
 from lightning_accel.recurrent.compiler.emit_c.fusion import inlined
+from lightning_accel.recurrent.compiler.emit_c.wide_calls import wide_calls
 from lightning_accel.recurrent.compiler.emit_python import emit_aten_call
 from lightning_accel.recurrent.compiler.emit_python.emit_python_loop import write_loop
 from lightning_accel.recurrent.compiler.emit_python.function_text import (
@@ -109,9 +110,13 @@ class Generator:
                     taken.update(calls)
                     break
                 else:
-                    loop = kernels.matrix_loop(text, segments[k], reverse=reverse)
-                    if loop is not None:
-                        loops[k] = loop
+                    wide = wide_calls(self.stages, segments, k)
+                    for calls in (wide, []) if wide else ([],):
+                        loop = kernels.matrix_loop(text, self._with(segments[k], calls), reverse=reverse)
+                        if loop is not None:
+                            loops[k] = loop
+                            taken.update(calls)
+                            break
         for k, segment in enumerate(segments):
             if k in loops:
                 loops[k].write()
@@ -119,6 +124,10 @@ class Generator:
                 write_loop(text, segment, reverse=reverse, scan=self._scan)
             else:
                 _write_block(text, segment, taken)
+
+    def _with(self, loop: Segment, calls: list[Node]) -> Segment:
+        """Return a loop that takes calls over."""
+        return Segment(sorted([*loop.nodes, *calls], key=self.stages.order.__getitem__), loop=True)
 
     def _forward(self) -> str:
         results = [y for y in self.step.ys if y not in self.stages.invariant]
