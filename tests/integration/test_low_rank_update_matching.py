@@ -134,9 +134,11 @@ def test_other_optimizers_are_left_as_they_are_and_it_is_said_once(tmp_path):
 def test_the_steps_of_asynchronous_workers_are_left_as_they_are(tmp_path):
     plain, asked = classifier(), classifier()
     train(plain, [low_rank(match_updates=False, when=1)], tmp_path, strategy=AsyncSGDStrategy(), devices=1)
-    train(asked, [low_rank(when=1)], tmp_path, strategy=AsyncSGDStrategy(), devices=1)
+    callback = low_rank(when=1)
+    train(asked, [callback], tmp_path, strategy=AsyncSGDStrategy(), devices=1)
     assert low_rank_layers(asked)
     assert equal(plain, asked)
+    assert callback.state_dict()["update_multipliers"] == {}, "or a fit that goes on would begin to use them"
 
 
 def test_asynchronous_workers_say_that_a_server_makes_the_steps(tmp_path):

@@ -339,12 +339,13 @@ def test_merged_weights_take_the_place_of_their_factors_with_fresh_moments():
     optimizer.step()
 
 
-def test_orphans_are_trainable_factors_that_no_optimizer_holds():
+def test_orphans_are_trainable_parameters_that_no_optimizer_holds():
     low = factorize(nn.Linear(6, 5), (3,))
-    assert orphans([torch.optim.SGD([low.factor_in], lr=0.1)], low) == ["factor_out"]
-    assert orphans([torch.optim.SGD([low.factor_in], lr=0.1), torch.optim.SGD([low.factor_out], lr=0.1)], low) == []
+    factors = {name: getattr(low, name) for name in low.factor_names}
+    assert orphans([torch.optim.SGD([low.factor_in], lr=0.1)], factors) == ["factor_out"]
+    assert orphans([torch.optim.SGD([factor], lr=0.1) for factor in factors.values()], factors) == []
     low.factor_out.requires_grad_(False)
-    assert orphans([torch.optim.SGD([low.factor_in], lr=0.1)], low) == []
+    assert orphans([torch.optim.SGD([low.factor_in], lr=0.1)], factors) == []
 
 
 @pytest.mark.parametrize("layer", LAYERS)

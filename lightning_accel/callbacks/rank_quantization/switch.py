@@ -16,6 +16,7 @@ from lightning_accel.lightning_private import pruned_layers, rename_in_finetunin
 from lightning_accel.low_rank import RankPlan, SharedVectors, decompose, eligible_layers, low_rank_layers
 from lightning_accel.low_rank.calls import input_second_moments
 from lightning_accel.low_rank.eligibility import left_alone
+from lightning_accel.low_rank.optimizers.exchange import orphans
 
 _log = logging.getLogger(__name__)
 
@@ -39,19 +40,18 @@ def check_something_to_factor(module: nn.Module, include: Sequence[str], exclude
 def keep_held_dense(plan: RankPlan, trainer: "pl.Trainer", module: nn.Module) -> RankPlan:
     """Return the plan without layers whose weights nobody would train, or that a pruning callback holds."""
     pruned = pruned_layers(trainer, module)
-    orphans = _orphans(plan, trainer, module) - pruned
-    if orphans:
-        _log.warning("no optimizer holds the weights of %s: these layers stay dense.", sorted(orphans))
+    untrained = _untrained(plan, trainer, module) - pruned
+    if untrained:
+        _log.warning("no optimizer holds the weights of %s: these layers stay dense.", sorted(untrained))
     plan = plan.dense(pruned, "a pruning callback holds its weight")
-    plan = plan.dense(orphans, "its weight is in no optimizer's groups")
+    plan = plan.dense(untrained, "its weight is in no optimizer's groups")
     return _keep_hidden_dense(plan, trainer, module)
 
 
-def _orphans(plan: RankPlan, trainer: "pl.Trainer", module: nn.Module) -> set[str]:
+def _untrained(plan: RankPlan, trainer: "pl.Trainer", module: nn.Module) -> set[str]:
     """Return the low-rank layers of a plan whose trainable weights no optimizer holds."""
-    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    weights = {layer.name: module.get_submodule(layer.name).weight for layer in plan.layers if layer.ranks is not None}
-    return {name for name, weight in weights.items() if weight.requires_grad and id(weight) not in held}
+    planned = [layer.name for layer in plan.layers if layer.ranks is not None]
+    return set(orphans(trainer.optimizers, {name: module.get_parameter(f"{name}.weight") for name in planned}))
 
 
 def _keep_hidden_dense(plan: RankPlan, trainer: "pl.Trainer", module: nn.Module) -> RankPlan:

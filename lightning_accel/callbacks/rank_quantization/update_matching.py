@@ -27,13 +27,15 @@ class UpdateMatching:
     _matched: list[MatchedUpdates] = field(default_factory=list, compare=False)
 
     def choose(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
-        """Choose the multipliers by the factors as they are now, on all processes alike, and `begin`."""
-        if self.wanted:
+        """Choose the multipliers by the factors as they are now, on all processes alike, and `begin`.
+
+        None are chosen where a server makes the steps: a later fit that goes on without it trains as this one did.
+        """
+        if self.wanted and isinstance(trainer.strategy, SharesLayers):
+            _say_who_steps(trainer)
+        elif self.wanted:
             chosen = {name: update_multiplier(layer) for name, layer in low_rank_layers(module).items()}
-            # where processes share layers one decides, and the others are not here
-            self.multipliers = (
-                chosen if isinstance(trainer.strategy, SharesLayers) else trainer.strategy.broadcast(chosen)
-            )
+            self.multipliers = trainer.strategy.broadcast(chosen)
             self.begin(trainer, module)
 
     def begin(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
@@ -44,7 +46,7 @@ class UpdateMatching:
         if not multipliers:
             return
         if isinstance(trainer.strategy, SharesLayers):
-            _say(f"{type(trainer.strategy).__name__} makes the steps elsewhere")
+            _say_who_steps(trainer)
             return
         factors = {getattr(layer, name) for layer in multipliers for name in layer.factor_names}
         for optimizer in trainer.optimizers:
@@ -64,6 +66,10 @@ class UpdateMatching:
         for matched in self._matched:
             matched.remove()
         self._matched = []
+
+
+def _say_who_steps(trainer: "pl.Trainer") -> None:
+    _say(f"{type(trainer.strategy).__name__} makes the steps elsewhere")
 
 
 def _say(why: str) -> None:

@@ -199,11 +199,10 @@ def _corrections(state: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[
     return 1.0 - float(betas[0]) ** steps, 1.0 - float(betas[1]) ** steps
 
 
-def orphans(optimizers: Sequence[torch.optim.Optimizer], layer: LowRankLayer) -> list[str]:
-    """Return the names of trainable factors that no optimizer holds: they would never be trained."""
+def orphans(optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Return the names of trainable parameters that no optimizer holds: they would never be trained."""
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    factors = {name: getattr(layer, name) for name in layer.factor_names}
-    return [name for name, factor in factors.items() if factor.requires_grad and id(factor) not in held]
+    return [name for name, p in parameters.items() if p.requires_grad and id(p) not in held]
 
 
 def _factors_of(layer: LowRankLayer) -> tuple[nn.Parameter, ...]:
