@@ -1,7 +1,9 @@
 """The parts that project a model step after step: what is chosen, how hard, what is kept, what is refused."""
 
 import copy
+import gc
 import math
+import weakref
 
 import numpy
 import pytest
@@ -316,6 +318,23 @@ def test_state_goes_through_a_state_dict():
     assert mine.first_norm == theirs.first_norm
     assert torch.equal(mine.dead, theirs.dead)
     assert torch.equal(mine.mu, theirs.mu)
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_weights_of_exchanged_layers_are_let_go(compile):
+    model = nn.ModuleDict({"old": nn.Linear(6, 5), "kept": nn.Linear(6, 5)})
+    projector = Projector(find_targets(model), Ball(radius=0.5), compile=compile)
+    for step in (1, 2, 3):
+        projector.project(step)
+    gone = weakref.ref(model["old"].weight)
+    del model["old"]
+    model["new"] = nn.Linear(6, 5)
+    projector.aim_at(find_targets(model))
+    gc.collect()
+    assert gone() is None
+    projector.project(4)
+    for layer in model.values():
+        assert float(layer.weight.abs().amax(1).sum()) <= 0.5
 
 
 def test_one_bad_parameter_leaves_all_unchanged():

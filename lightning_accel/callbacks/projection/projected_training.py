@@ -115,8 +115,7 @@ class ProjectedTraining:
     def resolve(self, trainer: "pl.Trainer", module: nn.Module) -> None:
         """Find the targets, anew after layers were exchanged, thawed or got their shapes."""
         if self.projector is not None:
-            self.projector.targets = self.roles.resolve(trainer, module)
-            self.projector.remember_first_norms()
+            self.projector.aim_at(self.roles.resolve(trainer, module))
 
     def change_layers(self, trainer: "pl.Trainer", module: nn.Module) -> None:
         """Follow an exchange of layers in the middle of a run."""
@@ -148,8 +147,7 @@ class ProjectedTraining:
     def before_backward(self, trainer: "pl.Trainer", module: nn.Module, loss: Tensor) -> None:
         """Read off the graph which layers write the output."""
         if self.projector is not None and self.roles.are_open:
-            self.projector.targets = self.roles.sort_out(trainer, module, loss)
-            self.projector.remember_first_norms()
+            self.projector.aim_at(self.roles.sort_out(trainer, module, loss))
 
     def before_step(self, trainer: "pl.Trainer", optimizer: torch.optim.Optimizer) -> None:
         """Note that a step begins: one that a gradient scaler skips never gets to the optimizer's own hook."""
@@ -168,8 +166,7 @@ class ProjectedTraining:
         if self.roles.have_changed(trainer):
             self.resolve(trainer, trainer.lightning_module)
         if self.roles.are_open:  # nobody has said where the backward pass began
-            self.projector.targets = self.roles.sort_out(trainer, trainer.lightning_module, None)
-            self.projector.remember_first_norms()
+            self.projector.aim_at(self.roles.sort_out(trainer, trainer.lightning_module, None))
         if not self.roles.trains(index):
             return
         step = self.steps[index] = self.steps.get(index, 0) + 1

@@ -1,5 +1,7 @@
 """How parameters lie in memory: found once, and good for as long as their memory is."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -43,6 +45,11 @@ class Layouts:
         if target.module._parameters.get(target.leaf) is not parameter or _place_of(parameter) != place:
             return None
         return layout
+
+    def forget_all_but(self, targets: Iterable[Target]) -> None:
+        """Let go of the parameters of all other targets."""
+        names = {target.name for target in targets}
+        self._known = {name: known for name, known in self._known.items() if name in names}
 
     def _build(self, x: Tensor, target: Target) -> Pyramid:
         dims = self._ball.dims or (target.group_dims, target.rest_dims)

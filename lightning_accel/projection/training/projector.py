@@ -36,7 +36,7 @@ class Projector:
     """Projects targets in place, step after step.
 
     Attributes:
-        targets: What to project; replaced when the model's layers change.
+        targets: What to project; see `aim_at` for when the model's layers change.
         ball: What to project onto.
         ramp: How much of it after how many steps.
         freeze_zero_groups: Keep groups cleared that a projection has cleared: neither momentum nor gradients bring
@@ -66,6 +66,15 @@ class Projector:
     def last(self) -> dict[str, Cut]:
         """The last `Cut` by target name (of a global budget: by ``"all parameters"``); for logs."""
         return {name: found if isinstance(found, Cut) else found.cut() for name, found in self._last.items()}
+
+    def aim_at(self, targets: list[Target]) -> None:
+        """Project these from now on; let go of what others took, such as weights of layers that were exchanged."""
+        self.targets = targets
+        self._layouts.forget_all_but(targets)
+        self._at_once.clear()
+        names = {_ALL, *(target.name for target in targets)}
+        self._last = {name: found for name, found in self._last.items() if name in names}
+        self.remember_first_norms()
 
     @torch.no_grad()
     def remember_first_norms(self) -> None:
