@@ -32,7 +32,7 @@ class HeldGroups:
             ``None`` where more are to go, or the parameter may not be finite: nothing was written then.
         """
         layout = self._layouts.known(target)
-        if layout is None or dead is None:
+        if layout is None or dead is None or placement.is_far(dead):  # counting them would wait for it
             return None
         indices = self._of(target, dead)
         done = len(indices) >= cleared and layout.clear(dead, indices, if_finite=True)
