@@ -48,7 +48,7 @@ def inlined(
                 and _is_row(stages, node)
                 and users
                 and all(home[u] == loop or u in taken for u in users)
-                and all(width(u) == width(node) and u.target not in PRODUCTS for u in users if _is_tensor(u))
+                and all(width(u) == width(node) and u.target not in PRODUCTS for u in users if is_tensor(u))
                 and can_write(node)
                 and torch.Tag.pointwise in node.target.tags
             ):
@@ -62,7 +62,8 @@ def is_view(node: Node) -> bool:
     return node.target in VIEWS and node.target is not aten.expand.default
 
 
-def _is_tensor(node: Node) -> bool:
+def is_tensor(node: Node) -> bool:
+    """Tell calls with one result from those with several."""
     return isinstance(node.meta["val"], torch.Tensor)
 
 

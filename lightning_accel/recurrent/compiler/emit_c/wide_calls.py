@@ -7,10 +7,9 @@ values of one shape share a nest.
 
 import math
 
-import torch
-
 from lightning_accel.recurrent.compiler.emit_c.emit_c_nest import REDUCTIONS, check, is_elementwise
 from lightning_accel.recurrent.compiler.emit_c.emit_c_row import NotInCError
+from lightning_accel.recurrent.compiler.emit_c.fusion import is_tensor
 from lightning_accel.recurrent.compiler.rewrite import VIEWS, Node, shape
 from lightning_accel.recurrent.compiler.stage import Segment, Stages
 
@@ -31,10 +30,10 @@ def wide_calls(stages: Stages, segments: list[Segment], loop: int) -> list[Node]
     step, members, taken = stages.step, set(segments[loop].nodes), set[Node]()
     home = {n: k for k, segment in enumerate(segments) for n in segment.nodes}
     fixed = {*step.next_states, *step.states, *step.d_states, *step.d_next_states}
-    widest = max((_elements(n) for n in members if _is_tensor(n)), default=0)
+    widest = max((_elements(n) for n in members if is_tensor(n)), default=0)
 
     def fits(node: Node) -> bool:
-        known = node.op == "call_function" and node not in fixed and node.target not in VIEWS and _is_tensor(node)
+        known = node.op == "call_function" and node not in fixed and node.target not in VIEWS and is_tensor(node)
         return known and shape(node)[:1] == (step.streams,) and _is_wide(node, widest)
 
     for node in reversed([n for segment in segments[:loop] for n in segment.nodes]):
@@ -60,10 +59,6 @@ def _is_wide(node: Node, widest: int) -> bool:
     except NotInCError:
         return False
     return True
-
-
-def _is_tensor(node: Node) -> bool:
-    return isinstance(node.meta["val"], torch.Tensor)
 
 
 def _elements(node: Node) -> int:
