@@ -26,17 +26,9 @@ def graph_rows(batches: tuple[int, ...], rounds: int, device: str) -> Iterator[B
             "floor": floor(128, batch, device),
         }
         seconds = time_interleaved(variants, rounds=rounds, warmup=1, device=device)
-        yield BenchRow(
-            suite="recurrent",
-            case=f"LSTM as a graph, H={HIDDEN}, T=128, B={batch}",
-            variant="GraphRNN",
-            baseline="nn.LSTM",
-            ratio=compare_paired(seconds["GraphRNN"], seconds["nn.LSTM"]),
-            seconds=medians(seconds),
-            target=target,
-            better="at most",
-            note=times_beside(seconds, "nn.LSTM", "GraphRNN", chosen_by(network.rnn)),
-        )
+        case = f"LSTM as a graph, H={HIDDEN}, T=128, B={batch}"
+        note = times_beside(seconds, "nn.LSTM", "GraphRNN", chosen_by(network.rnn))
+        yield _beside_torch(case, "GraphRNN", seconds, target, note)
 
 
 def small_rows(rounds: int, device: str) -> Iterator[BenchRow]:
@@ -50,14 +42,19 @@ def small_rows(rounds: int, device: str) -> Iterator[BenchRow]:
     variants["nn.LSTM"] = training_step(nn.LSTM(size, size).to(device), x)
     seconds = time_interleaved(variants, rounds=rounds, warmup=3, device=device)
     for name, layer in {"Recurrent(nn.LSTMCell)": auto, "GraphRNN": graph.rnn}.items():
-        yield BenchRow(
-            suite="recurrent",
-            case=f"small LSTM, H={size}, T={steps}, B={batch}",
-            variant=name,
-            baseline="nn.LSTM",
-            ratio=compare_paired(seconds[name], seconds["nn.LSTM"]),
-            seconds={key: medians(seconds)[key] for key in ("nn.LSTM", name)},
-            target=1.0,
-            better="at most",
-            note=chosen_by(layer)(),
-        )
+        two = {key: seconds[key] for key in ("nn.LSTM", name)}
+        yield _beside_torch(f"small LSTM, H={size}, T={steps}, B={batch}", name, two, 1.0, chosen_by(layer)())
+
+
+def _beside_torch(case: str, variant: str, seconds: dict[str, list[float]], target: float, note: str) -> BenchRow:
+    return BenchRow(
+        suite="recurrent",
+        case=case,
+        variant=variant,
+        baseline="nn.LSTM",
+        ratio=compare_paired(seconds[variant], seconds["nn.LSTM"]),
+        seconds=medians(seconds),
+        target=target,
+        better="at most",
+        note=note,
+    )
