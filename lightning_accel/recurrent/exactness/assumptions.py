@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_accel import torch_private
 from lightning_accel.recurrent.exactness.code_names import NamedByCode, is_fixed, is_library, names_of
+from lightning_accel.recurrent.exactness.containers import fixed_contents, plain_contents
 from lightning_accel.recurrent.instance_forward import InstanceForward
 
 _MOST_VALUES = 20_000
@@ -134,6 +135,11 @@ class _Walk:
                 self._identity(value, path)
             else:
                 self.module(value, path)
+        elif (contents := plain_contents(value)) is not None:
+            self._note(path, contents)
+        elif (contents := fixed_contents(value)) is not None:
+            self.held += value.values() if kind is dict else value
+            self._note(path, contents)
         elif self._seen_before(value, path):
             return
         elif isinstance(value, (list, tuple, set, frozenset, dict)):
@@ -198,6 +204,8 @@ class _Walk:
         if self._seen_before(kind, path):
             return
         own = [base for base in kind.__mro__ if base is not object and not is_library(base.__module__)]
+        if not own:
+            return
         members = {name: member for base in reversed(own) for name, member in base.__dict__.items()}
         functions = {name: _function_of(member) for name, member in members.items()}
         called = set(functions)
