@@ -85,6 +85,7 @@ def as_loop(rnn):
 @pytest.mark.parametrize(("kind", "states"), [(OddCell, 2), (TwoDependentLoops, 3)])
 def test_other_operations_and_several_loops(kind, states, rows, monkeypatch):
     monkeypatch.setattr(run_blocks, "_BLOCK_ROWS", rows)
+    monkeypatch.setattr(run_blocks, "_BLOCK_NUMBERS", 0)
     rnn = Recurrent(kind(H).double(), schedule="compiled")
     x = torch.randn(T, B, F, dtype=torch.double, requires_grad=True)
     state = tuple(torch.randn(B, H, dtype=torch.double, requires_grad=True) for _ in range(states))

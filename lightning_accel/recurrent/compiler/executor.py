@@ -50,6 +50,7 @@ class StepSchedule:
     Attributes:
         failure: What went wrong in a backward, which then ran plainly; ``None`` as long as nothing did.
         block_steps: Steps of a block; by default as many as fit the cache.
+        widest: Numbers a stream of the widest value of a step.
         device: Of its tensors.
         captured: Whether blocks of steps are recorded as CUDA graphs.
         for_any_batch: Whether one text is to serve all batch sizes if it can, for which two are traced.
@@ -90,6 +91,7 @@ class StepSchedule:
         self.captured = self.device.type == "cuda" and not (scan or compiled)
         self.spares = SpareWorkspaces(self.device)
         self.stages = self._stage(EXAMPLE_STREAMS[0])
+        self.widest = self.stages.widest(EXAMPLE_STREAMS[0])
         nesting = nesting_of(step)
         self._returned = None if nesting is None else (nesting.ys, nesting.states)
         if scan:

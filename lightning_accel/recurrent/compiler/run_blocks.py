@@ -15,9 +15,10 @@ from lightning_accel.recurrent.compiler.trace import CannotScheduleError, Depend
 from lightning_accel.recurrent.compiler.workspace import SpareWorkspaces, Workspace
 
 # Rows (streams times steps) of a block: enough for full speed of the products, few enough that what a block makes and
-# uses again stays in the second-level cache.
+# uses again stays in the second-level cache. Narrow cells get more: a block costs the same Python whatever its length.
 _BLOCK_ROWS = 256
-_SCAN_ROWS = 4096  # scans gain from longer blocks
+_BLOCK_NUMBERS = 1 << 18  # of the widest value of a step
+_SCAN_ROWS = 4096  # scans gain from longer blocks, and nothing has longer ones
 _DEVICE_ROWS = 65536  # a device is filled by long blocks only, and has no second-level cache that they had to fit
 
 
@@ -27,6 +28,7 @@ class BlockSchedule(Protocol):
     Attributes:
         scan: Whether its loops are scans.
         block_steps: Steps of a block; ``None`` for as many as fit the cache.
+        widest: Numbers a stream of the widest value of a step.
         device: Of its tensors.
         captured: Whether blocks of steps are recorded as CUDA graphs.
         spares: Memory that earlier calls left.
@@ -34,6 +36,7 @@ class BlockSchedule(Protocol):
 
     scan: bool
     block_steps: int | None
+    widest: int
     device: torch.device
     captured: bool
     spares: SpareWorkspaces
@@ -216,7 +219,7 @@ def _blocks(
     schedule: BlockSchedule, phase: str, wanted: Wanted, steps: int, streams: int
 ) -> Iterator[tuple[int, int, Workspace]]:
     """Yield (begin, end, buffers) of blocks of equal length, a shorter one last; the backward starts at the end."""
-    rows = _SCAN_ROWS if schedule.scan else _BLOCK_ROWS
+    rows = _SCAN_ROWS if schedule.scan else max(_BLOCK_ROWS, min(_BLOCK_NUMBERS // schedule.widest, _SCAN_ROWS))
     fitting = -(-(rows if schedule.device.type == "cpu" else _DEVICE_ROWS) // streams)
     fitting = CAPTURED_STEPS if schedule.captured else fitting
     length = max(1, min(steps, schedule.block_steps or fitting))

@@ -8,6 +8,8 @@ block of time steps in one call, in segments before, between and after the loops
 import operator
 from dataclasses import dataclass, field
 
+import torch
+
 from lightning_accel.recurrent.compiler.normalize import normalize
 from lightning_accel.recurrent.compiler.rewrite import (
     VIEWS,
@@ -62,6 +64,11 @@ class Stages:
     def backward(self) -> list[Segment]:
         """Segments of the backward, in order."""
         return self._segments(self.backward_nodes)
+
+    def widest(self, streams: int) -> int:
+        """Return how many numbers a stream the widest value of a step has, if the step is one of so many streams."""
+        values = [n.meta["val"] for s in (*self.forward, *self.backward) for n in s.nodes]
+        return max((v.numel() // streams for v in values if isinstance(v, torch.Tensor)), default=1) or 1
 
     def add_backward(self, *roots: Node) -> None:
         """Add what the backward needs to compute ``roots`` for every time step; views of forward values are remade."""
