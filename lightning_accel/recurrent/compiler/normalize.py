@@ -44,7 +44,8 @@ def _replace_split_part(graph: fx.Graph, node: Node) -> None:
         sizes = [part.shape[dim] for part in source.meta["val"]]
         start = sum(sizes[:index])
         with graph.inserting_before(node):
-            part = make(graph, aten.slice.Tensor, x, dim, start, start + sizes[index], 1)
+            whole = len(sizes) == 1
+            part = x if whole else make(graph, aten.slice.Tensor, x, dim, start, start + sizes[index], 1)
     elif source.target is aten.unbind.int:
         x = source.args[0]
         dim = (source.args[1] if len(source.args) > 1 else 0) % len(shape(x))
@@ -97,6 +98,14 @@ def _identity(_: fx.Graph, node: Node) -> Node:
 def _clone(_: fx.Graph, node: Node) -> Node | None:
     # Nothing is changed in place, so a copy is only worth keeping where it changes the layout.
     return None if node.kwargs.get("memory_format") is not None else node.args[0]
+
+
+def _whole(_: fx.Graph, node: Node) -> Node | None:
+    """Take a slice of everything, and a concatenation of one part, for what they are of."""
+    source = node.args[0]
+    if isinstance(source, (list, tuple)):
+        source = source[0] if len(source) == 1 else None
+    return source if source is not None and shape(source) == shape(node) else None
 
 
 def _same_shape_view(graph: fx.Graph, node: Node) -> Node | None:
@@ -166,6 +175,8 @@ _RULES: dict[Any, Callable[[fx.Graph, Node], Node | None]] = {
     aten.log_sigmoid_backward.default: _log_sigmoid_backward,
     aten.relu.default: _relu,
     aten.t.default: _transpose_twice,
+    aten.cat.default: _whole,
+    aten.slice.Tensor: _whole,
     aten.clone.default: _clone,
     aten.view.default: _same_shape_view,
     aten._unsafe_view.default: _same_shape_view,

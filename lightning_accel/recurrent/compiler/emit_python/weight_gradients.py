@@ -4,6 +4,7 @@ Linear operations change places with the sum, so that of ``transpose(A_t) @ B_t`
 is left, and nothing of a weight's size is made once a step.
 """
 
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -56,6 +57,7 @@ class TimeSums:
         self._before: list[str] = []
         self._name = name
         self._made: set[Node] = set()
+        self._together = self._summed_together()
         texts = {}
         known: dict[str, str] = {}  # two biases that are added have one gradient
         for weight, gradient in self._wanted.items():
@@ -73,6 +75,29 @@ class TimeSums:
                     expression = f"add_to({before}, {known[total]}.clone())"
             texts[weight] = [*self._before, expression]
         return texts
+
+    def _summed_together(self) -> dict[Node, tuple[Node, int]]:
+        """Return the parts of rows of which all are summed over the streams, with the whole row and where they begin.
+
+        The sum of the whole takes as long as that of a part: biases of gates, whose gradients a product wants in one.
+        """
+        summed: set[Node] = set()
+        waiting = list(self._wanted.values())
+        while waiting:
+            node = waiting.pop()
+            rule, inner = self._rule(node)
+            waiting += inner if rule == "linear" else []
+            if rule == "sum" and list(node.args[1]) == [0] and len(shape(node.args[0])) == 2:
+                summed.add(node.args[0])
+        found = {}
+        for whole in self.stages.read:
+            rows = whole.target is aten.cat.default and len(shape(whole)) == 2 and whole.args[1:] in ((1,), (-1,))
+            if rows and summed.issuperset(whole.args[0]):
+                ends = itertools.accumulate(shape(part)[1] for part in whole.args[0])
+                found.update(
+                    (part, (whole, end - shape(part)[1])) for part, end in zip(whole.args[0], ends, strict=True)
+                )
+        return found
 
     def _rule(self, node: Node) -> tuple[str, list[Node]]:
         """Decide how to sum a node: the rule's name, and the nodes that are summed in their turn."""
@@ -140,6 +165,13 @@ class TimeSums:
             return f"torch.mm({self._factors(node)})"
         if rule == "sum":
             x, dims, *keep = node.args
+            if x in self._together and list(dims) == [0]:
+                whole, start = self._together[x]
+                if whole not in self._made:
+                    self._made.add(whole)
+                    self._before.append(f"total_{whole.name} = {name(whole)}.sum([0, 1])")
+                row = f"total_{whole.name}[{start}:{start + shape(x)[1]}].clone()"
+                return f"{row}[None]" if keep and keep[0] else row
             axes = [0] + [int(d) % len(shape(x)) + 1 for d in dims]
             return f"{name(x)}.sum({axes}, True)[0]" if keep and keep[0] else f"{name(x)}.sum({axes})"
         if rule == "norm":
