@@ -1,11 +1,13 @@
 """Products of large matrices of our own, where torch's library leaves half of the processor idle.
 
-On AMD processors with AVX-512, MKL multiplies matrices at half the rate that the tiles of `c_products` reach with one
-thread. Whether they are used follows from the processor alone, so that runs repeat each other bit by bit.
+On AMD processors that compute on 512 bits at once (Zen 5 and later), MKL multiplies matrices at half the rate that the
+tiles of `c_products` reach with one thread; on Zen 4, which takes 256 bits at a time, both are equal. Whether they are
+used follows from the processor alone, so that runs repeat each other bit by bit.
 """
 
 import ctypes
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from lightning_accel.machine.toolchain import CannotCompileError
 
 _SUMMANDS = 1024  # of one pass: what is packed of both factors stays in the processor's own memory
 _FEWEST = 16  # rows, columns and summands
+_ZEN_5 = 26  # family of processors
 _LARGE_PRODUCT = """
 /* C (rows, columns) = A W + keep * C; A and W with strides of rows and of columns. Returns 0 without memory,
    and C is as it was. */
@@ -49,9 +52,13 @@ int large_product(int64_t rows, int64_t columns, int64_t inner, const real *A, i
         const long height = rows - r < 8 ? rows - r : 8;
         if (height < 8)
             memset(some, 0, (size_t)(8 * inner) * sizeof(real));
-        for (long k = 0; k < inner; ++k)
+        if (height == 8 && ahead == 1)
+            for (long k = 0; k < inner; ++k)
+                memcpy(some + k * 8, A + r + k * along, 8 * sizeof(real));
+        else
             for (long i = 0; i < height; ++i)
-                some[k * 8 + i] = A[(r + i) * ahead + k * along];
+                for (long k = 0; k < inner; ++k)
+                    some[k * 8 + i] = A[(r + i) * ahead + k * along];
         for (long j = 0; j < tiles; ++j) {
             const long start = j * tile, width = columns - start < tile ? columns - start : tile;
             block_of_rows(inner, some, made + j * inner * tile, C + r * chead + start, chead, width, height, keep);
@@ -87,7 +94,9 @@ def are_worth_it() -> bool:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return "AuthenticAMD" in text and " avx512f" in text and torch.backends.mkl.is_available()
+    family = re.search(r"^cpu family\s*:\s*(\d+)", text, re.MULTILINE)
+    is_recent = family is not None and int(family[1]) >= _ZEN_5
+    return is_recent and "AuthenticAMD" in text and " avx512f" in text and torch.backends.mkl.is_available()
 
 
 @functools.cache
