@@ -13,6 +13,7 @@ from lightning_accel.machine.openmp import team_of_torch
 from lightning_accel.projection import ExactState, project_l1inf, radius_for_sparsity
 from lightning_accel.projection.balls.all_at_once import AllAtOnce
 from lightning_accel.projection.balls.floor import Floor
+from lightning_accel.projection.balls.newton import solve_tangents
 from lightning_accel.projection.balls.norm_pyramid import MaxPyramid
 from lightning_accel.projection.balls.shared_radius import clear_alone, cut_alone
 from lightning_accel.projection.kernels import compiled
@@ -449,3 +450,27 @@ def test_exact_projections_that_move_living_columns_together_find_the_same(share
     if dtype in (torch.float16, torch.bfloat16):
         bound = 2.0 * float(torch.finfo(dtype).eps * columns.abs().max())  # a bound may round to its neighbour
     assert float((columns.double() - rows.double()).abs().max()) <= bound
+
+
+@pytest.mark.parametrize("groups", [1, 7, 1_000])
+def test_tangents_are_solved_alike_compiled_or_eager(groups):
+    generator = torch.Generator().manual_seed(groups)
+    for seed in range(12):
+        mu, above, totals = torch.rand(3, groups, generator=generator, dtype=torch.float64)
+        mu[::3] = 0.0
+        above, count = 10.0 * above, torch.randint(1, 40, (groups,), generator=generator).double()
+        totals *= 30.0
+        for target in (1e-3, 0.1 * groups, 100.0 * groups):
+            for limit in (None, totals):
+                for guess in (None, torch.tensor(0.5 * seed, dtype=torch.float64), totals.max() + 1e3):
+                    found = []
+                    for compile in (True, False):
+                        with compiling(compile):
+                            compiled.largest(torch.randn(1, 50, 1_000))  # compiles
+                            found.append(solve_tangents(mu, above, count, target, limit, guess=guess))
+                    (theta, update), (expected, terms) = found
+                    assert torch.equal(bits(theta), bits(expected))
+                    assert torch.equal(bits(update), bits(terms))
+                    assert theta.dtype == update.dtype == torch.float64
+                    if limit is None:
+                        assert abs(float(update.sum()) - target) <= 1e-9 * max(target, 1.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.kernels import placement
+from lightning_accel.projection.kernels import compiled, placement
 from lightning_accel.projection.kernels.eager import excess
 
 _MAX_ITERATIONS = 100
@@ -169,18 +169,21 @@ def solve_tangents(
         totals: As ``mu``, l1 norms; groups that :math:`\theta` passes get 0.
         guess: float64 scalar near :math:`\theta`; by default 0.
     """
+    start = 0.0 if guess is None else float(guess)
+    found = compiled.solve_tangents((mu, above, count), target, totals, start)
+    if found is not None:
+        return mu.new_tensor(found[0]), found[1]
     at_zero = mu + above / count
     slope = 1.0 / count
     crossing = above + mu * count
-    active = crossing > (0.0 if guess is None else guess)
+    active = crossing > start
     number = int(torch.count_nonzero(active))
     if number == 0:
         active = crossing > 0.0
         number = len(crossing)
     falls = False
     while True:
-        among = active.to(at_zero.dtype)
-        theta = (torch.dot(at_zero, among) - target) / torch.dot(slope, among)
+        theta = (_ordered_sum(at_zero, active) - target) / _ordered_sum(slope, active)
         active = crossing > theta
         left = int(torch.count_nonzero(active))
         if left in (0, number) or (falls and left > number):
@@ -190,6 +193,11 @@ def solve_tangents(
     if totals is not None:
         update.masked_fill_(totals <= theta, 0.0)
     return theta, update
+
+
+def _ordered_sum(values: Tensor, active: Tensor) -> Tensor:
+    """Add up what is active from the first to the last, as machine code does."""
+    return torch.where(active, values, 0.0).cumsum(0)[-1]
 
 
 def _more_than(count: int, most: int) -> int:

@@ -112,9 +112,8 @@ static void *sums_of_runs(void *given) {
     for (int64_t g = p->first; g < p->last; g++) {
         const float *x = s->x + (s->chosen ? s->chosen[g] : g) * s->columns;
         const REAL *level = s->levels ? s->levels + g : 0;
-        double *totals = s->totals + g * SIDE;
+        double totals[SIDE] = {0}, sum = 0;
         REAL others[SIDE] = {0}, found = 0;
-        memset(totals, 0, SIDE * sizeof(double));
         for (int64_t at = 0; at < s->columns; at += PIECE) {
             float last[PIECE];
             const int64_t left = s->columns - at;
@@ -127,7 +126,9 @@ static void *sums_of_runs(void *given) {
         }
         for (int c = 0; c < SIDE; c++)
             found = level ? found + others[c] : totals[c] != totals[c] ? NAN : LARGER(others[c], found);
+        for (int c = 0; c < SIDE; c++) sum += totals[c];
         s->others[g] = found;
+        s->totals[g] = sum;
     }
     return 0;
 }
@@ -139,7 +140,7 @@ void column_sums_REAL(const float *x, const REAL *levels, double *totals, REAL *
     in_pieces(sums_of_columns, (piece_t){&sums, 0, 0, 0, 0, 0, 0}, 0, columns, threads);
 }
 
-/* x: (runs, columns), of which some are chosen, or all. levels, others: (chosen,); totals: (chosen, SIDE). */
+/* x: (runs, columns), of which some are chosen, or all. levels, totals, others: (chosen,). */
 void run_sums_REAL(const float *x, const int64_t *chosen, const REAL *levels, double *totals, REAL *others,
     int64_t runs, int64_t columns, int64_t threads) {
     const sums_t sums = {x, levels, chosen, totals, others, 0, columns};

@@ -169,28 +169,32 @@ static float select_float(float *v, int64_t n, int64_t k) {
 /* Find which groups of a part are to go: the smallest, of equal ones the first, as many as are to be cleared, and all
    dead ones, which count as zero. Return whether all is finite; nothing was written to x. */
 static int choose_smallest(part_t *p) {
-    float *bounds = bounds_of(p), *sorted = (float *)p->memory, low = 0.0f, high = INFINITY;
-    int64_t zeros = 0, equal = p->cleared;
-    for (int64_t g = 0; g < p->groups; g++) {
-        if (!(bounds[g] < INFINITY)) return 0;
-        if (p->dead[g]) bounds[g] = 0.0f;
-        p->norms[g] = sorted[g] = bounds[g];
-        zeros += bounds[g] == 0.0f;
-    }
-    if (zeros < p->cleared) {
-        low = select_float(sorted, p->groups, p->cleared - 1);
-        if (p->cleared == p->groups) high = low;
-        for (int64_t g = p->cleared; g < p->groups; g++) high = SMALLER(high, sorted[g]);
-        for (int64_t g = 0; g < p->groups; g++) equal -= bounds[g] < low;
-    }
-    p->shift = low > 0.0f ? low + 0.5 * ((double)high - low) : 0.0;
-    p->found = p->fresh = 0;
-    for (int64_t g = 0; g < p->groups; g++) {
-        const int goes = low > 0.0f && (bounds[g] < low || (bounds[g] == low && equal-- > 0));
-        p->fresh += goes && !p->dead[g];
-        p->found += goes || p->dead[g];
-        p->kept[g] = goes || p->dead[g] ? 0.0 : INFINITY;
-    }
+    float *bounds = bounds_of(p), *sorted = (float *)p->memory, high = INFINITY;
+    const char *dead = p->dead;
+    int64_t zeros = 0, found = 0, equal = p->cleared;
+    int finite = 1;
+    for (int64_t g = 0; g < p->groups; g++) finite &= bounds[g] < INFINITY;
+    if (!finite) return 0;
+    for (int64_t g = 0; g < p->groups; g++) bounds[g] = dead[g] ? 0.0f : bounds[g];
+    for (int64_t g = 0; g < p->groups; g++) p->norms[g] = bounds[g];
+    for (int64_t g = 0; g < p->groups; g++) zeros += bounds[g] == 0.0f;
+    for (int64_t g = 0; g < p->groups; g++) p->kept[g] = dead[g] ? 0.0 : INFINITY;
+    for (int64_t g = 0; g < p->groups; g++) found += dead[g] != 0;
+    p->shift = p->fresh = 0;
+    p->found = found;
+    if (zeros >= p->cleared) return 1; /* most steps of a fit */
+    memcpy(sorted, bounds, p->groups * sizeof(float));
+    const float low = select_float(sorted, p->groups, p->cleared - 1);
+    if (p->cleared == p->groups) high = low;
+    for (int64_t g = p->cleared; g < p->groups; g++) high = SMALLER(high, sorted[g]);
+    for (int64_t g = 0; g < p->groups; g++) equal -= bounds[g] < low;
+    p->shift = low + 0.5 * ((double)high - low);
+    for (int64_t g = 0; g < p->groups; g++)
+        if (bounds[g] < low || (bounds[g] == low && equal-- > 0)) {
+            p->fresh += !dead[g];
+            p->kept[g] = 0.0;
+        }
+    p->found += p->fresh;
     return 1;
 }
 
@@ -210,6 +214,67 @@ int clear_parts_float(part_t *parts, int64_t count) {
 }
 """
 
+# products are rounded before anything is added to them, as in eager operations: each loop is a function of its own, so
+# that no compiler makes one rounding of two
+_TANGENTS = """
+#define APART static __attribute__((noinline)) void
+
+APART divide(const double *mu, const double *above, const double *count, double *at_zero, double *slope, int64_t n) {
+    for (int64_t g = 0; g < n; g++) at_zero[g] = mu[g] + above[g] / count[g];
+    for (int64_t g = 0; g < n; g++) slope[g] = 1.0 / count[g];
+}
+
+APART multiply(const double *a, const double *b, double *out, int64_t n) {
+    for (int64_t g = 0; g < n; g++) out[g] = a[g] * b[g];
+}
+
+APART scale(const double *a, double factor, double *out, int64_t n) {
+    for (int64_t g = 0; g < n; g++) out[g] = factor * a[g];
+}
+
+APART add_to(const double *a, double *out, int64_t n) {
+    for (int64_t g = 0; g < n; g++) out[g] = a[g] + out[g];
+}
+
+static int64_t count_above(const double *crossing, double level, int64_t n) {
+    int64_t found = 0;
+    for (int64_t g = 0; g < n; g++) found += crossing[g] > level;
+    return found;
+}
+
+/* What `newton.solve_tangents` does, bit for bit. totals: (n,), or nothing; update: (n,), the terms; memory: (3, n).
+   Return theta. */
+double solve_tangents(const double *mu, const double *above, const double *count, const double *totals,
+    double *update, double *memory, int64_t n, double target, double guess) {
+    double *at_zero = memory, *slope = at_zero + n, *crossing = slope + n, theta = guess;
+    divide(mu, above, count, at_zero, slope, n);
+    multiply(mu, count, crossing, n);
+    add_to(above, crossing, n);
+    int64_t number = count_above(crossing, theta, n), falls = 0;
+    if (!number) {
+        theta = 0.0;
+        number = n;
+    }
+    for (;; falls = 1) {
+        double sum = 0.0, slopes = 0.0;
+        for (int64_t g = 0; g < n; g++) {
+            sum += crossing[g] > theta ? at_zero[g] : 0.0;
+            slopes += crossing[g] > theta ? slope[g] : 0.0;
+        }
+        theta = (sum - target) / slopes;
+        const int64_t left = count_above(crossing, theta, n);
+        if (!left || left == number || (falls && left > number)) break;
+        number = left;
+    }
+    scale(slope, theta, update, n);
+    for (int64_t g = 0; g < n; g++) {
+        const double rest = at_zero[g] - update[g];
+        update[g] = rest > 0.0 && !(totals && totals[g] <= theta) ? rest : 0.0;
+    }
+    return theta;
+}
+"""
+
 
 def thresholds_text(turns: int) -> str:
     """Return the text; it stands behind that of the passes.
@@ -219,4 +284,4 @@ def thresholds_text(turns: int) -> str:
     """
     numbers = {"TURNS": turns, "TINY": 2.0**-126, "MOST": sys.float_info.max}
     numbers |= {"UNDECIDED": UNDECIDED, "WITHIN": WITHIN, "PROJECTED": PROJECTED}
-    return "".join(f"#define {name} {value!r}\n" for name, value in numbers.items()) + _THRESHOLDS
+    return "".join(f"#define {name} {value!r}\n" for name, value in numbers.items()) + _THRESHOLDS + _TANGENTS

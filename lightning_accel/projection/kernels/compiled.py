@@ -151,19 +151,33 @@ def column_sums(x: Tensor, levels: Tensor | None, wide: torch.dtype) -> tuple[Te
 
 
 def run_sums(
-    x: Tensor, chosen: Tensor | None, levels: Tensor | None, wide: torch.dtype, sides: int
+    x: Tensor, chosen: Tensor | None, levels: Tensor | None, wide: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
-    """Do for float32 runs what `ordered_sums.run_sums` does; the sums of each run's ``sides`` apart."""
+    """Do for float32 runs what `ordered_sums.run_sums` does."""
     sums = _sums_for(x, wide)
     if sums is None:
         return None
     runs = len(x) if chosen is None else len(chosen)
-    totals, others = torch.empty(runs, sides, dtype=torch.float64), torch.empty(runs, dtype=wide)
+    totals, others = torch.empty(runs, dtype=torch.float64), torch.empty(runs, dtype=wide)
     given = [None if t is None else t.contiguous() for t in (chosen, levels)]
     addresses = [None if t is None else t.data_ptr() for t in given]
     threads = 1 if runs * x.shape[1] < _ALONE else threads_for(x)
     sums.runs(x.data_ptr(), *addresses, totals.data_ptr(), others.data_ptr(), runs, x.shape[1], threads)
     return totals, others
+
+
+def solve_tangents(
+    tangents: tuple[Tensor, Tensor, Tensor], target: float, totals: Tensor | None, guess: float
+) -> tuple[float, Tensor] | None:
+    """Do what `newton.solve_tangents` does for vectors on CPU; ``tangents`` are its first three arguments."""
+    library = library_for_floats()
+    if library is None:
+        return None
+    groups = len(tangents[0])
+    vectors = [t if t is None else t.contiguous() for t in (*tangents, totals)]
+    update, memory = torch.empty(groups, dtype=torch.float64), torch.empty(3, groups, dtype=torch.float64)
+    addresses = [None if t is None else t.data_ptr() for t in (*vectors, update, memory)]
+    return library.solve_tangents(*addresses, groups, target, guess), update
 
 
 def tell_autograd(*written: Tensor) -> None:
@@ -191,6 +205,9 @@ class _Library:
             self.project = code.project_float
             self.project.argtypes = [address] * 2 + [count] * 4 + [number] * 5
             self.project_parts, self.clear_parts = code.project_parts_float, code.clear_parts_float
+            self.solve_tangents = code.solve_tangents
+            self.solve_tangents.argtypes = [address] * 6 + [count, number, number]
+            self.solve_tangents.restype = number
             self.project_parts.argtypes, self.clear_parts.argtypes = [address, count, number], [address, count]
 
 

@@ -128,7 +128,10 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
         above = (x.index_select(1, groups).to(wide).abs_() - level.view(1, -1, 1)).clamp_min_(0.0)
         return above.sum((0, 2), dtype=torch.float64), (above > 0).sum((0, 2)).double()
     if after >= LONG_RUN:
-        chosen = groups if before == 1 else (torch.arange(before).unsqueeze(1) * total_groups + groups).flatten()
+        if before == 1:
+            total, count = run_sums(x[0], groups, level, wide)
+            return total, count.double()
+        chosen = (torch.arange(before).unsqueeze(1) * total_groups + groups).flatten()
         total, count = run_sums(x.view(-1, after), chosen, level.repeat(before), wide)
         return total.view(before, -1).sum(0), count.view(before, -1).sum(0, dtype=torch.float64)
     if len(groups) * before * after <= _CHUNK:

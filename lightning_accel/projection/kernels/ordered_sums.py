@@ -65,17 +65,14 @@ def run_sums(x: Tensor, chosen: Tensor | None, levels: Tensor | None, wide: torc
     Returns:
         As `column_sums`, ``(chosen,)``.
     """
-    found = compiled.run_sums(x, chosen, levels, wide, _SIDE)
-    if found is None:
-        found = _eager_run_sums(x, chosen, levels, wide)
-    sides, others = found
-    return sides.cumsum(1)[:, -1], others
+    found = compiled.run_sums(x, chosen, levels, wide)
+    return _eager_run_sums(x, chosen, levels, wide) if found is None else found
 
 
 def _eager_run_sums(
     x: Tensor, chosen: Tensor | None, levels: Tensor | None, wide: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return the sums of each run's sides apart, float64 ``(chosen, sides)``, and what `run_sums` returns beside."""
+    """Do what `run_sums` does: sides of a run are added up apart, then from the first to the last."""
     runs, columns = len(x) if chosen is None else len(chosen), x.shape[1]
     pieces, height = -(-columns // _PIECE), min(runs, max(1, _CHUNK // columns))
     sides, others = torch.empty(runs, _SIDE, dtype=torch.float64), torch.empty(runs, dtype=wide)
@@ -93,7 +90,7 @@ def _eager_run_sums(
             others[rows] = torch.sign(values, out=signs[: len(part)]).sum(1)
         units = _by_halves(values.view(-1, pieces, UNIT, _SIDE), 2).squeeze(2)
         sides[rows] = units.double().cumsum(1)[:, -1]
-    return sides, others
+    return sides.cumsum(1)[:, -1], others
 
 
 def _magnitudes(part: Tensor, values: Tensor) -> None:
