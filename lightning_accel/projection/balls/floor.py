@@ -10,6 +10,12 @@ from torch import Tensor
 from lightning_accel.projection.kernels import placement
 
 
+def count_to_clear(sizes: Sequence[int], least: int, sparsity: float) -> int:
+    """Return how many groups of tensors go for a sparsity, in [0, 1], of all of them if ``least`` of each stay."""
+    most = sum(max(size - least, 0) for size in sizes)
+    return min(round(sparsity * sum(sizes)), most)
+
+
 class Floor(NamedTuple):
     """How many groups a projection may clear, and which it may not.
 
@@ -30,8 +36,7 @@ class Floor(NamedTuple):
     @property
     def cleared(self) -> int:
         """Groups to clear for the sparsity, as far as the floor allows."""
-        most = sum(max(size - self.least, 0) for size in self.sizes)
-        return min(round((self.sparsity or 0.0) * sum(self.sizes)), most)
+        return count_to_clear(self.sizes, self.least, self.sparsity or 0.0)
 
     def protected(self, norms: Tensor) -> Tensor | None:
         """Return which groups no budget may clear, boolean ``(..., groups)``: the largest of each tensor.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_accel.projection.balls.floor import Floor
+from lightning_accel.projection.balls.floor import Floor, count_to_clear
 from lightning_accel.projection.balls.norm_pyramid import Norm, check_levels
 from lightning_accel.projection.kernels.rounding import check_nonfinite, check_radius
 from lightning_accel.projection.multilevel import Method, Nonfinite
@@ -84,6 +84,10 @@ class Ball:
             return self.radius
         goal = self.radius if self.radius is not None else first * (self.radius_fraction or 0.0)
         return goal if part == 1.0 else first + (goal - first) * part
+
+    def cleared(self, groups: int, part: float) -> int:
+        """Return how many of a parameter's groups a target sparsity clears ``part`` of the way, in [0, 1]."""
+        return count_to_clear([groups], self.min_groups, (self.target_sparsity or 0.0) * part)
 
     def floor(self, sizes: Sequence[int], first: float, part: float, *, zeros_only: bool) -> Floor:
         """Return which groups may be cleared ``part`` of the way.

@@ -130,7 +130,7 @@ class Projector:
         self._at_once[key] = once
         memories = [self.memory(target) for target in chosen]
         if for_sparsity:
-            cleared = [ball.floor([groups], 0.0, part, zeros_only=True).cleared for groups in once.groups]
+            cleared = [ball.cleared(groups, part) for groups in once.groups]
             gone = once.clear(cleared, [memory.dead for memory in memories])
             if gone is None:
                 return self._clear_again(chosen, part)
@@ -155,7 +155,7 @@ class Projector:
         """Clear dead groups where no others are to go; return the other targets."""
         left = []
         for target in chosen:
-            found = self._held.clear_again(target, self.memory(target).dead, self._floor([target], part).cleared)
+            found = self._held.clear_again(target, self.memory(target).dead, self.ball.cleared(target.num_groups, part))
             if found is None:
                 left.append(target)
             else:
