@@ -89,7 +89,7 @@ class TimeSums:
             waiting += inner if rule == "linear" else []
             if rule == "sum" and list(node.args[1]) == [0] and len(shape(node.args[0])) == 2:
                 summed.add(node.args[0])
-        found = {}
+        found: dict[Node, tuple[Node, int]] = {}
         for whole in self.stages.read:
             rows = whole.target is aten.cat.default and len(shape(whole)) == 2 and whole.args[1:] in ((1,), (-1,))
             if rows and summed.issuperset(whole.args[0]):
