@@ -68,10 +68,9 @@ class Newton:
                 break
             at, above, count = self._excess(alive, torch.minimum(mu, self.largest[alive]), precise=not coarse)
             theta, update = solve_tangents(at, above, count, target, totals, guess=theta)
-            # sums of magnitudes around mu + theta / count can be told apart to this much
-            settled = (update - at).abs().max() <= tolerance * (update + theta / count).max()
+            settled = _has_settled(update, at, count, float(theta), tolerance)
             mu = update
-            if bool(settled):
+            if settled:
                 break
             keep = totals > theta
             if not bool(keep.all()):
@@ -105,7 +104,7 @@ class Newton:
         for self.iterations in range(1, _MAX_ITERATIONS + 1):
             at, above, count = self._excess(alive, mu, precise=not coarse)
             mu = (at + (above - theta) / count).clamp_min_(0.0)
-            if bool((mu - at).abs().max() <= tolerance * (mu + theta / count).max()):
+            if _has_settled(mu, at, count, float(theta), tolerance):
                 break
         bounds[alive] = mu
         return bounds
@@ -136,14 +135,15 @@ class Newton:
     def _pack(self, index: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return a tensor that holds the chosen groups, and where they are in it.
 
-        Few columns of many are moved together: later iterations, with fewer still, then read nothing else. (Rows need
-        not be: reading some of them reads no others.)
+        Few columns of many are moved together, each in one piece: later iterations, with fewer still, then read nothing
+        else. (Rows need not be: reading some of them reads no others.)
         """
         source, kept = self._packed.get(index, (self.sources[index], None))
         place = chosen if kept is None else torch.searchsorted(kept, chosen)
         if len(source) > 1 and not placement.is_far(source) and 0 < _FEW * len(chosen) <= source.shape[1]:
-            self._packed[index] = source.index_select(1, place), chosen
-            return self._packed[index][0], torch.arange(len(chosen))
+            together = source.index_select(1, place).transpose(0, 1).reshape(1, len(chosen), -1)
+            self._packed[index] = together, chosen
+            return together, torch.arange(len(chosen))
         return source, place
 
 
@@ -198,6 +198,14 @@ def solve_tangents(
 def _ordered_sum(values: Tensor, active: Tensor) -> Tensor:
     """Add up what is active from the first to the last, as machine code does."""
     return torch.where(active, values, 0.0).cumsum(0)[-1]
+
+
+def _has_settled(update: Tensor, at: Tensor, count: Tensor, theta: float, tolerance: float) -> bool:
+    """Whether bounds have moved by no more than what sums of magnitudes around them can be told apart by."""
+    found = compiled.has_settled((update, at, count), theta, tolerance)
+    if found is None:
+        found = bool((update - at).abs().max() <= tolerance * (update + theta / count).max())
+    return found
 
 
 def _more_than(count: int, most: int) -> int:

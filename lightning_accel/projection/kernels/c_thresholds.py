@@ -273,6 +273,18 @@ double solve_tangents(const double *mu, const double *above, const double *count
     }
     return theta;
 }
+
+/* Whether newton.solve has come to its end: bounds have moved by as much as their precision at most. */
+int has_settled(const double *update, const double *mu, const double *count, int64_t n, double theta,
+    double tolerance) {
+    double moved = 0.0, size = -INFINITY;
+    for (int64_t g = 0; g < n; g++) moved = LARGER(moved, fabs(update[g] - mu[g]));
+    for (int64_t g = 0; g < n; g++) {
+        const double most = update[g] + theta / count[g];
+        size = LARGER(size, most);
+    }
+    return moved <= tolerance * size;
+}
 """
 
 

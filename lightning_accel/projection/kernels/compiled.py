@@ -180,6 +180,15 @@ def solve_tangents(
     return library.solve_tangents(*addresses, groups, target, guess), update
 
 
+def has_settled(vectors: tuple[Tensor, Tensor, Tensor], theta: float, tolerance: float) -> bool | None:
+    """Do what `newton` asks of new bounds, old ones and counts, float64 vectors on CPU."""
+    library = library_for_floats()
+    if library is None:
+        return None
+    dense = [v.contiguous() for v in vectors]
+    return bool(library.has_settled(*(v.data_ptr() for v in dense), len(dense[0]), theta, tolerance))
+
+
 def tell_autograd(*written: Tensor) -> None:
     """Say what machine code does not: that values which a gradient might need are gone."""
     torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])
@@ -208,6 +217,8 @@ class _Library:
             self.solve_tangents = code.solve_tangents
             self.solve_tangents.argtypes = [address] * 6 + [count, number, number]
             self.solve_tangents.restype = number
+            self.has_settled = code.has_settled
+            self.has_settled.argtypes = [address] * 3 + [count, number, number]
             self.project_parts.argtypes, self.clear_parts.argtypes = [address, count, number], [address, count]
 
 
