@@ -105,18 +105,19 @@ class MachineCode:
             constants: Values that no time step changes, after them. A matrix may lie column by column; its stride of
                 streams is less the distance of its columns then, see `packed` in the text.
         """
-        held, at = [], []
+        held: list[Tensor] = []
+        at: list[int] = []
         for block in blocks:
-            tensor = dense_rows(block)
+            tensor, steps_apart, streams_apart = dense_rows(block, of_steps=True)
             held.append(tensor)
-            at += [tensor.data_ptr(), tensor.stride(0), stride_of_streams(tensor, 1)]
+            at += (tensor.data_ptr(), steps_apart, streams_apart)
         for constant in constants:
             if _lies_by_columns(constant):
-                at += [constant.data_ptr(), 0, -constant.stride(1)]
+                at += (constant.data_ptr(), 0, -constant.stride(1))
                 continue
-            tensor = dense_rows(constant)
+            tensor, _, streams_apart = dense_rows(constant, of_steps=False)
             held.append(tensor)
-            at += [tensor.data_ptr(), 0, stride_of_streams(tensor, 0)]
+            at += (tensor.data_ptr(), 0, streams_apart)
         getattr(self._library, name)(
             ctypes.c_int64(steps), ctypes.c_int64(streams), (ctypes.c_int64 * len(at))(*at), self._product
         )
@@ -200,16 +201,23 @@ def compiled_library(source: str, dtype: torch.dtype, *, quick: bool = False) ->
     return load(f"typedef {REALS[dtype]} real;\n{_PRELUDE}\n{PRODUCTS_IN_C}\n{source}\n", quick=quick)
 
 
-def dense_rows(tensor: Tensor) -> Tensor:
-    """Return the tensor with its last dimension dense, as generated functions read it."""
-    if tensor.dim() and tensor.shape[-1] != 1 and tensor.stride(-1) != 1:
-        return tensor.contiguous()
-    return tensor
+def dense_rows(tensor: Tensor, *, of_steps: bool) -> tuple[Tensor, int, int]:
+    """Return a tensor with its last dimension dense, as generated functions read it, and how far its rows are apart.
 
+    Args:
+        tensor: Of shape (steps, streams, ...) or (streams, ...), or whatever all streams share.
+        of_steps: Whether its first dimension is that of steps.
 
-def stride_of_streams(tensor: Tensor, dim: int) -> int:
-    """Return the distance of streams; 0 where all share one row."""
-    return tensor.stride(dim) if tensor.dim() == dim + 2 and tensor.shape[dim] != 1 else 0
+    Returns:
+        The tensor, the distance of steps (0 without them) and that of streams; 0 where all share one row.
+    """
+    strides = tensor.stride()
+    if strides and strides[-1] != 1 and tensor.shape[-1] != 1:
+        tensor = tensor.contiguous()
+        strides = tensor.stride()
+    dim = 1 if of_steps else 0
+    has_streams = len(strides) == dim + 2 and tensor.shape[dim] != 1
+    return tensor, strides[0] if of_steps else 0, strides[dim] if has_streams else 0
 
 
 def _lies_by_columns(tensor: Tensor) -> bool:

@@ -70,7 +70,8 @@ class RunSequence(torch.autograd.Function):
             bounds = states
             for begin, end, ws in _blocks(schedule, "forward", wanted, steps, streams):
                 block = _block_of(slabs, begin, end)
-                bounds = code["forward"](end - begin, streams, [x[begin:end] for x in xs], bounds, inv, block, ws)
+                inputs = [_part(x, begin, end) for x in xs]
+                bounds = code["forward"](end - begin, streams, inputs, bounds, inv, block, ws)
             results = (*_outputs(code["places"], slabs, keep=wanted.any), *(b.clone() for b in bounds))
         ny = len(results) - ns
         if wanted.any:
@@ -122,10 +123,10 @@ def _scheduled_backward(ctx: Any, tensors: Sequence[Tensor], gradients: Sequence
             bounds = code["backward"](
                 end - begin,
                 streams,
-                [x[begin:end] for x in xs],
+                [_part(x, begin, end) for x in xs],
                 inv,
                 _block_of(saved, begin, end),
-                [d[begin:end] for d in dys],
+                [_part(d, begin, end) for d in dys],
                 bounds,
                 _block_of(made, begin, end),
                 ws,
@@ -212,7 +213,11 @@ def _reached(
 
 def _block_of(slabs: dict[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
     """Cut a block out of what covers all time steps; states have one entry more."""
-    return {k: v[begin : end + k.startswith("state_")] for k, v in slabs.items()}
+    return {k: _part(v, begin, end + k.startswith("state_")) for k, v in slabs.items()}
+
+
+def _part(x: Tensor, begin: int, end: int) -> Tensor:
+    return x if begin == 0 and end == x.shape[0] else x[begin:end]
 
 
 def _blocks(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.machine.c_functions import dense_rows, stride_of_streams
+from lightning_accel.machine.c_functions import dense_rows
 from lightning_accel.machine.toolchain import CannotCompileError
 from lightning_accel.recurrent.compiler.emit_triton.prelude import PRELUDE
 
@@ -105,10 +105,10 @@ class TritonCode:
             constants: Values that no time step changes, after them.
         """
         arguments: list[Any] = []
-        for tensor in map(dense_rows, blocks):
-            arguments += [tensor, tensor.stride(0), stride_of_streams(tensor, 1)]
-        for tensor in map(dense_rows, constants):
-            arguments += [tensor, 0, stride_of_streams(tensor, 0)]
+        for block in blocks:
+            arguments += dense_rows(block, of_steps=True)
+        for constant in constants:
+            arguments += dense_rows(constant, of_steps=False)
         phases, streamed, types = self.kernels[name]
         device = arguments[0].device
         plan = plan_launch(streams, streamed, device)
