@@ -15,7 +15,6 @@ from lightning_accel.projection.kernels.eager import clamp, group_norms, quick_g
 from lightning_accel.projection.kernels.layout import Blocks
 from lightning_accel.projection.kernels.rounding import inner_radius, require_finite, round_bound
 
-_LOOKED_AT = 64  # entries of a group
 _MEASURES = quick_group_norms, group_norms
 
 
@@ -145,9 +144,8 @@ def _precise_group_norms(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_small(radius: float, sources: Sequence[Tensor]) -> bool:
-    """Whether a radius surely is too small for sums of float32, as a part of one group tells, most often."""
-    some = sources[0][:_LOOKED_AT, 0, :_LOOKED_AT]
-    return 0.0 < radius < 0.999 * SMALL_RADIUS * float(some.abs().sum(dtype=torch.float64))
+    """Whether a radius surely is too small for sums of float32, as one group tells, most often."""
+    return 0.0 < radius < 0.999 * SMALL_RADIUS * float(sources[0][:, 0].abs().sum(dtype=torch.float64))
 
 
 def _joined_mask(masks: Sequence[Tensor | None], sources: Sequence[Tensor]) -> Tensor | None:

@@ -16,6 +16,7 @@ _PRECISE = 1e-14  # and float64 sums
 _FLOAT32_SUMS = 1e37  # l1 norms up to here surely do not overflow float32
 SMALL_RADIUS = 1e-4  # of the largest l1 norm: below it, sums of float32 say too little about what is left
 _FEW = 4  # one column of so many is worth moving
+_LITTLE = 1 << 17  # entries
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -135,13 +136,15 @@ class Newton:
     def _pack(self, index: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return a tensor that holds the chosen groups, and where they are in it.
 
-        Few columns of many are moved together, each in one piece: later iterations, with fewer still, then read nothing
-        else. (Rows need not be: reading some of them reads no others.)
+        Few columns of many are moved together, each in one piece where that is little work: later iterations, with
+        fewer still, then read nothing else. (Rows need not be: reading some of them reads no others.)
         """
         source, kept = self._packed.get(index, (self.sources[index], None))
         place = chosen if kept is None else torch.searchsorted(kept, chosen)
         if len(source) > 1 and not placement.is_far(source) and 0 < _FEW * len(chosen) <= source.shape[1]:
-            together = source.index_select(1, place).transpose(0, 1).reshape(1, len(chosen), -1)
+            together = source.index_select(1, place)
+            if together.numel() <= _LITTLE:
+                together = together.transpose(0, 1).reshape(1, len(chosen), -1)
             self._packed[index] = together, chosen
             return together, torch.arange(len(chosen))
         return source, place
