@@ -144,7 +144,7 @@ class Newton:
         if len(source) > 1 and not placement.is_far(source) and 0 < _FEW * len(chosen) <= source.shape[1]:
             together = source.index_select(1, place)
             if together.numel() <= _LITTLE:
-                together = together.transpose(0, 1).reshape(1, len(chosen), -1)
+                together = together.transpose(0, 1).reshape(1, len(chosen), -1).contiguous()
             self._packed[index] = together, chosen
             return together, torch.arange(len(chosen))
         return source, place
@@ -212,7 +212,7 @@ def _has_settled(update: Tensor, at: Tensor, count: Tensor, theta: float, tolera
 
 
 def _more_than(count: int, most: int) -> int:
-    return min(count + count // 32 + 2, most)
+    return min(count + count // 16 + 4, most)
 
 
 def joined(vectors: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from lightning_accel.projection.kernels import compiled
 UNIT = 16  # numbers that are added up by halves
 _SIDE = 64  # neighbours in a run that are added up apart
 _PIECE = UNIT * _SIDE
-LONG_RUN = _PIECE  # entries; shorter runs are not worth it
+LONG_RUN = _PIECE // 2  # entries; shorter runs are not worth it, for what a piece lacks is added up as zeros
 _SLAB = 1 << 14  # columns at once: a unit of them fits into the second-level cache
 _CHUNK = 1 << 18  # entries at once, of runs
 
