@@ -395,13 +395,22 @@ def test_compiling_starts_by_itself_once_enough_memory_has_passed(forget_compili
     assert any("Compiled the passes of projections over torch.float32 in" in message for message in caplog.messages)
 
 
-def test_sums_have_one_order_compiled_or_eager(forget_compiling):
-    x = tensor((200, 1_000), torch.float32)
-    seen = []
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((200, 1_000), 1), ((600, 900), 1), ((1_100, 200), 1), ((40, 512), 0), ((40, 777), 0), ((40, 1_500), 0)],
+)
+@pytest.mark.parametrize("sparsity", [0.2, 0.9])
+def test_sums_have_one_order_compiled_or_eager(shape, dim, sparsity, forget_compiling):
+    xs = [tensor(shape, torch.float32)]
+    xs.append(xs[0] + 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    radius = radius_for_sparsity(xs[0], sparsity, (dim,), "exact")
+    before, seen = [x.clone() for x in xs], []
     for compile in (True, False):
-        state = ExactState()
-        seen.append((project_l1inf(x, 9.0, (1,), "exact", state=state, compile=compile), state.mu))
+        state = ExactState()  # the second projection starts where the first one ended
+        found = [(project_l1inf(x, radius, (dim,), "exact", state=state, compile=compile), state.mu) for x in xs]
+        seen.append([bits(part) for pair in found for part in pair])
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert all(map(torch.equal, xs, before)), "what is looked at is not written to"
 
 
 def test_what_has_no_plain_memory_is_left_to_eager_passes():

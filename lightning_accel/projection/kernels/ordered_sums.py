@@ -15,7 +15,7 @@ from lightning_accel.projection.kernels import compiled
 UNIT = 16  # numbers that are added up by halves
 _SIDE = 64  # neighbours in a run that are added up apart
 _PIECE = UNIT * _SIDE
-LONG_RUN = _PIECE // 2  # entries; shorter runs are not worth it, for what a piece lacks is added up as zeros
+LONG_RUN = _PIECE // 2  # entries; shorter runs are not worth it
 _SLAB = 1 << 14  # columns at once: a unit of them fits into the second-level cache
 _CHUNK = 1 << 18  # entries at once, of runs
 
@@ -75,8 +75,9 @@ def _eager_run_sums(
     """Do what `run_sums` does: sides of a run are added up apart, then from the first to the last."""
     runs, columns = len(x) if chosen is None else len(chosen), x.shape[1]
     pieces, height = -(-columns // _PIECE), min(runs, max(1, _CHUNK // columns))
+    unit = UNIT if pieces > 1 else -(-columns // _SIDE)  # zeros that a short run lacks need not be added up
     sides, others = torch.empty(runs, _SIDE, dtype=torch.float64), torch.empty(runs, dtype=wide)
-    scratch = torch.zeros(height, pieces * _PIECE, dtype=wide)  # what a last piece lacks is zeros
+    scratch = torch.zeros(height, pieces * unit * _SIDE, dtype=wide)  # what a last piece lacks is zeros
     signs = None if levels is None else torch.empty_like(scratch)
     for rows in _slices(runs, height):
         part = x[rows] if chosen is None else x.index_select(0, chosen[rows])
@@ -88,7 +89,7 @@ def _eager_run_sums(
         else:
             values.sub_(levels[rows].unsqueeze(1)).clamp_min_(0.0)
             others[rows] = torch.sign(values, out=signs[: len(part)]).sum(1)
-        units = _by_halves(values.view(-1, pieces, UNIT, _SIDE), 2).squeeze(2)
+        units = _by_halves(values.view(-1, pieces, unit, _SIDE), 2).squeeze(2)
         sides[rows] = units.double().cumsum(1)[:, -1]
     return sides.cumsum(1)[:, -1], others
 
