@@ -419,6 +419,12 @@ def test_what_has_no_plain_memory_is_left_to_eager_passes():
         assert compiled.largest(x.to("meta")) is None
         assert compiled.largest(x.transpose(1, 2)) is None
         assert compiled.largest(x[:, :0]) is None
+        compiled.largest(torch.randn(1, 50, 1_000))  # compiles
+        vectors = torch.ones(3, 4, dtype=torch.float64)
+        for elsewhere in (vectors.to("meta"), vectors.t().contiguous().t()):  # as on a GPU, and with gaps
+            assert compiled.solve_tangents(tuple(elsewhere), 1.0, None, 0.0) is None
+            assert compiled.has_settled(tuple(elsewhere), 1.0, 1e-6) is None
+        assert compiled.has_settled(tuple(vectors), 1.0, 1e-6)
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
             assert compiled.largest(torch.empty(1, 8, 64)) is None
         seen = []

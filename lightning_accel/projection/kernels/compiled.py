@@ -169,24 +169,22 @@ def run_sums(
 def solve_tangents(
     tangents: tuple[Tensor, Tensor, Tensor], target: float, totals: Tensor | None, guess: float
 ) -> tuple[float, Tensor] | None:
-    """Do what `newton.solve_tangents` does for vectors on CPU; ``tangents`` are its first three arguments."""
+    """Do what `newton.solve_tangents` does; ``tangents`` are its first three arguments."""
     library = library_for_floats()
-    if library is None:
+    if library is None or not all(t is None or is_plain(t) for t in (*tangents, totals)):
         return None
     groups = len(tangents[0])
-    vectors = [t if t is None else t.contiguous() for t in (*tangents, totals)]
     update, memory = torch.empty(groups, dtype=torch.float64), torch.empty(3, groups, dtype=torch.float64)
-    addresses = [None if t is None else t.data_ptr() for t in (*vectors, update, memory)]
+    addresses = [None if t is None else t.data_ptr() for t in (*tangents, totals, update, memory)]
     return library.solve_tangents(*addresses, groups, target, guess), update
 
 
 def has_settled(vectors: tuple[Tensor, Tensor, Tensor], theta: float, tolerance: float) -> bool | None:
-    """Do what `newton` asks of new bounds, old ones and counts, float64 vectors on CPU."""
+    """Say what `newton` asks of new bounds, old ones and counts, float64 ``(groups,)``."""
     library = library_for_floats()
-    if library is None:
+    if library is None or not all(map(is_plain, vectors)):
         return None
-    dense = [v.contiguous() for v in vectors]
-    return bool(library.has_settled(*(v.data_ptr() for v in dense), len(dense[0]), theta, tolerance))
+    return bool(library.has_settled(*(v.data_ptr() for v in vectors), len(vectors[0]), theta, tolerance))
 
 
 def tell_autograd(*written: Tensor) -> None:
