@@ -4,7 +4,6 @@ Linear operations change places with the sum, so that of ``transpose(A_t) @ B_t`
 is left, and nothing of a weight's size is made once a step.
 """
 
-import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -92,11 +91,12 @@ class TimeSums:
         found: dict[Node, tuple[Node, int]] = {}
         for whole in self.stages.read:
             rows = whole.target is aten.cat.default and len(shape(whole)) == 2 and whole.args[1:] in ((1,), (-1,))
-            if rows and summed.issuperset(whole.args[0]):
-                ends = itertools.accumulate(shape(part)[1] for part in whole.args[0])
-                found.update(
-                    (part, (whole, end - shape(part)[1])) for part, end in zip(whole.args[0], ends, strict=True)
-                )
+            if not rows or not summed.issuperset(whole.args[0]):
+                continue
+            start = 0
+            for part in whole.args[0]:
+                found[part] = whole, start
+                start += shape(part)[1]
         return found
 
     def _rule(self, node: Node) -> tuple[str, list[Node]]:
