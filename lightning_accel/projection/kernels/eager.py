@@ -141,7 +141,7 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
             return above.sum(0).double(), above.sign_().sum(0).double()
         chosen = x if len(groups) == total_groups else x.index_select(1, groups)
         few = chosen.transpose(0, 1).reshape(len(groups), before * after)
-        above = few.to(wide).abs().sub_(level.unsqueeze(1)).clamp_min_(0.0)
+        above = few.to(wide).abs().sub_(level.unsqueeze(1)).clamp_min_(0.0)  # not abs_: it may be x itself
         return above.sum(1, dtype=torch.float64), above.sign_().sum(1).double()
     if before == 1:
         sums, counts = [], []
