@@ -147,6 +147,30 @@ def test_a_module_that_can_not_be_copied_runs_plain_and_says_so():
     assert "a training step can not be tried on a copy of the module: TypeError" in said[0]
 
 
+def test_integers_of_any_length_are_compared():
+    class Keeps(LSTMLoop):
+        def build(self):
+            super().build()
+            self.seeds = [2**64 + 1, -(2**64), 2**2_000]
+
+    callback = IntraStreamScheduling("intra_stream")
+    module = fit(Keeps, callback)
+    torch.testing.assert_close(module.losses, fit(Keeps).losses, rtol=1e-10, atol=1e-12)
+    assert "chains of" in callback.report[0], callback.report
+
+
+def test_what_can_not_be_compared_is_plain_training():
+    class Keeps(LSTMLoop):
+        def build(self):
+            super().build()
+            self.like = torch.empty(3, device="meta")
+
+    module, said = warned(Keeps, IntraStreamScheduling("intra_stream"))
+    assert_trained_plainly(module, fit(LSTMLoop))
+    assert len(said) == 1
+    assert "what a training step leaves can not be compared: " in said[0]
+
+
 class Manual(LSTMLoop):
     """Manual optimization; ``update(module, loss)`` makes the updates of a step."""
 

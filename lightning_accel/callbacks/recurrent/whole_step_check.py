@@ -58,14 +58,18 @@ def difference(
     except Exception as error:
         return f"a training step fails with it: {_said(error)}"
     tolerance = _tolerance(pl_module)
-    found = next(_differences(plain, other, tolerance), None)
-    if found is None:
-        return None
-    again = run(lambda _: nullcontext())
-    unstable = set(_different_names(plain, again, tolerance))
+    try:
+        found = next(_differences(plain, other, tolerance), None)
+        if found is None:
+            return None
+        again = run(lambda _: nullcontext())
+        unstable = set(_different_names(plain, again, tolerance))
+        found = next((text for name, text in _named(plain, other, tolerance) if name not in unstable), None)
+    except Exception as error:  # of kinds of tensors that can not be subtracted
+        return f"what a training step leaves can not be compared: {_said(error)}"
     if "the loss" in unstable or any(name.startswith("the gradient") for name in unstable):
         return "a training step does not repeat itself on the same batch and random state, so it can not be compared"
-    return next((text for name, text in _named(plain, other, tolerance) if name not in unstable), None)
+    return found
 
 
 class _Runner:
@@ -163,7 +167,7 @@ def _named(plain: _Outcome, other: _Outcome, tolerance: float) -> Iterator[tuple
     for name, value in plain.noted.items():
         if name not in other.noted:
             yield name, f"{name} is missing after a training step"
-        elif (off := _off(torch.as_tensor(value), torch.as_tensor(other.noted[name]))) > 10 * tolerance:
+        elif (off := _off(_as_tensor(value), _as_tensor(other.noted[name]))) > 10 * tolerance:
             yield name, f"{name} differs by {off:.1e} of itself after a training step"
     for name in other.noted.keys() - plain.noted.keys():
         yield name, f"{name} is new after a training step"
@@ -183,6 +187,13 @@ def _off(plain: Tensor, other: Tensor, *, floor: float = 1e-12) -> float:
     a = torch.where(a.isfinite(), a, torch.zeros_like(a))
     off = float(gap.abs().square().sum().sqrt()) / max(float(a.abs().square().sum().sqrt()), floor, 1e-12)
     return off if math.isfinite(off) else math.inf
+
+
+def _as_tensor(value: float | Tensor) -> Tensor:
+    """Return a number as a tensor; of integers beyond 64 bits (seeds, identifiers) the low ones."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        value %= 2**63
+    return torch.as_tensor(value)
 
 
 def _tolerance(module: nn.Module) -> float:
