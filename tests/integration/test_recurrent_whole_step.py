@@ -234,6 +234,22 @@ def test_manual_optimization_is_compared_on_copies_and_then_gains(update):
     assert "chains of" in callback.report[0], callback.report
 
 
+def test_manual_optimization_without_schedulers_asks_for_none_of_them():
+    def where_there_is_one(module, loss):
+        one_update(module, loss)
+        scheduler = module.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()
+
+    class Own(Manual):
+        update = staticmethod(where_there_is_one)
+
+    callback = IntraStreamScheduling("intra_stream")
+    module, plain = fit(Own, callback), fit(Own)
+    torch.testing.assert_close(module.losses, plain.losses, rtol=1e-10, atol=1e-12)
+    assert "chains of" in callback.report[0], callback.report
+
+
 def test_manual_steps_that_would_come_out_otherwise_run_plain():
     def odd_update(module, loss):
         optimizer = module.optimizers()

@@ -39,7 +39,7 @@ def manual_step(trial: StepTrial, trainer: "pl.Trainer") -> dict[str, Tensor | N
     schedulers = [copy.deepcopy(config.scheduler, dict(memo)) for config in trainer.lr_scheduler_configs]
     module.__dict__.update(
         optimizers=_giving(optimizers),
-        lr_schedulers=_giving(schedulers),
+        lr_schedulers=_giving(schedulers) if schedulers else lambda: None,
         manual_backward=module.backward,
     )
     trial.run()
@@ -49,7 +49,7 @@ def manual_step(trial: StepTrial, trainer: "pl.Trainer") -> dict[str, Tensor | N
 
 def _giving(found: Sequence[Any]) -> Callable[..., Any]:
     """Return what `LightningModule` has under this name: one alone, several as a list."""
-    return lambda *_, **__: (found[0] if found else []) if len(found) < 2 else list(found)
+    return lambda *_, **__: found[0] if len(found) == 1 else list(found)
 
 
 class _Updates:
