@@ -321,3 +321,26 @@ def test_loss_gradients_and_what_is_noted_are_those_of_the_plain_loop(use, whole
                 torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
     cells.remove()
     assert all("forward" not in m.__dict__ for m in model.modules())
+
+
+def read_twice(model, x):
+    state = None
+    for part in (*x, *x):
+        state = model.cell(part, state)
+    return state[0].square().sum()
+
+
+def test_a_loop_that_reads_its_input_twice_is_foretold_to_the_end_of_it():
+    model, x = Model(read_twice), sequence()
+    expected = step(model, x, whole=True)
+    cells = DeferredCells(model, "native")
+    with cells.watch():
+        step(model, x, whole=True)
+    for _ in range(2):
+        with cells.active():
+            actual = step(model, x, whole=True)
+        torch.testing.assert_close(actual[0], expected[0], rtol=1e-10, atol=1e-12)
+        found, wanted = ([g for g in gradients if g is not None] for gradients in (actual[1], expected[1]))
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    assert not cells.cells["cell"].reason
+    assert cells.cells["cell"].steps == 2 * T

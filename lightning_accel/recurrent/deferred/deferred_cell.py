@@ -265,7 +265,7 @@ class DeferredCell:
         if not self.lengths:
             return int(left) if left < float("inf") else 0
         used, over = self.lengths[min(order, len(self.lengths) - 1)]
-        return int(left - over) if over <= _TO_THE_END else int(min(left, used))
+        return int(left - max(over, 0)) if over <= _TO_THE_END else int(min(left, used))
 
     def _close(self, loop: _Loop, problem: str) -> None:
         given, steps = loop.chain.given, loop.chain.steps
