@@ -10,10 +10,12 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from lightning_accel import torch_private
+from lightning_accel.recurrent.deferred.call_layout import as_plain, as_tuples, flatten, unflatten
 from lightning_accel.recurrent.graph_rnn import GraphRNN
 from lightning_accel.recurrent.instance_forward import InstanceForward, plain_forward
 from lightning_accel.recurrent.module import Recurrent
 
+_NESTING = "nesting of a state"  # what is taken apart has this key in a checkpoint
 _STATE_NAMES = ("hx", "state")  # torch's name of a layer's state, and ours
 
 
@@ -86,12 +88,12 @@ class CarriedState:
 
     def state(self) -> dict[str, Any]:
         """Return what is carried."""
-        streams = [{"start": s.start, "history": list(s.history)} for s in self._streams]
+        streams = [{"start": _written(s.start), "history": [_written(h) for h in s.history]} for s in self._streams]
         return {"streams": streams, "calls": self._calls_before}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on with what was carried."""
-        self._streams = [Stream(s["start"], list(s["history"])) for s in state["streams"]]
+        self._streams = [Stream(_read(s["start"]), [_read(h) for h in s["history"]]) for s in state["streams"]]
         self._calls, self._calls_before = 0, state["calls"]
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,6 +201,23 @@ class CarriedState:
                 f"streams can not change their number within an epoch: {known} are carried and a batch has {streams}; "
                 "use `drop_last=True`, and one reset a stream."
             )
+
+
+def _written(value: Any) -> Any:
+    """Take named tuples, packed sequences and dataclasses apart, which not every way of loading takes."""
+    leaves: list[Any] = []
+    nesting = flatten(value, leaves)
+    return {_NESTING: as_plain(nesting), "leaves": leaves} if _has_class(nesting) else value
+
+
+def _has_class(nesting: Any) -> bool:
+    return isinstance(nesting, type) or (isinstance(nesting, tuple) and any(map(_has_class, nesting)))
+
+
+def _read(written: Any) -> Any:
+    if not isinstance(written, dict) or _NESTING not in written:
+        return written
+    return unflatten(as_tuples(written[_NESTING]), iter(written["leaves"]))
 
 
 def _detached(value: Any) -> Any:

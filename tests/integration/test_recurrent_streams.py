@@ -1,6 +1,7 @@
 """StatefulStreams: truncated backpropagation equals the whole computation where it must."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -237,6 +238,20 @@ def in_two_pieces(layer, x):
     return torch.cat([first, second]), state
 
 
+class NamedState(NamedTuple):
+    hidden: torch.Tensor
+    memory: torch.Tensor
+
+
+class NamedStateCell(PeepholeLSTMCell):
+    def initial_state(self, x):
+        return NamedState(*super().initial_state(x))
+
+    def forward(self, x, state):
+        y, following = super().forward(x, (state.hidden, state.memory))
+        return y, NamedState(*following)
+
+
 LENGTHS = torch.full((STREAMS,), STEPS)
 CALLS = {
     "keyword": (nn.LSTM, lambda layer, x: layer(input=x)),
@@ -250,6 +265,10 @@ CALLS = {
     "a graph by keyword": (graph, lambda layer, x: layer(x=x, lengths=LENGTHS)),
     "a subclass": (Subclass, lambda layer, x: layer(x, lengths=LENGTHS)),
     "in two pieces": (nn.LSTM, in_two_pieces),
+    "a named state": (
+        lambda inputs, units: Recurrent(NamedStateCell(inputs, units), schedule="loop"),
+        lambda layer, x: layer(x),
+    ),
 }
 
 
@@ -310,13 +329,17 @@ def test_two_calls_a_batch_are_two_streams():
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("name", ["packed", "a graph", "in two pieces"])
-def test_every_kind_of_call_resumes_exactly_within_an_epoch(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [*((name, 0) for name in ("packed", "a graph", "in two pieces", "a named state")), ("packed", 1), ("keyword", 1)],
+)
+def test_every_kind_of_call_resumes_exactly_within_an_epoch(name, prefix, tmp_path):
     kind, call = CALLS[name]
 
     def run(**settings):
         every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        return fit(Called(kind, call, lr=0.01), [StatefulStreams(), every], batches(), epochs=2, **settings)[0]
+        callbacks = [StatefulStreams(prefix_batches=prefix), every]
+        return fit(Called(kind, call, lr=0.01), callbacks, batches(), epochs=2, **settings)[0]
 
     whole = run()
     for step in (1, 5):

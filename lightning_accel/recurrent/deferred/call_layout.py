@@ -1,6 +1,7 @@
 """How a cell is called: where in its arguments inputs and states stand, and which result is which next state."""
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,30 @@ def unflatten(nesting: Any, leaves: Any) -> Any:
         return made(**{name: unflatten(part, leaves) for name, part in zip(names, parts, strict=True)})
     values = [unflatten(part, leaves) for part in parts]
     return tuple(values) if kind == "tuple" else values
+
+
+def as_plain(value: Any) -> Any:
+    """Return a nesting as lists, numbers and texts, which every way of loading a checkpoint takes."""
+    if isinstance(value, type):
+        return f"class {value.__module__}:{value.__qualname__}"
+    if isinstance(value, dict):
+        return {name: as_plain(v) for name, v in value.items()}
+    return [as_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def as_tuples(value: Any) -> Any:
+    """Undo `as_plain`.
+
+    Raises:
+        AttributeError, ImportError: If a class in it is gone.
+    """
+    if isinstance(value, str) and value.startswith("class "):
+        module, _, path = value.removeprefix("class ").partition(":")
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+        return found
+    return tuple(as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _is_simple_dataclass(value: Any) -> bool:

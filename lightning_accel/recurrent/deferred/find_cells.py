@@ -1,7 +1,6 @@
 """Find the cells that a model loops over, by watching its training steps, and answer their calls from then on."""
 
 import dataclasses
-import importlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_accel.recurrent.cell_step import is_torch_cell
-from lightning_accel.recurrent.deferred.call_layout import CallLayout, torch_layout
+from lightning_accel.recurrent.deferred.call_layout import CallLayout, as_plain, as_tuples, torch_layout
 from lightning_accel.recurrent.deferred.deferred_cell import DeferredCell
 from lightning_accel.recurrent.deferred.feeds import FeedForm
 from lightning_accel.recurrent.deferred.kernel import Kernel
@@ -122,7 +121,7 @@ class DeferredCells:
         found = {}
         for name, cell in self.cells.items():
             found[name] = {
-                "layout": None if cell.native else _as_plain(dataclasses.asdict(cell.layout)),
+                "layout": None if cell.native else as_plain(dataclasses.asdict(cell.layout)),
                 "forms": [[[form.kind, form.stride] for form in forms] for forms in cell.forms],
                 "lengths": [list(length) for length in cell.lengths],
                 "choices": dict(cell.choice.choices),
@@ -140,7 +139,7 @@ class DeferredCells:
                 continue
             cell = modules[name]
             try:
-                layout = torch_layout(cell) if saved["layout"] is None else CallLayout(**_as_tuples(saved["layout"]))
+                layout = torch_layout(cell) if saved["layout"] is None else _layout_of(saved["layout"])
             except (AttributeError, ImportError):  # a class that calls hold is gone
                 continue
             choice = self._choice(name, cell)
@@ -232,22 +231,5 @@ def _may_be_cell(module: nn.Module) -> bool:
     return isinstance(module, _CELL_TYPES) or not type(module).__module__.startswith("torch.")
 
 
-def _as_plain(value: Any) -> Any:
-    if isinstance(value, type):
-        return f"class {value.__module__}:{value.__qualname__}"
-    if isinstance(value, dict):
-        return {name: _as_plain(v) for name, v in value.items()}
-    return [_as_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _as_tuples(layout: dict[str, Any]) -> dict[str, Any]:
-    def deep(value: Any) -> Any:
-        if isinstance(value, str) and value.startswith("class "):
-            module, _, path = value.removeprefix("class ").partition(":")
-            found: Any = importlib.import_module(module)
-            for part in path.split("."):
-                found = getattr(found, part)
-            return found
-        return tuple(deep(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-    return {name: deep(value) for name, value in layout.items()}
+def _layout_of(saved: dict[str, Any]) -> CallLayout:
+    return CallLayout(**{name: as_tuples(value) for name, value in saved.items()})
