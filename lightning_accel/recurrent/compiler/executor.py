@@ -1,5 +1,6 @@
 """The schedule of one step: its stages, and the functions that run them for any batch size and length."""
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -214,9 +215,10 @@ class StepSchedule:
             xs = [s.with_batch(streams, self._streams) for s in self._xs]
             states = [s.with_batch(streams, self._streams) for s in self._states]
             twin = private_copy(self._module)
-            before = assumptions_of(twin)
+            loaded = dict(sys.modules)  # a step may import something
+            before = assumptions_of(twin, loaded)
             traced = trace_step(twin, self._step, xs, states)
-            if assumptions_of(twin).key != before.key:
+            if assumptions_of(twin, loaded).key != before.key:
                 raise CannotScheduleError(f"one step changes {first_change(twin, before)}.")
             rewrite(traced)
             self._steps[streams] = traced

@@ -8,9 +8,11 @@ doubt, and a cell with a doubt runs the plain loop.
 
 import enum
 import functools
+import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel import torch_private
-from lightning_accel.recurrent.exactness.code_names import NamedByCode, is_fixed, is_library, names_of
+from lightning_accel.recurrent.exactness.code_names import NamedByCode, imported, is_fixed, is_library, names_of
 from lightning_accel.recurrent.exactness.containers import fixed_contents, plain_contents
+from lightning_accel.recurrent.exactness.members import attributes_of, called_from, function_of, members_of, own_bases
 from lightning_accel.recurrent.instance_forward import InstanceForward
 
 _MOST_VALUES = 20_000
@@ -28,6 +31,8 @@ _ATOMS = (int, str, bool, bytes, complex, type(None), type(...), torch.dtype, to
 # Reading one of these may make the step depend on the number of streams.
 _SIZE_NAMES = frozenset({"shape", "size", "len", "numel", "nelement", "stride", "__len__", "nbytes", "tolist"})
 _OWN_DRAWS = ("random", "secrets", "numpy.random", "time")
+_CONTAINERS = (list, tuple, set, frozenset, dict, deque)
+_CHANGED_BY = ("__setitem__", "set", "value")  # objects of C that do not show what they hold: arrays, context variables
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,14 @@ class Assumptions:
     held: tuple[Any, ...]
 
 
-def assumptions_of(module: nn.Module) -> Assumptions:
-    """Write down what a trace of ``module`` would take for granted now."""
-    walk = _Walk(module)
+def assumptions_of(module: nn.Module, loaded: Mapping[str, types.ModuleType] | None = None) -> Assumptions:
+    """Write down what a trace of ``module`` would take for granted now.
+
+    Args:
+        module: The cell.
+        loaded: Modules that imports within its code lead to, by default all that are loaded now.
+    """
+    walk = _Walk(module, loaded=loaded)
     walk.module(module, "")
     return Assumptions(tuple(walk.values), walk.doubt, walk.reads_sizes, tuple(walk.held))
 
@@ -60,7 +70,7 @@ def first_change(module: nn.Module, before: Assumptions) -> str:
     walk.module(module, "")
     for name, old, new in zip(walk.names, before.key, walk.values, strict=False):
         if old != new:
-            return f"`{name}`"
+            return f"`{name}`" if name else "what it holds"
     return "something that its code reads"
 
 
@@ -74,7 +84,9 @@ def change_between(module: nn.Module, before: Assumptions, now: Assumptions) -> 
 class _Walk:
     """A walk over everything that a module's code can reach."""
 
-    def __init__(self, root: nn.Module, *, named: bool = False) -> None:
+    def __init__(
+        self, root: nn.Module, *, named: bool = False, loaded: Mapping[str, types.ModuleType] | None = None
+    ) -> None:
         self._registered = {id(m) for m in root.modules()}
         self.values: list[Any] = []
         self.names: list[str] = []
@@ -82,7 +94,10 @@ class _Walk:
         self.doubt: str | None = None
         self.reads_sizes = False
         self._named = named
+        self._loaded = sys.modules if loaded is None else loaded
         self._seen: dict[int, int] = {}
+        self._read: dict[str, None] = {}  # attributes that the code so far reads of anything
+        self._looked_up: set[tuple[int, str]] = set()
 
     def module(self, root: nn.Module, path: str) -> None:
         """Write down a module with all it holds."""
@@ -100,17 +115,19 @@ class _Walk:
             return
         if torch_private.is_compiled(root):
             self._doubt(f"{_place(path)} is compiled")
+        self._class(type(root), path)
         for name, parameter in (*torch_private.parameters_of(root).items(), *torch_private.buffers_of(root).items()):
             if parameter is None or id(root) in self._registered:
                 self._weight(parameter, f"{path}.{name}")
             else:  # nobody hands its weights to a schedule, so a trace bakes them in
                 self._closed_over(parameter, f"{path}.{name}")
-        for name, value in torch_private.own_attributes(root).items():
+        own = torch_private.own_attributes(root)
+        self._note(path, tuple(name for name in own if name != "forward"))
+        for name, value in own.items():
             while isinstance(value, InstanceForward):  # stands before what the cell's own code is
                 value = value.own  # noqa: PLW2901
             if name != "forward" or value is not None:
                 self.value(value, f"{path}.{name}")
-        self._class(type(root), path)
         for name, child in torch_private.children_of(root).items():
             if child is None:
                 self._note(f"{path}.{name}", None)
@@ -128,8 +145,13 @@ class _Walk:
             self._note(path, (kind, value))
         elif isinstance(value, Tensor):
             self._closed_over(value, path)
-        elif isinstance(value, (enum.Enum, type, types.BuiltinFunctionType, weakref.ReferenceType)):
+        elif isinstance(value, enum.Enum):
             self._identity(value, path)
+        elif isinstance(value, (type, types.ModuleType)):
+            self._members(value, path)
+        elif isinstance(value, (types.BuiltinFunctionType, weakref.ReferenceType)):
+            self._identity(value, path)
+            self.value(value() if isinstance(value, weakref.ReferenceType) else value.__self__, path)
         elif isinstance(value, nn.Module):
             if id(value) in self._registered:  # written down in its own place
                 self._identity(value, path)
@@ -142,7 +164,7 @@ class _Walk:
             self._note(path, contents)
         elif self._seen_before(value, path):
             return
-        elif isinstance(value, (list, tuple, set, frozenset, dict)):
+        elif isinstance(value, _CONTAINERS):
             self._container(value, path)
         elif isinstance(value, types.FunctionType):
             self.function(value, path)
@@ -154,8 +176,6 @@ class _Walk:
                 self.value(part, path)
         elif hasattr(value, "__next__"):
             self._doubt(f"{_place(path)} is an iterator, which another step may find elsewhere")
-        elif isinstance(value, types.ModuleType):
-            self._identity(value, path)
         else:
             self._object(value, path)
 
@@ -163,60 +183,73 @@ class _Walk:
         """Write down what a function's code names: globals, closures, defaults."""
         self._identity(function.__code__, path)
         if is_library(function.__module__):
+            self._draws(function.__module__)
             return
         named = names_of(function.__code__)
+        self._read.update(dict.fromkeys(named.attributes_in_order))
         self.reads_sizes = self.reads_sizes or not _SIZE_NAMES.isdisjoint(named.attributes | named.globals)
         for k, default in enumerate(function.__defaults__ or ()):
             self.value(default, f"{path} default {k}")
         for name, default in (function.__kwdefaults__ or {}).items():
             self.value(default, f"{path} default {name}")
+        for name, value in function.__dict__.items():
+            self.value(value, f"{path}.{name}")
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
             try:
                 held = cell.cell_contents
             except ValueError:  # not yet filled
                 continue
+            if isinstance(held, nn.Module) and id(held) in self._registered:  # a copy's function reads this one's
+                for tensor in (*held.parameters(), *held.buffers()):
+                    self._identity(tensor, name)
             self.value(held, name)
         for name in named.ordered:
             if name in function.__globals__:
                 self._global(name, function.__globals__[name], named)
+        for name in imported(function):
+            if name in self._loaded:
+                self._global(name, self._loaded[name], named)
 
     def _global(self, name: str, value: Any, named: NamedByCode) -> None:
+        if isinstance(value, types.ModuleType) and value.__name__ == "numpy" and "random" in named.attributes:
+            self._draws("numpy.random")
+        self.value(value, name)
+
+    def _members(self, value: types.ModuleType | type, path: str) -> None:
+        """Write down what a module or a class holds under names that the code so far reads of anything."""
+        self._identity(value, path)
         if isinstance(value, types.ModuleType):
-            if value.__name__ in _OWN_DRAWS or (value.__name__ == "numpy" and "random" in named.attributes):
-                self._doubt(f"its code uses the module {value.__name__!r}, whose results differ from call to call")
-            self._identity(value, name)
-            if not is_library(value.__name__):
-                for attribute in named.attributes_in_order:
-                    if attribute in value.__dict__:
-                        self.value(value.__dict__[attribute], f"{name}.{attribute}")
-        elif isinstance(value, type):
-            self._identity(value, name)
-            if not is_library(value.__module__) and not issubclass(value, nn.Module):
-                for attribute in named.attributes_in_order:
-                    found = value.__dict__.get(attribute)
-                    if found is not None and not isinstance(found, (property, staticmethod, classmethod)):
-                        self.value(found, f"{name}.{attribute}")
-        else:
-            self.value(value, name)
+            self._draws(value.__name__)
+        known = -1
+        while known != len(self._read):  # what it holds may read further names
+            known = len(self._read)
+            for name, member in members_of(value, self._read):
+                if (id(value), name) in self._looked_up:
+                    continue
+                self._looked_up.add((id(value), name))
+                if (function := function_of(member)) is None:
+                    self.value(member, f"{path}.{name}")
+                elif not self._seen_before(function, path):
+                    self.function(function, f"{path}.{name}")
 
     def _class(self, kind: type, path: str) -> None:
         """Write down what classes hold beside their instances: class attributes, and methods that may be called."""
         if self._seen_before(kind, path):
             return
-        own = [base for base in kind.__mro__ if base is not object and not is_library(base.__module__)]
-        if not own:
-            return
-        members = {name: member for base in reversed(own) for name, member in base.__dict__.items()}
-        functions = {name: _function_of(member) for name, member in members.items()}
-        called = set(functions)
-        if issubclass(kind, nn.Module) and isinstance(functions.get("forward"), types.FunctionType):
-            called = _called_from("forward", functions)
-        for name, member in members.items():
-            function = functions[name]
-            if function is None:
-                if not name.startswith("__"):
-                    self.value(member, f"{path}.{name}")
-            elif name in called and name != "__init__" and not self._seen_before(function, path):
+        versions: dict[str, list[types.FunctionType]] = {}
+        held: dict[str, Any] = {}
+        for base in own_bases(kind):
+            for name, member in base.__dict__.items():
+                held.setdefault(name, member)
+                if name != "__init__" and (function := function_of(member)) is not None:
+                    versions.setdefault(name, []).append(function)
+        for name, member in held.items():
+            if function_of(member) is None and not name.startswith("__"):
+                self.value(member, f"{path}.{name}")
+        narrow = issubclass(kind, nn.Module) and "forward" in versions  # then only what a call may reach
+        first = [n for n in versions if not narrow or n == "forward" or n.startswith("__") or n in self._read]
+        for function, name in called_from(first, versions).items():
+            if not self._seen_before(function, path):
                 self.function(function, f"{path}.{name}")
 
     def _weight(self, weight: Tensor | None, path: str) -> None:
@@ -252,22 +285,29 @@ class _Walk:
         else:
             for k, item in enumerate(_sorted(value) if isinstance(value, (set, frozenset)) else tuple(value)):
                 self.value(item, f"{path}[{k}]" if self._named else path)
+        if type(value) not in _CONTAINERS:
+            for name, item in attributes_of(value):
+                self.value(item, f"{path}.{name}")
 
     def _object(self, value: Any, path: str) -> None:
         self._identity(value, path)
         kind: Any = type(value)
         if is_fixed(kind):
             return
+        self._draws(kind.__module__)
         if kind.__module__ == "numpy":
             if getattr(value, "nbytes", 0) > _SMALL_ARRAY_BYTES:
                 self._doubt(f"{_place(path)} is a large array of numpy, whose changes are not seen; make it a buffer")
             else:
                 self._note(path, value.tobytes() if hasattr(value, "tobytes") else repr(value))
             return
-        for name, item in _attributes(value):
+        self._class(kind, path)
+        held = dict(attributes_of(value))
+        if not hasattr(value, "__dict__") and any(hasattr(kind, name) for name in _CHANGED_BY) and not held:
+            self._doubt(f"what {_place(path)} holds can not be seen, and may change")
+        self._note(path, tuple(held))
+        for name, item in held.items():
             self.value(item, f"{path}.{name}")
-        if not is_library(type(value).__module__):
-            self._class(type(value), path)
 
     def _seen_before(self, value: Any, path: str) -> bool:
         """Tell whether a value was written down already; if not, it is marked now."""
@@ -288,8 +328,11 @@ class _Walk:
         if self._named:
             self.names.append(path.lstrip("."))
         if len(self.values) == _MOST_VALUES:
-            self._doubt("its code reaches too many values to watch all of them")
-            raise_too_many()
+            raise TooManyValuesError("its code reaches too many values to watch all of them")
+
+    def _draws(self, name: str) -> None:
+        if name in _OWN_DRAWS or name.startswith("numpy.random."):
+            self._doubt(f"its code uses the module {name!r}, whose results differ from call to call")
 
     def _doubt(self, reason: str) -> None:
         self.doubt = self.doubt or reason
@@ -299,46 +342,9 @@ class TooManyValuesError(Exception):
     """A cell's code reaches more than can be watched."""
 
 
-def raise_too_many() -> None:
-    """Stop the walk."""
-    raise TooManyValuesError("its code reaches too many values to watch all of them")
-
-
-def _function_of(member: Any) -> types.FunctionType | None:
-    """Return the Python function behind a method, a static method or a property."""
-    for attribute in ("__func__", "fget", "func"):
-        member = getattr(member, attribute, None) or member
-    return member if isinstance(member, types.FunctionType) else None
-
-
-def _called_from(first: str, functions: dict[str, types.FunctionType | None]) -> set[str]:
-    """Return the names of methods that one method may reach, by the names in their code."""
-    found, pending = (
-        {n for n in functions if n.startswith("__")},
-        [first, *(n for n in functions if n.startswith("__"))],
-    )
-    while pending:
-        function = functions.get(pending.pop())
-        if function is not None:
-            further = names_of(function.__code__).attributes & functions.keys() - found
-            found |= further
-            pending += further
-    return found | {first}
-
-
 def _place(path: str) -> str:
     return f"`{path.lstrip('.')}`" if path.strip(".") else "it"
 
 
 def _sorted(values: Any) -> list[Any]:
     return sorted(values, key=lambda v: (type(v).__name__, repr(v)))
-
-
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what an object holds; objects of torch and of C hold what Python can not see."""
-    yield from tuple(getattr(value, "__dict__", {}).items())
-    for base in type(value).__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                yield name, getattr(value, name)
