@@ -190,6 +190,10 @@ def closes_over_itself(cell):
     return cell
 
 
+def filled(cell, _):
+    cell.mask.numpy().fill(0.2)
+
+
 REACHED = {
     "a method called by super": (CallsSuper, set_scale),
     "a method of another class": (CallsBase, set_scale),
@@ -234,6 +238,14 @@ REACHED = {
     "a buffer of itself in a closure": (
         lambda: closes_over_itself(cell_with(lambda self: self.scaled(1.0))),
         lambda cell, _: setattr(cell, "factor", torch.tensor(0.2, dtype=torch.double)),
+    ),
+    "a tensor written to by NumPy": (
+        lambda: cell_with(lambda self: self.mask, mask=torch.ones(H, dtype=torch.double)),
+        filled,
+    ),
+    "a tensor with other memory": (
+        lambda: cell_with(lambda self: self.mask, mask=torch.ones(H, dtype=torch.double)),
+        lambda cell, _: setattr(cell.mask, "data", cell.mask * 0.2),
     ),
 }
 

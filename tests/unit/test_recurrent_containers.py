@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_accel.recurrent import Edge, Node, Recurrent
 from lightning_accel.recurrent.exactness.assumptions import assumptions_of, first_change
-from lightning_accel.recurrent.exactness.containers import fixed_contents, plain_contents
+from lightning_accel.recurrent.exactness.containers import fixed_contents, numbers_of, plain_contents
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,22 @@ def test_frozen_objects_count_by_identity():
     assert len({fixed_contents(value) for value in ([node, edge], *others)}) == 1 + len(others)
     for value in ([], {}, [node, 1], {"a": node, "b": nn.Identity()}, {node: node}, [node] * 1_001):
         assert fixed_contents(value) is None
+
+
+def test_small_tensors_count_by_their_numbers_and_all_by_their_place():
+    small, large = torch.ones(3), torch.ones(2**15)
+    known = numbers_of(small), numbers_of(large)
+    small.data.mul_(2.0)
+    large.data.mul_(2.0)
+    assert numbers_of(small) != known[0]
+    assert numbers_of(large) == known[1], "64 KiB are looked at"
+    large.data = large.data.clone()
+    assert numbers_of(large) != known[1]
+    assert numbers_of(torch.ones(0)) is not None
+    found = []
+    torch.func.vmap(lambda x: found.append(numbers_of(x)) or x)(small)
+    found += map(numbers_of, (torch.ones(2, 2).t(), torch.ones(2).to_sparse(), torch.ones(2, device="meta")))
+    assert found == [None] * 4
 
 
 class Configured(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_accel import torch_private
 from lightning_accel.recurrent.exactness.code_names import NamedByCode, imported, is_fixed, is_library, names_of
-from lightning_accel.recurrent.exactness.containers import fixed_contents, plain_contents
+from lightning_accel.recurrent.exactness.containers import fixed_contents, numbers_of, plain_contents
 from lightning_accel.recurrent.exactness.members import attributes_of, called_from, function_of, members_of, own_bases
 from lightning_accel.recurrent.instance_forward import InstanceForward
 
@@ -272,7 +272,7 @@ class _Walk:
         """Write down a tensor that is neither parameter nor buffer: a trace bakes it in."""
         version = None if tensor.is_inference() else tensor._version
         self._identity(tensor, path)
-        self._note(path, (version, tuple(tensor.shape), tensor.dtype, tensor.requires_grad))
+        self._note(path, (version, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, numbers_of(tensor)))
         if tensor.requires_grad:
             self._doubt(f"{_place(path)} wants a gradient and is no registered parameter")
 

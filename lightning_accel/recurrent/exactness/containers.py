@@ -1,6 +1,10 @@
-"""What lists, tuples and dictionaries hold, in one piece: a look at a cell is due at every call of it."""
+"""What containers and small tensors hold, in one piece: a look at a cell is due at every call of it."""
 
+import ctypes
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lightning_accel.recurrent.exactness.code_names import is_fixed
 
@@ -8,6 +12,7 @@ _CONTAINERS = (list, tuple, dict)
 _ATOMS = frozenset({int, float, complex, str, bool, bytes, type(None)})
 _MOST_ITEMS = 1_000  # more are counted one by one, for there may be too many to watch
 _DEEPEST = 8  # a container may hold itself
+_SMALL_TENSOR_BYTES = 2**16
 
 
 def plain_contents(value: Any) -> tuple[type, str] | None:
@@ -33,6 +38,22 @@ def fixed_contents(value: Any) -> tuple[Any, ...] | None:
         return None
     keys = plain_contents(tuple(value)) if kind is dict else kind
     return None if keys is None else (keys, *map(id, items))
+
+
+def numbers_of(tensor: Tensor) -> tuple[int, bytes] | None:
+    """Return where a tensor lies and, if it is small, its numbers, which may be written to past autograd.
+
+    ``None`` for those that do not lie densely in plain memory.
+    """
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
+        return None
+    if tensor.layout is not torch.strided or not tensor.is_contiguous():
+        return None
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # one of a transform, which has no memory of its own
+        return None
+    return address, ctypes.string_at(address, tensor.nbytes) if 0 < tensor.nbytes <= _SMALL_TENSOR_BYTES else b""
 
 
 def _is_plain(value: Any, depth: int) -> bool:
