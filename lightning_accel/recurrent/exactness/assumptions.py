@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class _Walk:
         self._loaded = sys.modules if loaded is None else loaded
         self._seen: dict[int, int] = {}
         self._read: dict[str, None] = {}  # attributes that the code so far reads of anything
-        self._looked_up: set[tuple[int, str]] = set()
+        self._looked_up: dict[int, int] = {}  # how many of them in a module or class
 
     def module(self, root: nn.Module, path: str) -> None:
         """Write down a module with all it holds."""
@@ -190,10 +191,8 @@ class _Walk:
         self.reads_sizes = self.reads_sizes or not _SIZE_NAMES.isdisjoint(named.attributes | named.globals)
         for k, default in enumerate(function.__defaults__ or ()):
             self.value(default, f"{path} default {k}")
-        for name, default in (function.__kwdefaults__ or {}).items():
-            self.value(default, f"{path} default {name}")
-        for name, value in function.__dict__.items():
-            self.value(value, f"{path}.{name}")
+        for name, value in ((function.__kwdefaults__ or {}) | function.__dict__).items():
+            self.value(value, f"{path} {name}")
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
             try:
                 held = cell.cell_contents
@@ -218,15 +217,13 @@ class _Walk:
     def _members(self, value: types.ModuleType | type, path: str) -> None:
         """Write down what a module or a class holds under names that the code so far reads of anything."""
         self._identity(value, path)
-        if isinstance(value, types.ModuleType):
-            self._draws(value.__name__)
-        known = -1
-        while known != len(self._read):  # what it holds may read further names
-            known = len(self._read)
-            for name, member in members_of(value, self._read):
-                if (id(value), name) in self._looked_up:
-                    continue
-                self._looked_up.add((id(value), name))
+        home = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+        self._draws(home)
+        if is_library(home):
+            return
+        while (start := self._looked_up.get(id(value), 0)) < len(self._read):  # what it holds may read further names
+            self._looked_up[id(value)] = len(self._read)
+            for name, member in members_of(value, tuple(islice(self._read, start, None))):
                 if (function := function_of(member)) is None:
                     self.value(member, f"{path}.{name}")
                 elif not self._seen_before(function, path):

@@ -27,7 +27,7 @@ def own_bases(kind: type) -> list[type]:
 
 
 def members_of(holder: ModuleType | type, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Yield what a module or a class holds under some names; a library's holds what it always held.
+    """Yield what a module or a class holds under some names; a library's class holds what it always held.
 
     Of a function with a backward of its own, which torch calls and no code names, everything.
     """
@@ -36,8 +36,8 @@ def members_of(holder: ModuleType | type, names: Iterable[str]) -> Iterator[tupl
         if issubclass(holder, torch.autograd.Function):
             names = {name: None for space in spaces for name in space if not name.startswith("__")}
     else:
-        spaces = [] if is_library(holder.__name__) else [holder.__dict__]
-    for name in tuple(names) if spaces else ():
+        spaces = [holder.__dict__]
+    for name in names:
         for space in spaces:
             if name in space:
                 yield name, space[name]
