@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_accel.projection.balls.norm_pyramid import Level, check_levels
 from lightning_accel.projection.kernels.layout import is_sharded, normalize_dims
+from lightning_accel.projection.kernels.ordered_sums import running_sums
 from lightning_accel.projection.kernels.rounding import check_radius
 from lightning_accel.projection.multilevel import Method, project_l1inf, project_multilevel
 
@@ -164,7 +165,7 @@ def _fibres(y: Tensor, bounds: Tensor, cleared: Tensor, norm: str, dims: tuple[i
         descending = flat.sort(-1, descending=True).values
         count = torch.arange(1, flat.shape[-1] + 1, dtype=y.dtype, device=y.device)
         limit = bounds.detach().permute(order).reshape(*[bounds.shape[d] for d in rest], 1)
-        tau = ((descending.cumsum(-1) - limit) / count).amax(-1).clamp_min(0.0)
+        tau = ((running_sums(descending) - limit) / count).amax(-1).clamp_min(0.0)
         tau = tau.reshape([1 if d in dims else y.shape[d] for d in range(y.ndim)])
         above = (magnitude > tau) & ~cleared
     shift = ((magnitude * above).sum(dims, keepdim=True) - bounds) / above.sum(dims, keepdim=True).clamp_min(1)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_accel.machine import transfers
 from lightning_accel.projection import (
+    MultilevelBall,
     project_l1,
     project_l1inf,
     project_l11,
@@ -129,6 +130,27 @@ CALLS = {
 def test_a_projection_looks_at_no_number(name, dtype):
     """Tensors without numbers raise where one is read."""
     assert CALLS[name](torch.empty(8, 6, dtype=dtype, device="meta")).device.type == "meta"
+
+
+class Refusing(TorchDispatchMode):
+    """Refuse what torch refuses on a GPU where deterministic algorithms were asked for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not (func is torch.ops.aten.cumsum.default and args[0].is_floating_point())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*CALLS, "ball"])
+def test_deterministic_algorithms_may_be_asked_for(name):
+    x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    call = CALLS.get(name) or (lambda x: MultilevelBall(1.0, ("l1", "l1"))(x.requires_grad_()).detach())
+    expected = call(x.clone())
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Refusing():
+            torch.testing.assert_close(call(x.clone()), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 BALLS = {

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_accel.projection.kernels import placement
 from lightning_accel.projection.kernels.compiled import EVALUATIONS
+from lightning_accel.projection.kernels.ordered_sums import running_sums
 from lightning_accel.projection.kernels.rounding import EPSILON, inner_radius
 
 SORT_UP_TO = 5_000  # groups; above, dropping what cannot survive is quicker than sorting
@@ -161,7 +162,7 @@ def simplex_threshold(values: Tensor, total: Tensor) -> Tensor:
         return torch.stack([_michelot(v, s) for v, s in zip(values, total, strict=True)])
     descending = values.sort(-1, descending=True).values
     count = torch.arange(1, values.shape[-1] + 1, dtype=values.dtype, device=values.device)
-    return ((descending.cumsum(-1) - total.unsqueeze(-1)) / count).amax(-1)
+    return ((running_sums(descending) - total.unsqueeze(-1)) / count).amax(-1)
 
 
 def _michelot(values: Tensor, total: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_accel.projection.kernels import compiled
+from lightning_accel.projection.kernels import compiled, placement
 
 UNIT = 16  # numbers that are added up by halves
 _SIDE = 64  # neighbours in a run that are added up apart
@@ -67,6 +67,20 @@ def run_sums(x: Tensor, chosen: Tensor | None, levels: Tensor | None, wide: torc
     """
     found = compiled.run_sums(x, chosen, levels, wide)
     return _eager_run_sums(x, chosen, levels, wide) if found is None else found
+
+
+def running_sums(x: Tensor) -> Tensor:
+    """Return the sums of the first 1, 2, ... entries along the last dimension.
+
+    On a GPU, torch's own raises where deterministic algorithms were asked for, for it has no order that is laid down.
+    """
+    if not (placement.is_far(x) and torch.are_deterministic_algorithms_enabled()):
+        return x.cumsum(-1)
+    reach = 1
+    while reach < x.shape[-1]:
+        x = torch.cat((x[..., :reach], x[..., reach:] + x[..., :-reach]), -1)
+        reach *= 2
+    return x
 
 
 def _eager_run_sums(

@@ -19,6 +19,7 @@ from lightning_accel.projection.balls.floor import Floor
 from lightning_accel.projection.balls.outcome import Cut
 from lightning_accel.projection.kernels.eager import clamp
 from lightning_accel.projection.kernels.layout import Blocks
+from lightning_accel.projection.kernels.ordered_sums import running_sums
 from lightning_accel.projection.kernels.rounding import inner_radius, require_finite, round_bound
 
 _DIGITS = 56  # bits that the sum of the levels is to be right in
@@ -48,7 +49,7 @@ class SortedGroups:
         before, groups, after = source.shape
         rows = source.abs().transpose(0, 1).reshape(groups, before * after)
         ordered = rows.sort(-1, descending=True).values.double()
-        sums = ordered.cumsum(-1)
+        sums = running_sums(ordered)
         count = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=source.device)
         following = torch.nn.functional.pad(ordered[:, 1:], (0, 1))  # after the last entry there is 0
         # rounding must not disturb the order that a binary search needs
