@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lightning_accel.projection.balls.norm_pyramid import Level, check_levels
 from lightning_accel.projection.kernels.layout import is_sharded, normalize_dims
@@ -119,7 +120,8 @@ def _same_value(value: Tensor, smooth: Tensor) -> Tensor:
 
 
 def _wants_gradient(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
+    """Whether somebody differentiates: backward, or forward as ``jvp`` and ``jacfwd`` do."""
+    return (torch.is_grad_enabled() and x.requires_grad) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def _smooth_levels(x: Tensor, radius: float, levels: tuple[Level, ...]) -> Tensor:

@@ -89,6 +89,18 @@ def test_cleared_groups_get_no_gradient_and_the_rest_a_finite_one(name, dtype):
         assert not bool(leaf.grad.movedim(1 - group, 0)[cleared].any())
 
 
+@pytest.mark.parametrize("name", BALLS)
+def test_derivatives_forward_are_those_backward(name):
+    x, weight = example(0, zeros=0.0, dead=0.0)
+    ball = BALLS[name](3.0)
+    backward = torch.func.jacrev(ball)(x)
+    assert bool(backward.any())
+    torch.testing.assert_close(torch.func.jacfwd(ball)(x), backward)
+    value, tangent = torch.func.jvp(ball, (x,), (weight,))
+    assert torch.equal(value, ball(x))
+    torch.testing.assert_close(tangent, torch.einsum("ijkl,kl->ij", backward, weight))
+
+
 def test_zeros_inside_of_the_ball_are_free_to_move():
     x = torch.zeros(3, 4, dtype=torch.float64)
     x[0] = 0.5
