@@ -111,6 +111,55 @@ def test_what_is_left_alone_is_said(caplog):
     assert "leaves alone net.0.weight (only 1 group), net.2.weight (writes the model's output)." in caplog.text
 
 
+def test_levels_with_columns_outermost_clear_and_count_columns(caplog):
+    net = Net()
+    fit(net, MultilevelProjection(target_sparsity=0.5, norms=("l1", "linf"), dims=((1,), (0,))))
+    assert [int((net.net[k].weight == 0).all(0).sum()) for k in (0, 2)] == [6, 8]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+class Complex(nn.Module):
+    """Reads as complex numbers what has another layer before it, and one behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.waves = nn.Linear(12, 16, dtype=torch.complex64)
+        self.net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, features):
+        return self.net(self.waves(features.to(torch.complex64)).abs())
+
+
+IMAGES = (
+    nn.Unflatten(1, (1, 3, 4)),
+    nn.Conv2d(1, 8, 2),
+    nn.ReLU(),
+    nn.Flatten(),
+    nn.Linear(48, 6),
+    nn.Linear(6, 3),
+)
+UNKNOWN = {
+    "numbers": (Complex, {}, "net.waves.weight (holds complex64 numbers)", "net.net.0"),
+    "levels": (
+        lambda: nn.Sequential(*copy.deepcopy(IMAGES)),
+        {"norms": ("l1", "l1", "linf"), "dims": ((0,), (1,), (2, 3))},
+        "net.4.weight (is 2-dimensional, and `dims` name 4)",
+        "net.1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+@pytest.mark.parametrize("asked", [{}, {"parameters": "*weight"}])
+def test_weights_that_have_no_projection_are_left_alone_and_named(name, asked, caplog):
+    make, settings, said, projected = UNKNOWN[name]
+    net = Net(make())
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        fit(net, MultilevelProjection(target_sparsity=0.5, **settings, **asked))
+    assert said in caplog.text
+    assert int((net.get_submodule(projected).weight == 0).flatten(1).all(1).sum()) == 4
+
+
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_layers_that_are_never_called_are_left_alone_and_named(epochs, caplog):
     net = Net()

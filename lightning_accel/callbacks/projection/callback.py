@@ -80,6 +80,9 @@ class ProjectionCallback(pl.Callback):
             nonfinite=nonfinite,
             min_groups=min_groups,
         )
+        grouped = groups if isinstance(groups, str) else dimensions("groups", groups)
+        if ball.dims is not None and (not isinstance(grouped, str) or grouped in ("rows", "columns")):
+            grouped = ball.dims[0]  # what a projection clears, and what is counted
         sparse, once = target_sparsity is not None, at_end or mode == "project_then_retrain"
         ramp, over_fit = ramp_of(schedule, start_step, end_step, sparse=sparse, once=once)
         frozen = (sparse and ramp.curve != "constant") if freeze_zero_groups is None else freeze_zero_groups
@@ -92,7 +95,7 @@ class ProjectionCallback(pl.Callback):
                 None
                 if module_types is None
                 else words("module_types", module_types, "a class name, such as 'Linear'; None stands for any"),
-                groups if isinstance(groups, str) else dimensions("groups", groups),
+                grouped,
                 num_heads,
             ),
             Timing(every_n_steps, every_n_epochs, at_end, mode, retrain_epoch, rewind_source(rewind), ramp, over_fit),

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.callbacks.projection.selection import Selection, too_few_groups
+from lightning_accel.callbacks.projection.selection import Selection, too_few_groups, without_projection
 from lightning_accel.lightning_private import has_compiled_parts
 from lightning_accel.lightning_private.decision_line import say_decision
 from lightning_accel.projection.training.ball_specification import Ball
@@ -181,6 +181,7 @@ class LayerRoles:
             reason = too_few_groups(target, self.ball, hidden_only=self.selection.hidden_only)
             if self._sorts and self._writes_output.get(target.name):
                 reason = _OUTPUT
+            reason = without_projection(target, self.ball) or reason
             if reason is not None:
                 alone[target.name] = reason
         unsorted = {t.name for t in self._unsorted()}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_accel.projection.kernels.rounding import FLOAT_TYPES
 from lightning_accel.projection.training.ball_specification import Ball
 from lightning_accel.projection.training.targets import NAMED_GROUPS, Target, find_lazy, find_targets
 
@@ -61,6 +62,16 @@ class Selection:
         """Return the patterns that no target's name fits."""
         asked = self.parameters or ()
         return [p for p in asked if not any(fnmatch.fnmatchcase(target.name, p) for target in targets)]
+
+
+def without_projection(target: Target, ball: Ball) -> str | None:
+    """Say which numbers or dimensions of a target have no projection onto a ball; ``None`` where it has one."""
+    parameter = target.parameter
+    if parameter is not None and parameter.dtype not in FLOAT_TYPES:
+        return f"holds {str(parameter.dtype).removeprefix('torch.')} numbers"
+    if ball.dims is not None and (named := sum(map(len, ball.dims))) != len(target.shape):
+        return f"is {len(target.shape)}-dimensional, and `dims` name {named}"
+    return None
 
 
 def too_few_groups(target: Target, ball: Ball, *, hidden_only: bool) -> str | None:
