@@ -5,13 +5,14 @@ import logging
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel.callbacks import L1InfProjection, MultilevelProjection
 from lightning_accel.callbacks.projection import roles
+from lightning_accel.projection import project_l1inf
 
 BOTH = pytest.mark.parametrize("kind", [L1InfProjection, MultilevelProjection])
 x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
@@ -328,3 +329,63 @@ def test_data_without_a_length_has_a_rise_all_the_same():
     )
     trainer.fit(net, DataLoader(Stream(), 8), DataLoader(Stream(), 8))
     assert zero_rows(net) == [8, 4, 0]
+
+
+class Wrapper:
+    """Makes the steps of another optimizer, and is none itself."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state)
+
+
+class DerivedWrapper(Wrapper, torch.optim.Optimizer):
+    """The same, which calls itself an optimizer but was not made like one."""
+
+
+@pytest.mark.parametrize("wrapper", [Wrapper, DerivedWrapper])
+def test_optimizers_that_take_no_hooks_are_followed(wrapper):
+    class Wrapped(Net):
+        def configure_optimizers(self):
+            return wrapper(super().configure_optimizers())
+
+    net, plain = Wrapped(), Net()
+    ours = L1InfProjection()
+    trainer = fit(net, ours)
+    fit(plain, L1InfProjection())
+    assert ours.projections > 0
+    assert trainer.global_step == 16
+    assert torch.equal(net.net[0].weight, plain.net[0].weight)
+
+
+def test_closures_that_are_called_several_times_within_a_step_are_one_step():
+    class LBFGS(Net):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=5)
+
+    class AfterEachStep(Callback):
+        def on_fit_start(self, trainer, net):
+            trainer.optimizers[0].register_step_post_hook(lambda *_: self.project(net))
+
+        def project(self, net):
+            for weight in (net.net[0].weight, net.net[2].weight):
+                project_l1inf(weight, 1.0, out=weight)
+
+    net, other = LBFGS(), LBFGS()
+    ours = L1InfProjection(1.0, parameters=["net.0.weight", "net.2.weight"])
+    trainer = fit(net, ours, epochs=1)
+    fit(other, AfterEachStep(), epochs=1)
+    assert ours.projections == trainer.global_step
+    torch.testing.assert_close(net.state_dict(), other.state_dict())

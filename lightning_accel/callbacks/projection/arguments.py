@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 
 from lightning_accel.arguments import check_integer, check_number, check_switch
 
@@ -96,6 +97,18 @@ def rewind_source(given: str | os.PathLike[str]) -> str:
     if not isinstance(given, str | os.PathLike):
         raise TypeError(f"`rewind` must be 'none', 'init' or the path of a checkpoint, got {given!r}.")
     return os.fspath(given)
+
+
+def check_rewind(source: str) -> None:
+    """Refuse to rewind to a file that is not there.
+
+    Raises:
+        ValueError: If so.
+    """
+    if source not in ("none", "init") and "://" not in source and not Path(source).exists():
+        raise ValueError(
+            f"`rewind` must be 'none', 'init' or the path of a checkpoint, got {source!r}, where there is no file."
+        )
 
 
 def _is_integer(value: object) -> bool:

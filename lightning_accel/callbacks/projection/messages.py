@@ -1,4 +1,4 @@
-"""What a projection callback says where it finds nothing to project."""
+"""What a projection callback says where it has nothing to project, or can not."""
 
 import difflib
 import fnmatch
@@ -48,6 +48,14 @@ def nothing_found(
     shapes = _some([f"{name} {tuple(known[name][0].shape)}" for name in matching])
     return (
         f"{searched} Names fit, but no optimizer trains them, or they have too few dimensions for the groups: {shapes}."
+    )
+
+
+def takes_apart(callback: str, strategy: str) -> str:
+    """Say why a strategy is refused."""
+    return (
+        f"{callback} needs parameters in their own shapes, which {strategy} takes apart. Use 'ddp', or "
+        "FSDP2 through ModelParallelStrategy, whose shards can be projected."
     )
 
 

@@ -1,9 +1,7 @@
 """What a projection callback does while a Trainer runs."""
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,13 +10,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 
+from lightning_accel.callbacks.projection.arguments import check_rewind
 from lightning_accel.callbacks.projection.averages import ProjectedAverages
-from lightning_accel.callbacks.projection.messages import nothing_found
+from lightning_accel.callbacks.projection.messages import nothing_found, takes_apart
 from lightning_accel.callbacks.projection.roles import LayerRoles
 from lightning_accel.callbacks.projection.selection import Selection
 from lightning_accel.callbacks.projection.shortfalls import Shortfalls
 from lightning_accel.callbacks.projection.sparsity_log import log_sparsity
 from lightning_accel.callbacks.projection.timing import Timing, ends_now
+from lightning_accel.callbacks.projection.watching import Steps
 from lightning_accel.lightning_private import averaged_modules, every_callback, load_checkpoint_file, logging_period
 from lightning_accel.projection.kernels.compiled import Compile, check_compile
 from lightning_accel.projection.sharded import alike, gather
@@ -54,8 +54,7 @@ class ProjectedTraining:
     first_weights: dict[str, Tensor] | None = None
     projector: Projector | None = None
     _restored: Mapping[str, Any] | None = None
-    _handles: list[Any] = field(default_factory=list)
-    _begun: set[int] = field(default_factory=set)
+    _runs: bool = False
     _waits: bool = False
     _projected: bool = False
     _before_end: dict[str, Tensor] | None = None
@@ -68,28 +67,22 @@ class ProjectedTraining:
         self.averages = ProjectedAverages(self.selection)
         self.roles = LayerRoles(self.name, self.selection, self.ball)
         self.shortfalls = Shortfalls(self.name, self.timing, self.ball)
+        self._watched = Steps(self._after_step)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a run: hooks, and the model that targets point to."""
-        return self.__dict__ | {"projector": None, "_handles": [], "_begun": set()}
+        return self.__dict__ | {"projector": None, "_runs": False}
 
     def refuse_strategies(self, strategy: object) -> None:
         """Refuse strategies that flatten or partition parameters out of their shapes."""
         found = _REFUSED & {kind.__name__ for kind in type(strategy).__mro__}
         if found:
-            raise MisconfigurationException(
-                f"{self.name} needs parameters in their own shapes, which {min(found)} takes apart. Use 'ddp', or "
-                "FSDP2 through ModelParallelStrategy, whose shards can be projected."
-            )
+            raise MisconfigurationException(takes_apart(self.name, min(found)))
 
     def start(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
         """Find what to project and watch the optimizers."""
         self.stop()
-        source = self.timing.rewind
-        if source not in ("none", "init") and "://" not in source and not Path(source).exists():
-            raise ValueError(
-                f"`rewind` must be 'none', 'init' or the path of a checkpoint, got {source!r}, where there is no file."
-            )
+        check_rewind(self.timing.rewind)
         self.projector = Projector(
             [], self.ball, self.timing.ramp, self.freeze_zero_groups, self.compile, self.timing.over_fit
         )
@@ -108,9 +101,8 @@ class ProjectedTraining:
             self._restore(self.projector, self._restored)
             self._restored = None
         self.projector.remember_first_norms()
-        for index, optimizer in enumerate(trainer.optimizers):
-            hook = functools.partial(self._after_step, trainer, index)
-            self._handles.append(optimizer.register_step_post_hook(hook))
+        self._runs = True
+        self._watched.watch(trainer)
 
     def resolve(self, trainer: "pl.Trainer", module: nn.Module) -> None:
         """Find the targets, anew after layers were exchanged, thawed or got their shapes."""
@@ -124,9 +116,8 @@ class ProjectedTraining:
 
     def stop(self) -> None:
         """Stop watching the optimizers and the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._begun, self._waits = [], set(), False
+        self._watched.stop()
+        self._runs, self._waits = False, False
         self.roles.look_away()
 
     def begin_training(self, trainer: "pl.Trainer", module: nn.Module) -> None:
@@ -141,7 +132,7 @@ class ProjectedTraining:
 
     def at_batch_start(self, trainer: "pl.Trainer", module: nn.Module) -> None:
         """Watch the calls of the model where it is not known yet which layers write its output."""
-        if self._handles:
+        if self._runs:
             self.roles.look(trainer, module)
 
     def before_backward(self, trainer: "pl.Trainer", module: nn.Module, loss: Tensor) -> None:
@@ -150,17 +141,12 @@ class ProjectedTraining:
             self.projector.aim_at(self.roles.sort_out(trainer, module, loss))
 
     def before_step(self, trainer: "pl.Trainer", optimizer: torch.optim.Optimizer) -> None:
-        """Note that a step begins: one that a gradient scaler skips never gets to the optimizer's own hook."""
-        if self._handles:
-            index = [id(other) for other in trainer.optimizers].index(id(optimizer))
-            if index in self._begun:  # several steps a batch, by hand
-                self._after_step(trainer, index)
-            self._begun.add(index)
+        """Note that a step is due."""
+        if self._runs:
+            self._watched.expect(trainer, optimizer)
 
-    def _after_step(self, trainer: "pl.Trainer", index: int, *_: Any) -> None:
+    def _after_step(self, trainer: "pl.Trainer", index: int) -> None:
         """Project what this optimizer has just moved."""
-        if self._begun:
-            self._begun.discard(index)
         if self.projector is None:
             return
         if self.roles.have_changed(trainer):
@@ -201,8 +187,7 @@ class ProjectedTraining:
         if self.projector is None:
             return
         self.roles.look_away()
-        for index in sorted(self._begun):
-            self._after_step(trainer, index)
+        self._watched.settle(trainer)
         if self._waits:
             self._expect_layers(trainer, trainer.lightning_module)
         if epochs is not None and trainer.is_last_batch and (trainer.current_epoch + 1) % epochs == 0:
@@ -217,7 +202,7 @@ class ProjectedTraining:
 
         What was there before stays in that checkpoint too, for a fit that resumes and goes on further.
         """
-        if self.projector is None or self._projected or self.timing.mode != "project" or not self._handles:
+        if self.projector is None or self._projected or self.timing.mode != "project" or not self._runs:
             return
         if ends_now(trainer) and self.timing.ramp.at(self.position) > 0.0:
             self._before_end = {t.name: t.view().clone() for t in self.projector.targets}
@@ -243,7 +228,7 @@ class ProjectedTraining:
 
     def swap_in_averages(self, trainer: "pl.Trainer") -> None:
         """Project the averages, which a validation is about to use; `swap_out_averages` takes that back."""
-        if self.projector is not None and self._handles:
+        if self.projector is not None and self._runs:
             self.averages.swap_in(trainer, self.projector)
 
     def swap_out_averages(self) -> None:
@@ -257,7 +242,7 @@ class ProjectedTraining:
         part = self.timing.ramp.at(self.position) if self._projected else 0.0
         self.shortfalls.note_checkpoint(trainer, part)
         if "averaging_state" in checkpoint:
-            self.averages.save(trainer, module, checkpoint, self.projector, ended=not self._handles)
+            self.averages.save(trainer, module, checkpoint, self.projector, ended=not self._runs)
 
     def load(self, trainer: "pl.Trainer", checkpoint: Mapping[str, Any]) -> None:
         """Take averages up as they were."""

@@ -1,0 +1,67 @@
+"""What a projection callback watches in a fit: the steps of optimizers."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+
+class Steps:
+    """Sees the steps of all optimizers of a fit.
+
+    They are told by the optimizers' own hooks. Steps that never get there, for a gradient scaler skips them or an
+    optimizer of a make of its own takes no hooks, are told once the next one is due, or the batch is over.
+
+    Args:
+        after: Is told the place of the optimizer that has taken a step.
+    """
+
+    def __init__(self, after: Callable[["pl.Trainer", int], None]) -> None:
+        self._after = after
+        self._handles: list[Any] = []
+        self._due: set[int] = set()
+        self._is_within = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a fit."""
+        return {"_after": self._after, "_handles": [], "_due": set(), "_is_within": False}
+
+    def watch(self, trainer: "pl.Trainer") -> None:
+        """Watch the optimizers that there are now, and no others."""
+        self.stop()
+        for index, optimizer in enumerate(trainer.optimizers):
+            with contextlib.suppress(AttributeError):
+                self._handles.append(optimizer.register_step_pre_hook(self._begin))
+                self._handles.append(optimizer.register_step_post_hook(functools.partial(self._end, trainer, index)))
+
+    def stop(self) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._due, self._is_within = [], set(), False
+
+    def expect(self, trainer: "pl.Trainer", optimizer: torch.optim.Optimizer) -> None:
+        """Note that gradients are there for a step; an optimizer may ask for them several times within one."""
+        if self._is_within:
+            return
+        index = [id(other) for other in trainer.optimizers].index(id(optimizer))
+        if index in self._due:  # several steps a batch, by hand
+            self._after(trainer, index)
+        self._due.add(index)
+
+    def settle(self, trainer: "pl.Trainer") -> None:
+        """Tell of the steps that were due and that nobody has told."""
+        for index in sorted(self._due):
+            self._after(trainer, index)
+        self._due.clear()
+
+    def _begin(self, *_: Any) -> None:
+        self._is_within = True
+
+    def _end(self, trainer: "pl.Trainer", index: int, *_: Any) -> None:
+        self._is_within = False
+        self._due.discard(index)
+        self._after(trainer, index)
