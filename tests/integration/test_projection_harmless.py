@@ -6,7 +6,13 @@ import logging
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelPruning,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -329,6 +335,94 @@ def test_data_without_a_length_has_a_rise_all_the_same():
     )
     trainer.fit(net, DataLoader(Stream(), 8), DataLoader(Stream(), 8))
     assert zero_rows(net) == [8, 4, 0]
+
+
+class Changing(Callback):
+    """Changes a module as an epoch begins."""
+
+    def __init__(self, change, epoch=2):
+        self.change, self.epoch = change, epoch
+
+    def on_train_epoch_start(self, trainer, net):
+        if trainer.current_epoch == self.epoch:
+            self.change(trainer, net)
+            self.weight = net.net[0].weight.detach().clone()
+
+
+ALL_AT_ONCE = {
+    "at every step": {},
+    "at the end": {"at_end": True},
+    "one budget": {"scope": "global"},
+    "epoch by epoch": {"every_n_epochs": 1, "schedule": "linear", "end_step": 60},
+    "retraining": {"mode": "project_then_retrain", "retrain_epoch": 6},
+}
+
+
+@pytest.mark.parametrize("name", ALL_AT_ONCE)
+@pytest.mark.parametrize("first", [True, False])
+def test_layers_that_are_frozen_later_stay_as_they_are_and_others_are_projected(name, first):
+    net, freezing = Net(), Changing(lambda _, net: net.net[0].requires_grad_(False))
+    ours = L1InfProjection(**ALL_AT_ONCE[name])
+    fit(net, *((freezing, ours) if first else (ours, freezing)), epochs=10)
+    assert torch.equal(net.net[0].weight, freezing.weight)
+    assert zero_rows(net)[1] >= 4
+
+
+def exchange(trainer, net):
+    net.net[0], net.net[2] = nn.Linear(12, 20), nn.Linear(20, 8)
+    trainer.strategy.setup_optimizers(trainer)
+
+
+def widen(trainer, net):
+    with torch.no_grad():
+        for layer, shape in ((net.net[0], (20, 12)), (net.net[2], (8, 20))):
+            layer.weight = nn.Parameter(torch.randn(shape))
+        net.net[0].bias = nn.Parameter(torch.zeros(20))
+    trainer.strategy.setup_optimizers(trainer)
+
+
+@pytest.mark.parametrize("change", [exchange, widen])
+@pytest.mark.parametrize("epoch", [1, 5])
+def test_layers_that_are_exchanged_between_epochs_are_projected(change, epoch):
+    net = Net()
+    fit(net, Changing(change, epoch), L1InfProjection(), epochs=10)
+    assert zero_rows(net) == [10, 4, 0]
+
+
+def test_other_optimizers_between_epochs_are_watched():
+    class Raw(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, _):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(self.net(batch[0]), batch[1]).backward()
+            optimizer.step()
+
+    net, anew = Raw(), Changing(lambda trainer, _: trainer.strategy.setup_optimizers(trainer))
+    fit(net, L1InfProjection(), anew, epochs=10)
+    assert zero_rows(net) == [8, 4, 0]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"radius": 1.0}])
+def test_pruning_of_a_projected_weight_takes_it_over(first, settings, caplog):
+    net = Net()
+    pruning = ModelPruning(
+        "l1_unstructured", [(net.net[0], "weight")], amount=0.25, use_lottery_ticket_hypothesis=False
+    )
+    ours = L1InfProjection(**settings)
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        fit(net, *((pruning, ours) if first else (ours, pruning)), epochs=4)
+    assert "projects net.2.weight." in caplog.text
+    assert float((net.net[0].weight == 0).double().mean()) > 0.25
+    assert zero_rows(net)[0] < 8, "pruned after the first epoch, before half of the rows have gone"
+    if settings:
+        assert float(net.net[2].weight.detach().abs().amax(1).sum()) <= 1.0
+    else:
+        assert zero_rows(net)[1] == 4
 
 
 class Wrapper:

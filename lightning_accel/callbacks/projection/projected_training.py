@@ -18,7 +18,7 @@ from lightning_accel.callbacks.projection.selection import Selection
 from lightning_accel.callbacks.projection.shortfalls import Shortfalls
 from lightning_accel.callbacks.projection.sparsity_log import log_sparsity
 from lightning_accel.callbacks.projection.timing import Timing, ends_now
-from lightning_accel.callbacks.projection.watching import Steps
+from lightning_accel.callbacks.projection.watching import Changes, Steps
 from lightning_accel.lightning_private import averaged_modules, every_callback, load_checkpoint_file, logging_period
 from lightning_accel.projection.kernels.compiled import Compile, check_compile
 from lightning_accel.projection.sharded import alike, gather
@@ -67,7 +67,7 @@ class ProjectedTraining:
         self.averages = ProjectedAverages(self.selection)
         self.roles = LayerRoles(self.name, self.selection, self.ball)
         self.shortfalls = Shortfalls(self.name, self.timing, self.ball)
-        self._watched = Steps(self._after_step)
+        self._watched, self._changes = Steps(self._after_step), Changes()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a run: hooks, and the model that targets point to."""
@@ -101,7 +101,8 @@ class ProjectedTraining:
             self._restore(self.projector, self._restored)
             self._restored = None
         self.projector.remember_first_norms()
-        self._runs = True
+        self._runs, self._changes = True, Changes()
+        self._changes.have_come(trainer, [])
         self._watched.watch(trainer)
 
     def resolve(self, trainer: "pl.Trainer", module: nn.Module) -> None:
@@ -120,6 +121,15 @@ class ProjectedTraining:
         self._runs, self._waits = False, False
         self.roles.look_away()
 
+    def follow(self, trainer: "pl.Trainer") -> None:
+        """Follow what was changed between steps: layers, optimizers, and what is frozen, which stays as it is."""
+        if self.projector is None or not self._runs:
+            return
+        if self._changes.have_come(trainer, self.projector.targets):
+            self._watched.watch(trainer)
+            self.change_layers(trainer, trainer.lightning_module)
+        self.projector.rest()
+
     def begin_training(self, trainer: "pl.Trainer", module: nn.Module) -> None:
         """Take up what a strategy that shards restored after `start`; say what this fit is too short for."""
         if self.projector is not None and self._restored is not None:
@@ -133,6 +143,8 @@ class ProjectedTraining:
     def at_batch_start(self, trainer: "pl.Trainer", module: nn.Module) -> None:
         """Watch the calls of the model where it is not known yet which layers write its output."""
         if self._runs:
+            if trainer.fit_loop.batch_idx == 0:
+                self.follow(trainer)
             self.roles.look(trainer, module)
 
     def before_backward(self, trainer: "pl.Trainer", module: nn.Module, loss: Tensor) -> None:
@@ -173,6 +185,7 @@ class ProjectedTraining:
         if self.projector is None:
             return
         if self.timing.retrain_epoch == trainer.current_epoch and not self.masked:
+            self.follow(trainer)
             self.projector.project(self.position + 1)
             self.projector.mask()
             self.masked = True
@@ -191,6 +204,7 @@ class ProjectedTraining:
         if self._waits:
             self._expect_layers(trainer, trainer.lightning_module)
         if epochs is not None and trainer.is_last_batch and (trainer.current_epoch + 1) % epochs == 0:
+            self.follow(trainer)
             self.projector.project(self.position)
             self._projected = True
         self.finish(trainer)
@@ -205,6 +219,7 @@ class ProjectedTraining:
         if self.projector is None or self._projected or self.timing.mode != "project" or not self._runs:
             return
         if ends_now(trainer) and self.timing.ramp.at(self.position) > 0.0:
+            self.follow(trainer)
             self._before_end = {t.name: t.view().clone() for t in self.projector.targets}
             self.projector.project(self.position)
             self._projected = True
@@ -213,6 +228,8 @@ class ProjectedTraining:
         """Leave feasible weights, whatever was written over the module last."""
         if self.projector is None:
             return
+        self.projector.aim_at([target for target in self.projector.targets if not target.is_gone])
+        self.projector.rest()
         self.roles.close(trainer)
         late = not self._projected
         if self.masked:
@@ -257,7 +274,9 @@ class ProjectedTraining:
             return
         step = trainer.global_step
         if self._logged_at < 0 or step - self._logged_at >= logging_period(trainer) or ends_now(trainer):
-            log_sparsity(self.projector, log_dict, prefix)
+            self.follow(trainer)
+            if self.projector.targets:
+                log_sparsity(self.projector, log_dict, prefix)
             self._logged_at = step
 
     def state_dict(self) -> dict[str, Any]:

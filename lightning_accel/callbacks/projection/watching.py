@@ -1,12 +1,14 @@
-"""What a projection callback watches in a fit: the steps of optimizers."""
+"""What a projection callback watches in a fit: the steps of optimizers, and changes of what they train."""
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+
+from lightning_accel.projection.training.targets import Target
 
 
 class Steps:
@@ -65,3 +67,19 @@ class Steps:
         self._is_within = False
         self._due.discard(index)
         self._after(trainer, index)
+
+
+class Changes:
+    """Notices that a fit trains other parameters, or by other optimizers, than when it was asked last."""
+
+    def __init__(self) -> None:
+        self._seen: object = None
+
+    def have_come(self, trainer: "pl.Trainer", targets: Iterable[Target]) -> bool:
+        """Say whether something has changed since the last call; the first one says no."""
+        now = (
+            [(name, id(parameter)) for name, parameter in trainer.lightning_module.named_parameters()],
+            [id(optimizer) for optimizer in trainer.optimizers],
+        )
+        before, self._seen = self._seen, now
+        return before is not None and (before != now or any(target.is_gone for target in targets))

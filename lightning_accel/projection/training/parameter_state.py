@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.projection.sharded import gather
+from lightning_accel.projection.training.targets import Target
 
 
 @dataclass
@@ -26,6 +27,12 @@ class Memory:
     kept: Tensor | None = None
     mu: Tensor | None = None
     tau: float = 0.0
+
+    def fits(self, target: Target) -> bool:
+        """Say whether this can be known of a target: of as many groups, and of its shape."""
+        parameter = target.parameter
+        same = self.kept is None or parameter is None or self.kept.shape == parameter.shape
+        return same and (self.dead is None or len(self.dead) == target.num_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it, whole and on CPU."""

@@ -61,6 +61,7 @@ class Projector:
     def __post_init__(self) -> None:
         self._layouts = Layouts(self.ball)
         self._held = HeldGroups(self._layouts)
+        self._resting: set[str] = set()
 
     @property
     def last(self) -> dict[str, Cut]:
@@ -70,11 +71,19 @@ class Projector:
     def aim_at(self, targets: list[Target]) -> None:
         """Project these from now on; let go of what others took, such as weights of layers that were exchanged."""
         self.targets = targets
+        for target in targets:
+            memory = self.memories.get(target.name)
+            if memory is not None and not memory.fits(target):  # of a layer of another size in the same place
+                del self.memories[target.name]
         self._layouts.forget_all_but(targets)
         self._at_once.clear()
         names = {_ALL, *(target.name for target in targets)}
         self._last = {name: found for name, found in self._last.items() if name in names}
         self.remember_first_norms()
+
+    def rest(self) -> None:
+        """Leave alone what is frozen at this moment, until the next call, wherever all targets are projected."""
+        self._resting = {t.name for t in self.targets if t.parameter is None or not t.parameter.requires_grad}
 
     @torch.no_grad()
     def remember_first_norms(self) -> None:
@@ -95,9 +104,11 @@ class Projector:
                 then, unless the method is exact or groups are cleared for a target sparsity, which goes from budget to
                 budget. On GPU `check_finite` raises instead, so that steps need not wait.
         """
-        asked = self.targets if targets is None else targets
+        chosen = self.targets if targets is None or self.ball.scope == "global" else targets
+        if self._resting:
+            asked = {target.name for target in targets or ()}
+            chosen = [t for t in chosen if t.name in asked or t.name not in self._resting]
         part = self.ramp.at(step)
-        chosen = self.targets if self.ball.scope == "global" else asked
         if part == 0.0 or not chosen:
             return
         alone = len(chosen) == 1 or (self.zeros_only and self.ball.scope == "parameter")

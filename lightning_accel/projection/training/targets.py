@@ -38,6 +38,11 @@ class Target:
         found = self.module._parameters.get(self.leaf)
         return found if isinstance(found, nn.Parameter) else None
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the parameter is no more, or one of another size has taken its place."""
+        return self.parameter is None or self.parameter.numel() != math.prod(self.shape)
+
     def view(self) -> Tensor:
         """Return the parameter's data in the shape whose dimensions `group_dims` number.
 
