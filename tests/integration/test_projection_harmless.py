@@ -483,3 +483,16 @@ def test_closures_that_are_called_several_times_within_a_step_are_one_step():
     fit(other, AfterEachStep(), epochs=1)
     assert ours.projections == trainer.global_step
     torch.testing.assert_close(net.state_dict(), other.state_dict())
+
+
+def test_a_checkpoint_that_was_only_tested_says_nothing_to_the_next_fit(tmp_path):
+    ours, path = L1InfProjection(), tmp_path / "sparse.ckpt"
+    fit(Net(), ours).save_checkpoint(path)
+    data = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 8)
+    settings = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    tester = Trainer(accelerator="cpu", max_epochs=2, callbacks=[ours], **settings)
+    tester.validate(Net(), data, ckpt_path=path, verbose=False)
+    net, fresh = Net(), Net()
+    tester.fit(net, data, data)
+    fit(fresh, L1InfProjection())
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), fresh.parameters(), strict=True))
