@@ -496,3 +496,23 @@ def test_a_checkpoint_that_was_only_tested_says_nothing_to_the_next_fit(tmp_path
     tester.fit(net, data, data)
     fit(fresh, L1InfProjection())
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), fresh.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rewind", ["init", "file"])
+def test_modules_with_an_extra_state_are_rewound(rewind, tmp_path):
+    class Extra(Net):
+        def get_extra_state(self):
+            return {"notes": "kept"}
+
+        def set_extra_state(self, state):
+            assert state == {"notes": "kept"}
+
+    net, path = Extra(), tmp_path / "first.ckpt"
+    if rewind == "file":
+        torch.save({"state_dict": Extra().state_dict()}, path)
+    first = net.net[2].weight.detach().clone()
+    source = "init" if rewind == "init" else path
+    fit(net, L1InfProjection(mode="project_then_retrain", retrain_epoch=1, rewind=source), max_steps=9)
+    assert zero_rows(net) == [8, 4, 0]
+    last = net.net[2].weight.detach()
+    assert float((last - first)[last != 0].abs().max()) < 0.02, "one step later"

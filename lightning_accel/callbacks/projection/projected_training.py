@@ -97,7 +97,8 @@ class ProjectedTraining:
             self.projections, self.steps, self.position, self.masked = 0, {}, 0, False
             self.first_weights = None
             if self.timing.rewind == "init":
-                self.first_weights = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+                state = module.state_dict().items()
+                self.first_weights = {k: v.detach().cpu().clone() for k, v in state if isinstance(v, Tensor)}
         else:
             self._restore(self.projector, self._restored)
             self._restored = None
@@ -335,7 +336,9 @@ class ProjectedTraining:
         else:
             weights = load_checkpoint_file(self.timing.rewind, "cpu", None)["state_dict"]
         now = module.state_dict()
-        module.load_state_dict({name: alike(w, now[name]) if name in now else w for name, w in weights.items()})
+        other = {name: value for name, value in now.items() if not isinstance(value, Tensor)}  # a module's extra state
+        kept = {name: alike(w, now[name]) if name in now else w for name, w in weights.items() if name not in other}
+        module.load_state_dict(kept | other)
         self.first_weights = None
         for optimizer in trainer.optimizers:  # moments of other weights would push the rewound ones about
             optimizer.state.clear()
