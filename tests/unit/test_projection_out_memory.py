@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_accel.projection import project_l1, project_l1inf, project_l12, project_multilevel
+from lightning_accel.projection import project_l1, project_l1inf, project_l12, project_multilevel, shrink
 from lightning_accel.projection.kernels.layout import overlap
+from lightning_accel.projection.training.ball_specification import Ball
+from lightning_accel.projection.training.projector import Projector
+from lightning_accel.projection.training.targets import Target
 
 FUNCTIONS = {
     "bilevel rows": lambda x, **k: project_l1inf(x, 2.0, **k),
@@ -70,3 +74,37 @@ def test_inputs_that_want_gradients_and_expanded_ones_are_read_and_not_touched(n
     assert torch.equal(leaf.detach(), result)
     assert leaf._version > version  # autograd sees that it was written
     assert leaf.requires_grad
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("method", ["bilevel", "exact"])
+@pytest.mark.parametrize("dims", [(0,), (1,)])
+@pytest.mark.parametrize("shape", [(30, 12), (400, 1500)])
+def test_a_default_device_elsewhere_changes_no_projection(shape, dims, method, compile):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = project_l1inf(x, 2.0, dims, method, compile=compile)
+    with torch.device("meta"):
+        found = project_l1inf(x, 2.0, dims, method, compile=compile)
+    assert torch.equal(found, expected)
+
+
+def test_a_default_device_elsewhere_changes_no_training_and_no_smaller_model():
+    def sparse():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        return model, [Target("0.weight", model[0], "weight", (0,), (16, 6))]
+
+    sizes = []
+    for device in ("cpu", "meta"):
+        model, targets = sparse()
+        x = torch.randn(5, 6)
+        with torch.device(device):
+            for ball in (Ball(target_sparsity=0.5), Ball(radius=1.0), Ball(radius=1.0, method="exact")):
+                clears = ball.target_sparsity is not None
+                projector = Projector(targets, ball, freeze_zero_groups=clears, compile=True, zeros_only=clears)
+                for step in (1, 2):
+                    projector.project(step)
+            found = shrink(model, x)
+        sizes.append(found.parameters_after)
+        assert torch.equal(found.kept["0"], (model[0].weight != 0).any(1).nonzero().flatten())
+    assert sizes[0] == sizes[1] < 150

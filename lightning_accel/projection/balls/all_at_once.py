@@ -47,11 +47,11 @@ class AllAtOnce:
         self.layouts = list(layouts)
         self._sources = [layout.blocks.source for layout in layouts]
         self.groups = [x.shape[1] for x in self._sources]
-        memory = torch.empty(4, sum(self.groups), dtype=torch.float64)
+        memory = torch.empty(4, sum(self.groups), dtype=torch.float64, device="cpu")
         self.norms, self.left = (list(row.split(self.groups)) for row in memory[:2])
         self._memory = memory[2:].flatten().split([2 * n for n in self.groups])
         self._radii: list[float] = []
-        self._masks = torch.zeros(sum(self.groups), dtype=torch.bool).split(self.groups)
+        self._masks = torch.zeros(sum(self.groups), dtype=torch.bool, device="cpu").split(self.groups)
         self._dead: list[Tensor | None] = [None] * len(self.groups)
         self._threads = 0
         items = (_Part * len(layouts))()

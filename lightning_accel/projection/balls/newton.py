@@ -146,7 +146,7 @@ class Newton:
             if together.numel() <= _LITTLE:
                 together = together.transpose(0, 1).reshape(1, len(chosen), -1).contiguous()
             self._packed[index] = together, chosen
-            return together, torch.arange(len(chosen))
+            return together, torch.arange(len(chosen), device=source.device)
         return source, place
 
 

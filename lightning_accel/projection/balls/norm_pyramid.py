@@ -83,7 +83,7 @@ class MaxPyramid:
     def __init__(self, x: Tensor, group_dims: tuple[int, ...], out: Tensor) -> None:
         self.blocks = Blocks.of(x, group_dims, out)
         matrices = small_matrices(self.blocks.source, self.blocks.target)
-        self.small = None if matrices is None else (*matrices, torch.zeros((), dtype=x.dtype))
+        self.small = None if matrices is None else (*matrices, x.new_zeros(()))
 
     def tops(self) -> Tensor:
         """Return the largest magnitudes."""

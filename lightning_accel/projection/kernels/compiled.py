@@ -75,7 +75,7 @@ def largest(x: Tensor) -> Tensor | None:
     library = _library_for(x)
     if library is None:
         return None
-    out = torch.empty(x.shape[1], dtype=x.dtype)
+    out = torch.empty(x.shape[1], dtype=x.dtype, device="cpu")
     failed = library.largest(x.data_ptr(), out.data_ptr(), *x.shape, threads_for(x))
     return None if failed else out
 
@@ -143,7 +143,7 @@ def column_sums(x: Tensor, levels: Tensor | None, wide: torch.dtype) -> tuple[Te
     if sums is None:
         return None
     rows, columns = x.shape
-    totals, others = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns, dtype=wide)
+    totals, others = (torch.zeros(columns, dtype=kind, device=x.device) for kind in (torch.float64, wide))
     level = None if levels is None else levels.contiguous()
     address = None if level is None else level.data_ptr()
     sums.columns(x.data_ptr(), address, totals.data_ptr(), others.data_ptr(), rows, columns, threads_for(x))
@@ -158,7 +158,7 @@ def run_sums(
     if sums is None:
         return None
     runs = len(x) if chosen is None else len(chosen)
-    totals, others = torch.empty(runs, dtype=torch.float64), torch.empty(runs, dtype=wide)
+    totals, others = (torch.empty(runs, dtype=kind, device=x.device) for kind in (torch.float64, wide))
     given = [None if t is None else t.contiguous() for t in (chosen, levels)]
     addresses = [None if t is None else t.data_ptr() for t in given]
     threads = 1 if runs * x.shape[1] < _ALONE else threads_for(x)
@@ -174,7 +174,7 @@ def solve_tangents(
     if library is None or not all(t is None or is_plain(t) for t in (*tangents, totals)):
         return None
     groups = len(tangents[0])
-    update, memory = torch.empty(groups, dtype=torch.float64), torch.empty(3, groups, dtype=torch.float64)
+    update, memory = (torch.empty(size, dtype=torch.float64, device="cpu") for size in (groups, (3, groups)))
     addresses = [None if t is None else t.data_ptr() for t in (*tangents, totals, update, memory)]
     return library.solve_tangents(*addresses, groups, target, guess), update
 
@@ -197,7 +197,7 @@ class _Library:
 
     def __init__(self, dtype: torch.dtype) -> None:
         kind = _KINDS[dtype]
-        infinity = torch.tensor(torch.inf, dtype=dtype)
+        infinity = torch.tensor(torch.inf, dtype=dtype, device="cpu")
         bits = int(infinity.view(_INTEGERS[dtype.itemsize]))
         code = load(passes_text(kind, 8 * dtype.itemsize, bits, EVALUATIONS))
         _share_threads(code)

@@ -131,7 +131,7 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
         if before == 1:
             total, count = run_sums(x[0], groups, level, wide)
             return total, count.double()
-        chosen = (torch.arange(before).unsqueeze(1) * total_groups + groups).flatten()
+        chosen = (torch.arange(before, device=x.device).unsqueeze(1) * total_groups + groups).flatten()
         total, count = run_sums(x.view(-1, after), chosen, level.repeat(before), wide)
         return total.view(before, -1).sum(0), count.view(before, -1).sum(0, dtype=torch.float64)
     if len(groups) * before * after <= _CHUNK:
@@ -151,8 +151,8 @@ def excess(x: Tensor, groups: Tensor, mu: Tensor, *, precise: bool = False) -> t
             counts.append(above.sign_().sum(1))
         return torch.cat(sums).double(), torch.cat(counts).double()
     if _FEW * len(groups) <= total_groups:  # then moving them together costs less than reading all of them
-        return excess(x.index_select(1, groups), torch.arange(len(groups)), mu, precise=precise)
-    every = torch.full((total_groups,), torch.inf, dtype=wide).index_copy_(0, groups, level).repeat_interleave(after)
+        return excess(x.index_select(1, groups), torch.arange(len(groups), device=x.device), mu, precise=precise)
+    every = level.new_full((total_groups,), torch.inf).index_copy_(0, groups, level).repeat_interleave(after)
     beside, height = _wide_rows(before, total_groups * after)
     columns = x.view(before, total_groups * after)
     total, count = column_sums(columns[: height * beside].view(height, -1), every.repeat(beside), wide)

@@ -29,7 +29,7 @@ def empty_like_dense(x: Tensor) -> Tensor:
     weakref.finalize(view, _give_back, memory).atexit = False
     storage = torch.frombuffer(view, dtype=x.dtype).untyped_storage()  # which keeps `view`
     strides = torch.empty_like(x, device="meta", memory_format=torch.preserve_format).stride()
-    return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, strides)
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(storage, 0, x.shape, strides)
 
 
 def _take(size: int) -> mmap.mmap:

@@ -36,8 +36,8 @@ def column_sums(x: Tensor, levels: Tensor | None, wide: torch.dtype) -> tuple[Te
     if found is not None:
         return found
     rows, columns = x.shape
-    totals, others = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns, dtype=wide)
-    scratch, signs = torch.empty(2, min(rows, UNIT), min(columns, _SLAB), dtype=wide).unbind()
+    totals, others = (torch.zeros(columns, dtype=kind, device=x.device) for kind in (torch.float64, wide))
+    scratch, signs = torch.empty(2, min(rows, UNIT), min(columns, _SLAB), dtype=wide, device=x.device).unbind()
     for slab in _slices(columns, _SLAB):
         total, other = totals[slab], others[slab]
         for unit in _slices(rows, UNIT):
@@ -90,8 +90,11 @@ def _eager_run_sums(
     runs, columns = len(x) if chosen is None else len(chosen), x.shape[1]
     pieces, height = -(-columns // _PIECE), min(runs, max(1, _CHUNK // columns))
     unit = UNIT if pieces > 1 else -(-columns // _SIDE)  # zeros that a short run lacks need not be added up
-    sides, others = torch.empty(runs, _SIDE, dtype=torch.float64), torch.empty(runs, dtype=wide)
-    scratch = torch.zeros(height, pieces * unit * _SIDE, dtype=wide)  # what a last piece lacks is zeros
+    sides = torch.empty(runs, _SIDE, dtype=torch.float64, device=x.device)
+    others = torch.empty(runs, dtype=wide, device=x.device)
+    scratch = torch.zeros(
+        height, pieces * unit * _SIDE, dtype=wide, device=x.device
+    )  # what a last piece lacks is zeros
     signs = None if levels is None else torch.empty_like(scratch)
     for rows in _slices(runs, height):
         part = x[rows] if chosen is None else x.index_select(0, chosen[rows])

@@ -67,7 +67,7 @@ def find_removal(root: nn.Module, uses: Sequence[Use], runs: Sequence[Run], fixe
         fixed: Inputs that no probe varies.
     """
     dead = zero_rows(root)
-    nothing = torch.zeros(len(dead), dtype=torch.bool)
+    nothing = torch.zeros_like(dead)
     for use in uses:
         why = obstacle(use)
         if why:
@@ -89,7 +89,7 @@ def find_removal(root: nn.Module, uses: Sequence[Use], runs: Sequence[Run], fixe
         values, constant = constants(runs, use.name, use.own)
         if fixed:
             constant = torch.zeros_like(constant)
-        foldable = constant & ((values == 0) | ~torch.tensor(_is_padded(use.module)))
+        foldable = constant & ((values == 0) | (not _is_padded(use.module)))
         _mark(steady, use, foldable | unread.cpu())
         folds[i] = values
     if not readers:
@@ -146,7 +146,7 @@ def shared_modules(model: nn.Module) -> set[nn.Module]:
 
 def without(indices: Tensor, gone: Tensor) -> Tensor:
     """Return ``indices`` without those at the positions ``gone``."""
-    keep = torch.ones(len(indices), dtype=torch.bool)
+    keep = torch.ones(len(indices), dtype=torch.bool, device=indices.device)
     keep[gone] = False
     return indices[keep]
 

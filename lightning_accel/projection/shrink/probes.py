@@ -102,17 +102,17 @@ def _far(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def _stretched(x: Tensor, generator: torch.Generator) -> Tensor:
     """Keep signs and bounds, for models that refuse anything else."""
-    return x.detach() * torch.rand(x.shape, generator=generator).to(x)
+    return x.detach() * torch.rand(x.shape, generator=generator, device="cpu").to(x)
 
 
 def _normal(x: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(x.shape, generator=generator).to(x)
+    return torch.randn(x.shape, generator=generator, device="cpu").to(x)
 
 
 def _drawn(x: Tensor, way: int, generator: torch.Generator) -> Tensor:
     """Return other values: within the range, shuffled (booleans and masks: flipped), small ones, beyond the range."""
     x = x.detach()
-    uniform = torch.rand(x.shape, generator=generator).to(x.device)
+    uniform = torch.rand(x.shape, generator=generator, device="cpu").to(x.device)
     if x.dtype == torch.bool:
         return (uniform < 0.5, ~x, uniform < 0.1, uniform < 0.9)[way]
     if x.is_floating_point():
@@ -120,7 +120,7 @@ def _drawn(x: Tensor, way: int, generator: torch.Generator) -> Tensor:
         return torch.where((uniform < 0.5) if way != 1 else x == 0, other, torch.zeros_like(x))
     low, high = int(x.min()), int(x.max())
     if way == 1 and low < high:
-        return x.flatten()[torch.randperm(x.numel(), generator=generator).to(x.device)].view(x.shape)
+        return x.flatten()[torch.randperm(x.numel(), generator=generator, device="cpu").to(x.device)].view(x.shape)
     if way == _SMALL:  # what stands for padding and the like
         return torch.where(uniform < 0.3, (uniform * 10).to(x.dtype), x)
     if way == _WIDE and x.device.type == "cpu":  # an index beyond its range ends a process on a GPU

@@ -178,7 +178,7 @@ def some_rows(rows: Tensor) -> Tensor:
 
 def constants(runs: Sequence[Run], name: str, own: Tensor) -> tuple[Tensor, Tensor]:
     """Return what a layer reads in channels ``own``, and whether that is the same at every place of every probe."""
-    values, steady = torch.zeros(len(own)), torch.ones(len(own), dtype=torch.bool)
+    values, steady = own.new_zeros(len(own), dtype=torch.float32), torch.ones_like(own, dtype=torch.bool)
     for i, run in enumerate(runs):
         reading = run.readings.get(name)
         if reading is None:

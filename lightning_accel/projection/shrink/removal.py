@@ -64,7 +64,7 @@ class Shrinking:
     def __post_init__(self) -> None:
         for name, layer in self.model.named_modules():
             if isinstance(layer, PRUNABLE) and isinstance(layer.weight, Tensor) and layer.weight.numel():
-                self.kept[name] = torch.arange(layer.weight.shape[0])
+                self.kept[name] = torch.arange(layer.weight.shape[0], device="cpu")
         self.first = [look(self.model, p) for p in self.probes.inputs]
         self.runs: Sequence[Run] = self.first
         called = frozenset[str]().union(*(run.called for run in self.first))
@@ -207,8 +207,8 @@ class Shrinking:
                 name=names.get(item.dep.target.module, item.dep.target.name.split(" (")[0]),
                 module=item.dep.target.module,
                 reads=not self._graph.is_out_channel_pruning_fn(item.dep.handler),
-                own=torch.as_tensor(item.idxs, dtype=torch.long),
-                root=torch.as_tensor(item.root_idxs, dtype=torch.long),
+                own=torch.as_tensor(item.idxs, dtype=torch.long, device="cpu"),
+                root=torch.as_tensor(item.root_idxs, dtype=torch.long, device="cpu"),
             )
             for item in group
         ]
