@@ -271,6 +271,15 @@ def test_what_can_not_be_traced_or_computes_otherwise_is_refused_and_leaves_no_f
     assert not Path("model.pt2").exists()
 
 
+@pytest.mark.parametrize(("module", "error"), [(Branching, CannotWriteError), (Frozen, ExportError)])
+def test_a_file_of_that_name_stays_when_an_export_fails(module, error):
+    Path("model.pt2").write_text("the last good one")
+    with pytest.raises(error):
+        lightning_accel.export(module(), "model.pt2", torch.randn(3, 4))
+    assert Path("model.pt2").read_text() == "the last good one"
+    assert not list(Path().glob(".export-*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -29,7 +29,7 @@ def export(cfg: DictConfig) -> None:
 
     Raises:
         UsageError: If a setting is out of range, the checkpoint does not fit the model, or the format can not hold it.
-        ExportError: If the written model does not compute what the checkpoint's does; the file is removed.
+        ExportError: If the written model does not compute what the checkpoint's does; nothing is written.
     """
     settings = Settings(cfg.format, cfg.low_rank, cfg.zero_groups)
     check_settings(settings.file_format, settings.low_rank, settings.zero_groups)

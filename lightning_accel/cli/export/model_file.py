@@ -1,6 +1,8 @@
 """Export from Python: any module in, a file out that needs nothing of this package, checked by running both."""
 
 import math
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,6 @@ from lightning_accel.cli.errors import UsageError
 from lightning_accel.cli.export.formats import (
     FORMATS,
     SUFFIXES,
-    CannotWriteError,
     Forward,
     Inputs,
     Runner,
@@ -119,7 +120,7 @@ def export(
     Raises:
         ValueError: If an argument is out of range, there are no example inputs, or the checkpoint does not fit.
         CannotWriteError: If the model can not be written in that format (a ValueError).
-        ExportError: If the file does not compute what the model does; it is removed.
+        ExportError: If the file does not compute what the model does; one that was there before stays.
 
     Example:
         >>> import torch
@@ -187,18 +188,19 @@ def write(
     out.parent.mkdir(parents=True, exist_ok=True)
     positional = Forward(model, tuple(kwargs)).eval()
     inputs = (*args, *kwargs.values())
-    try:
+    # aside until it has been checked: a file of this name stays if something goes wrong, and may be the checkpoint
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
+        aside = Path(folder) / out.name
         if settings.file_format == "checkpoint":
-            torch.save(plain_checkpoint(model, checkpoint), out)
-            fresh = Forward(load_plain(out, model, build), tuple(kwargs))
+            torch.save(plain_checkpoint(model, checkpoint), aside)
+            fresh = Forward(load_plain(aside, model, build), tuple(kwargs))
             runner: Runner = lambda given: forward(fresh, (given, {}))  # noqa: E731
         else:
-            runner = {"torch_export": write_program, "onnx": write_onnx}[settings.file_format](positional, inputs, out)
-    except CannotWriteError:
-        out.unlink(missing_ok=True)
-        raise
-    off, count = _compared(Forward(before, tuple(kwargs)), runner, inputs, say)
-    _verify(off, before, out)
+            writer = {"torch_export": write_program, "onnx": write_onnx}[settings.file_format]
+            runner = writer(positional, inputs, aside)
+        off, count = _compared(Forward(before, tuple(kwargs)), runner, inputs, say)
+        _verify(off, before)
+        os.replace(aside, out)
     say(f"{factored} low-rank layers in the checkpoint, {len(merged)} merged into dense ones.")
     say(f"{entries:,} -> {_entries(model):,} parameters; outputs differ by {off:.1e} of the largest on {count} inputs.")
     if merged or small is not None:
@@ -321,11 +323,10 @@ def _merge(
     return [] if ratio.verdict == "faster" else merge(model)
 
 
-def _verify(off: float, model: nn.Module, out: Path) -> None:
+def _verify(off: float, model: nn.Module) -> None:
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
     allowed = max(_TOLERANCES.get(kind, 5e-2) for kind in kinds)
     if not off <= allowed:
-        out.unlink(missing_ok=True)
         raise ExportError(f"outputs differ by {off:.1e} of the largest, more than {allowed:.0e}; nothing was written.")
 
 
