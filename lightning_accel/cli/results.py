@@ -58,6 +58,7 @@ def save_metrics(metrics: dict[str, float], overrides: list[str], folder: Path) 
 def save_failure(reason: str, overrides: list[str], folder: Path) -> None:
     """Write ``failed.json``: why a job of a sweep failed, for the table at its end."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").unlink(missing_ok=True)  # of a job before this one in the same folder
     first = (reason.splitlines() or ["it did not end"])[0]
     record = {"overrides": [cleaned_override(o) for o in overrides], "reason": str(cleaned(first))}
     (folder / "failed.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from lightning_accel.cli.errors import UsageError
+from lightning_accel.cli.results import save_failure, save_metrics
 from lightning_accel.cli.sweep.search_space import grid_of, read_search_space
 from lightning_accel.evidence.sweeps.page import SweepReport, draw_trade_off, write_sweep_page
 from lightning_accel.evidence.sweeps.runs import (
@@ -14,6 +15,7 @@ from lightning_accel.evidence.sweeps.runs import (
     SweepRun,
     choose_metric,
     conclusion,
+    diverged_as_failed,
     read_runs,
     settings_of,
     trade_off,
@@ -81,6 +83,28 @@ def test_the_wanted_metric_counts_only_if_all_runs_logged_it():
     runs = [*RUNS, SweepRun("4", (), {"val/loss": 1.0})]
     assert choose_metric(runs, "val/accuracy", "max") == (None, "max")
     assert choose_metric([SweepRun("0", (), {"val/loss": 1.0})], None, "max") == ("val/loss", "min")
+
+
+def test_a_job_that_fails_where_one_before_it_ended_well_has_failed(tmp_path):
+    folder = tmp_path / "0"
+    folder.mkdir()
+    save_metrics({"val/loss": 0.5}, ["x=0"], folder)
+    save_failure("out of memory", ["x=1"], folder)
+    (run,) = read_runs(tmp_path)
+    assert (run.overrides, run.metrics, run.failure) == (("x=1",), {}, "out of memory")
+
+
+def test_a_run_that_diverged_has_failed_and_does_not_change_what_decides(tmp_path):
+    for job, (loss, accuracy) in {"0": (0.5, 0.9), "1": (None, 0.1), "2": (0.25, 0.8)}.items():
+        (tmp_path / job).mkdir()
+        record = {"overrides": [f"x={job}"], "metrics": {"val/loss": loss, "val/accuracy": accuracy}}
+        (tmp_path / job / "metrics.json").write_text(json.dumps(record))
+    runs = read_runs(tmp_path)
+    assert choose_metric(runs, "val/loss", "min") == ("val/loss", "min")
+    judged = diverged_as_failed(runs, "val/loss")
+    assert [run.failure for run in judged] == ["", "its val/loss is not a finite number.", ""]
+    assert "by x=2" in conclusion(settings_of(judged, "val/loss", None), "val/loss", "min")
+    assert choose_metric([SweepRun("0", (), {}, not_finite=("val/loss",))], None, "max") == ("val/loss", "min")
 
 
 def test_a_metric_of_the_test_set_decides_only_if_it_is_asked_for():

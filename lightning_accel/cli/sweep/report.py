@@ -17,6 +17,7 @@ from lightning_accel.evidence.sweeps.runs import (
     choose_metric,
     choose_speed,
     conclusion,
+    diverged_as_failed,
     read_runs,
     settings_of,
     trade_off,
@@ -57,8 +58,9 @@ def report(config: DictConfig) -> None:
     if not runs:
         return
     console = open_console()
-    write_table(runs, folder / "sweep.csv")
     metric, mode = choose_metric(runs, config.get("optimized_metric"), config.get("optimized_mode", "max"))
+    runs = diverged_as_failed(runs, metric)
+    write_table(runs, folder / "sweep.csv")
     for run in runs:
         if run.failure:
             console.print(f"job {run.job} failed: {run.failure}", markup=False, style="yellow", soft_wrap=True)

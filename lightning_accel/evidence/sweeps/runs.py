@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # What a sweep is judged by without another wish. A metric of the test set is none: a setting that is chosen by it looks
@@ -25,12 +25,14 @@ class SweepRun:
         overrides: What the job was started with.
         metrics: What it logged; a number that was not finite is missing.
         failure: Why it failed; empty if it did not.
+        not_finite: Names of the metrics whose numbers were not finite, as those of a training that diverged.
     """
 
     job: str
     overrides: tuple[str, ...]
     metrics: dict[str, float]
     failure: str = ""
+    not_finite: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def read_runs(folder: Path) -> list[SweepRun]:
         if metrics.exists():
             record = json.loads(metrics.read_text(encoding="utf-8"))
             values = {name: value for name, value in record["metrics"].items() if value is not None}
-            runs.append(SweepRun(job.name, tuple(record["overrides"]), values))
+            not_finite = tuple(name for name in record["metrics"] if name not in values)
+            runs.append(SweepRun(job.name, tuple(record["overrides"]), values, not_finite=not_finite))
         elif failed.exists():
             record = json.loads(failed.read_text(encoding="utf-8"))
             runs.append(SweepRun(job.name, tuple(record["overrides"]), {}, record["reason"]))
@@ -83,12 +86,22 @@ def read_runs(folder: Path) -> list[SweepRun]:
 
 
 def choose_metric(runs: Sequence[SweepRun], wanted: str | None, mode: str) -> tuple[str | None, str]:
-    """Return the metric that all runs logged, the wanted one first, and which of it is best, ``"max"`` or ``"min"``."""
-    whole = [run for run in runs if not run.failure]
-    if wanted is not None and all(wanted in run.metrics for run in whole):
+    """Return the metric that all runs logged, the wanted one first, and which of it is best, ``"max"`` or ``"min"``.
+
+    A number that was not finite was logged as well: see `diverged_as_failed`.
+    """
+    whole = [{*run.metrics, *run.not_finite} for run in runs if not run.failure]
+    if wanted is not None and all(wanted in logged for logged in whole):
         return wanted, mode
-    found = next((name for name in _METRICS if whole and all(name in run.metrics for run in whole)), None)
+    found = next((name for name in _METRICS if whole and all(name in logged for logged in whole)), None)
     return found, "min" if found is not None and found.endswith("loss") else "max"
+
+
+def diverged_as_failed(runs: Sequence[SweepRun], metric: str | None) -> list[SweepRun]:
+    """Return the runs; those whose number of the metric that decides was not finite have failed: it has no rank."""
+    diverged = [metric in run.not_finite and not run.failure for run in runs]
+    reason = f"its {metric} is not a finite number."
+    return [replace(run, failure=reason) if lost else run for run, lost in zip(runs, diverged, strict=True)]
 
 
 def choose_speed(runs: Sequence[SweepRun]) -> str | None:
