@@ -23,7 +23,7 @@ def run(cfg: DictConfig) -> None:
     """Run the user's command with ``cfg.callbacks`` composed in, and exit as it does.
 
     Raises:
-        UsageError: If there is no command, it can not be found, or no callback is chosen or can be built.
+        UsageError: If there is no command, it can not be started, or no callback is chosen or can be built.
         SystemExit: With the command's exit code where that is not 0; 128 + n if signal n ended it; with 1 if no Trainer
             took the callbacks and ``cfg.run.require`` holds.
     """
@@ -36,6 +36,7 @@ def run(cfg: DictConfig) -> None:
     folder = Path(cfg.paths.output_dir)
     save_configuration(cfg, folder)
     taken = folder / "trainers.txt"
+    taken.unlink(missing_ok=True)  # of a run before this one
     environment = os.environ | {
         CALLBACKS_VARIABLE: json.dumps(OmegaConf.to_container(cfg.callbacks, resolve=True)),
         TAKEN_VARIABLE: str(taken.resolve()),
@@ -45,6 +46,10 @@ def run(cfg: DictConfig) -> None:
         child = subprocess.Popen(command, env=environment)
     except FileNotFoundError:
         raise UsageError(f"`{command[0]}` was not found: is it installed, is the environment active?") from None
+    except OSError as error:  # a script that is no program, say
+        raise UsageError(
+            f"`{command[0]}` can not be started ({error.strerror}). Name the program that runs it: -- python FILE"
+        ) from None
     with _forwarded_signals(child):
         code = child.wait()
     if not taken.exists():

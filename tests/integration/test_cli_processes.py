@@ -95,11 +95,20 @@ def test_run_fails_where_nothing_took_its_callbacks_and_that_is_required(timer_o
     assert Path("new/folder/config.yaml").exists()
 
 
+def test_run_says_that_nothing_took_its_callbacks_also_where_a_run_before_it_was_luckier(timer_option):
+    Path("again").mkdir()
+    Path("again/trainers.txt").write_text("timer\n")
+    done = start("run", *timer_option, "paths.output_dir=again", "run.require=true", sys.executable, "-c", "pass")
+    assert done.returncode == 1, done.stderr
+    assert "no Trainer took the callbacks" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["callbacks=[timer]"], "There is no command."),
         (["callbacks=[timer]", "--", "no-such-program"], "`no-such-program` was not found"),
+        (["callbacks=[timer]", "--", "own/callbacks/timer.yaml"], "Name the program that runs it: -- python FILE"),
         (["--", "true"], "No callback is chosen"),
         (["callbacks=[timer]", "+callbacks.timer.durration=1", "--", "true"], "Did you mean `duration`"),
     ],
