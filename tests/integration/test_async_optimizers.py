@@ -91,6 +91,14 @@ def test_steps_by_hand_are_cast_as_in_a_plain_trainer(tmp_path, name):
     assert equal(plain, ours) == []
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_one_worker_in_half_precision_is_plain_training(tmp_path, optimizer):
+    plain, ours = (seeded(Classifier, optimizer, dropout=0.0) for _ in range(2))
+    fit(tmp_path, "auto", plain, precision="bf16-true", epochs=4)
+    fit(tmp_path, "async_sgd", ours, precision="bf16-true", epochs=4)
+    assert equal(plain, ours) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKE)
 def test_buffers_of_every_kind_end_as_in_a_plain_trainer(tmp_path, kind):

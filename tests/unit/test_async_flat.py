@@ -123,8 +123,9 @@ def test_a_scattered_state_shares_nothing_and_steps_on():
         [],
         [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, dtype=torch.float64))],
         [nn.Parameter(torch.zeros(2, dtype=torch.complex64))],
+        [nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))],
     ],
-    ids=["none", "two dtypes", "complex"],
+    ids=["none", "two dtypes", "complex", "half precision"],
 )
 def test_parameters_that_are_not_alike_stay_where_they_are(parameters):
     before = [p.data_ptr() for p in parameters]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_accel.async_sgd.policy.stepping import ELEMENTWISE, bare_step, step_optimizer
+from lightning_accel.async_sgd.policy.stepping import ELEMENTWISE, EXACT, bare_step, step_optimizer
 from lightning_accel.async_sgd.shared_memory.memory import aligned
 
 
@@ -21,7 +21,7 @@ class Arena:
     """Parameters in one piece of memory; they stay the objects that they are.
 
     Args:
-        parameters: Moved here if all are dense, on one device and of one floating dtype.
+        parameters: Moved here if all are dense, on one device, and all of single or all of double precision.
 
     Attributes:
         spans: First element and end of each parameter; empty if they were not moved.
@@ -35,7 +35,7 @@ class Arena:
         if len(kinds) != 1:
             return
         dtype, device, layout = kinds.pop()
-        if not dtype.is_floating_point or layout != torch.strided:
+        if dtype not in EXACT or layout != torch.strided:
             return
         end = 0
         for parameter in parameters:

@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad)
 """Optimizers that treat each element on its own, with the same bits one tensor at a time, many, or as a long one."""
 
+EXACT = (torch.float32, torch.float64)
+"""Types in which that holds: half precision is rounded otherwise in many at once, and at the end of a tensor."""
+
 
 def step_optimizer(
     optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], *, weight: float
@@ -55,6 +58,7 @@ def _foreach(optimizer: Optimizer) -> Iterator[None]:
         group
         for group in groups
         if group["foreach"] is None
+        and all(parameter.dtype in EXACT for parameter in group["params"])
         and not (group.get("fused") or group["differentiable"] or isinstance(group["lr"], Tensor))
     ]
     for group in free:
