@@ -223,6 +223,7 @@ class AsyncSGDBody(NobodyWaits, SavesOneCut, Places, _Base):
         self._store: ParameterStore | None = None
         self._session: Session | None = None  # in a worker process
         self._trainer: Any = None
+        self._ended_schedules: list[dict[str, Any]] = []  # in the parent, after `fit`: states of its schedulers
         self._resumed: dict[str, Any] = {}
         self._broadcasts: dict[str, int] = {}
         super().__init__(

@@ -53,7 +53,7 @@ class AsyncSGDLauncherBody:
         give_buffers_own_memory(trainer.lightning_module)
         make_averages_picklable(trainer)
         strategy.optimizers = []  # of an earlier fit; the workers make their own
-        strategy.rescue = None
+        strategy.rescue, strategy._ended_schedules = None, []
         states = parts._GlobalStateSnapshot.capture()
         # sums in another number of threads have other last bits; several workers share what this process may use
         threads = max(1, torch.get_num_threads() // (strategy.num_processes * strategy.devices_per_replica))

@@ -21,6 +21,7 @@ class SavesOneCut(_Base):
     rescue: Rescue | None
     _session: Session | None
     _resumed: dict[str, Any]
+    _ended_schedules: list[dict[str, Any]]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the module's state with the server's parameters and buffers, of one cut with the optimizers."""
@@ -42,6 +43,8 @@ class SavesOneCut(_Base):
             unfinished = self._session.unfinished_epochs(checkpoint)
         else:
             unfinished = None if self.rescue is None else self.rescue.complete(checkpoint)
+            if self._ended_schedules and "lr_schedulers" in checkpoint:  # the schedulers themselves were the workers'
+                checkpoint["lr_schedulers"] = self._ended_schedules
         if unfinished is not None:
             checkpoint[_CHECKPOINT_KEY] = unfinished
         super().save_checkpoint(checkpoint, filepath, storage_options)

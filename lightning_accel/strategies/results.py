@@ -19,6 +19,7 @@ def collect(trainer: Any) -> dict[str, Any]:
         "callbacks": {callback.state_key: callback.state_dict() for callback in trainer.callbacks},
         "loggers": pickled_loggers(trainer),
         "groups": _changed_groups(trainer),
+        "schedules": [state_to_send(config.scheduler) for config in trainer.lr_scheduler_configs],
         "buffers": _buffers_outside_state(trainer),
         "should_stop": trainer.should_stop,
         "random": get_states() if trainer.strategy.num_processes == 1 else None,
@@ -71,9 +72,24 @@ def bring_back(trainer: Any, collected: dict[str, Any]) -> None:
     bring_back_progress(trainer, collected["fit_loop"])
     load_callbacks(trainer, collected["callbacks"])
     trainer.should_stop = collected["should_stop"]
+    trainer.strategy._ended_schedules = collected["schedules"]
     if collected["random"] is not None:  # one worker has drawn what a plain fit would have drawn here
         set_states(collected["random"])
     follow_loggers(trainer, collected["loggers"])
+
+
+def state_to_send(scheduler: Any) -> dict[str, Any]:
+    """Return the state of a scheduler without what cannot be pickled, such as a function that its class sets anew."""
+    state: dict[str, Any] = scheduler.state_dict()
+    return {key: value for key, value in state.items() if _can_be_pickled(value)}
+
+
+def _can_be_pickled(value: Any) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:  # whatever it is, it cannot go
+        return False
+    return True
 
 
 def load_callbacks(trainer: Any, states: dict[str, dict[str, Any]]) -> None:

@@ -49,6 +49,39 @@ class Pretrained(Classifier):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr, momentum=0.9)
 
 
+class Decays(torch.optim.lr_scheduler.LRScheduler):
+    """Holds a function that cannot be pickled, as schedulers of other packages do."""
+
+    def __init__(self, optimizer):
+        self.decay = lambda step: 0.9**step
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [rate * self.decay(self.last_epoch) for rate in self.base_lrs]
+
+
+class Scheduled(Pretrained):
+    """Steps its schedule by hand or not, with the argument by its name or without."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        if self.kind == "cycle":
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=40)
+        else:
+            schedule = Decays(optimizer)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def lr_scheduler_step(self, scheduler, metric):
+        if self.kind == "by name":
+            scheduler.step(epoch=self.global_step)
+        else:
+            scheduler.step()
+
+
 class Stops(pl.Callback):
     def on_train_batch_end(self, trainer, *rest):
         trainer.should_stop = trainer.global_step >= 4
@@ -79,6 +112,22 @@ def test_one_worker_finetunes_and_averages_as_a_plain_run_does(tmp_path, make):
     for devices in (0, 1):
         modules.append(seeded(Pretrained))
         trainer_in(tmp_path / str(devices), devices, make(), epochs=4).fit(modules[-1])
+    assert equal(*modules) == []
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+@pytest.mark.parametrize("kind", ["cycle", "by name", "by function"])
+def test_one_worker_follows_schedules_and_what_is_saved_after_its_fit_goes_on_with_them(tmp_path, kind):
+    modules = []
+    for devices in (0, 1):
+        trainer = trainer_in(tmp_path / str(devices), devices, epochs=2)
+        trainer.fit(seeded(Scheduled, kind))
+        if kind == "cycle":  # functions are in no checkpoint of a plain Trainer either
+            trainer.save_checkpoint(tmp_path / f"{devices}.ckpt")
+            modules.append(seeded(Scheduled, kind))
+            trainer_in(tmp_path, 0, epochs=4).fit(modules[-1], ckpt_path=tmp_path / f"{devices}.ckpt")
+        else:
+            modules.append(trainer.lightning_module)
     assert equal(*modules) == []
 
 

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_accel.async_sgd import ParameterStore
 from lightning_accel.lightning_private import keep_written_metrics
-from lightning_accel.strategies.results import follow_loggers, pickled_loggers
+from lightning_accel.strategies.results import follow_loggers, pickled_loggers, state_to_send
 
 _KEY = "coordinator"
 PROGRESS_KEY = "progress"
@@ -71,7 +71,7 @@ class Watchers:
         plateaus = [c.scheduler for c in self._strategy.lr_scheduler_configs if c.reduce_on_plateau]
         state = {
             "callbacks": self._states(),
-            "plateaus": [scheduler.state_dict() for scheduler in plateaus],
+            "plateaus": [state_to_send(scheduler) for scheduler in plateaus],
             "loggers": pickled_loggers(self._trainer),
         }
         self._store.kv(_KEY, pickle.dumps(state), replace=True)
@@ -100,7 +100,7 @@ class Watchers:
         progress = {
             "fit_loop": loops,
             "lr_schedulers": [
-                (config.reduce_on_plateau, config.scheduler.state_dict())
+                (config.reduce_on_plateau, state_to_send(config.scheduler))
                 for config in self._strategy.lr_scheduler_configs
             ],
             "epoch": trainer.current_epoch,

@@ -46,9 +46,9 @@ def follow_pace(scheduler: Any, pace: SharedPace, is_per_epoch: Callable[[], boo
     """
     base = type(scheduler)
 
-    def step(self: Any, *args: Any) -> None:
+    def step(self: Any, *args: Any, **named: Any) -> None:
         for _ in range(1 if is_per_epoch() else pace.advance()):
-            base.step(self, *args)
+            base.step(self, *args, **named)
 
     scheduler.__class__ = type(base.__name__, (base,), {"step": step, "__module__": base.__module__})
 
