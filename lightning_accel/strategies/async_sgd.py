@@ -303,12 +303,6 @@ class AsyncSGDBody(NobodyWaits, SavesOneCut, Places, _Base):
             self._session.count_others()
         return result
 
-    def on_validation_start(self) -> None:
-        """Validate one consistent cut."""
-        super().on_validation_start()
-        if self._session is not None and self._session.joined:
-            self._session.begin_validation()
-
     def on_validation_end(self) -> None:
         """Tell the others what was found, should one have to take over."""
         super().on_validation_end()

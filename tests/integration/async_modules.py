@@ -134,6 +134,36 @@ class ClampedBetweenSteps(pl.Callback):
         self.on_train_batch_end(trainer, pl_module, None, None, 0)
 
 
+class SwapsAverageIn(pl.Callback):
+    """Validates an average of the weights: swaps it in when validation starts, and out when it ends."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.average = [p.detach().clone() for p in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        torch._foreach_lerp_(self.average, [p.detach() for p in pl_module.parameters()], 0.1)
+
+    @torch.no_grad()
+    def on_validation_start(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.trained = [p.detach().clone() for p in pl_module.parameters()]
+            torch._foreach_copy_(list(pl_module.parameters()), self.average)
+
+    @torch.no_grad()
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            torch._foreach_copy_(list(pl_module.parameters()), self.trained)
+
+
+class ClampsForValidation(pl.Callback):
+    """Changes the weights when validation starts, and leaves them like that."""
+
+    @torch.no_grad()
+    def on_validation_start(self, trainer, pl_module):
+        for parameter in pl_module.parameters():
+            parameter.clamp_(-0.05, 0.05)
+
+
 class Synchronized(Classifier):
     """Has a batch norm that waits for all processes."""
 

@@ -7,10 +7,12 @@ import torch
 from async_modules import (
     QUICK,
     ClampedBetweenSteps,
+    ClampsForValidation,
     Classifier,
     Clipped,
     DiesOnce,
     RunningCell,
+    SwapsAverageIn,
     WaitForAll,
     fit,
     seeded,
@@ -154,6 +156,21 @@ def test_an_average_of_weights_ends_in_the_module(tmp_path):
     fit(tmp_path, "auto", plain, callbacks=[EMAWeightAveraging(decay=0.5)])
     fit(tmp_path, "async_sgd", ours, callbacks=[EMAWeightAveraging(decay=0.5)])
     assert equal(plain, ours) == []
+
+
+@pytest.mark.parametrize("callback", [SwapsAverageIn, ClampsForValidation])
+def test_checkpoints_of_a_validation_hold_what_callbacks_made_of_the_weights_by_then(tmp_path, callback):
+    modules, states, losses = [], [], []
+    for strategy in "auto", "async_sgd":
+        modules.append(seeded(Classifier, "momentum"))
+        saved = ModelCheckpoint(tmp_path / strategy, save_last=True)
+        options = {"callbacks": [callback(), saved], "enable_checkpointing": True}
+        trainer = fit(tmp_path, strategy, modules[-1], **options)
+        states.append(torch.load(saved.last_model_path, weights_only=True)["state_dict"])
+        losses.append(trainer.callback_metrics["val/loss"])
+    assert equal(*modules) == []
+    assert [key for key, value in states[0].items() if not torch.equal(value, states[1][key])] == []
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("devices", [1, 2])

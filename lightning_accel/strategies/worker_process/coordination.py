@@ -154,7 +154,8 @@ def stop_first(session: Any, callback_class: type[Any]) -> Any:
     """Return a callback that, first in the list, stops all workers before any other callback's ``on_train_end``.
 
     What callbacks make of the parameters there (a last projection, an average) is then made of the result itself. It
-    ends each batch before theirs, too: what they do then may take any time.
+    begins validation before theirs, too: an average that they swap in to validate it is not what training goes on from.
+    And it ends each batch before theirs: what they do then may take any time.
     """
 
     def on_train_end(self: Any, trainer: Any, pl_module: Any) -> None:  # noqa: ARG001  # Lightning's signature
@@ -163,6 +164,8 @@ def stop_first(session: Any, callback_class: type[Any]) -> Any:
     def on_train_batch_end(self: Any, trainer: Any, pl_module: Any, *rest: Any) -> None:  # noqa: ARG001
         session.store.rest()
 
-    return type(
-        "StopFirst", (callback_class,), {"on_train_end": on_train_end, "on_train_batch_end": on_train_batch_end}
-    )()
+    def on_validation_start(self: Any, trainer: Any, pl_module: Any) -> None:  # noqa: ARG001
+        session.begin_validation()
+
+    hooks = (on_train_end, on_train_batch_end, on_validation_start)
+    return type("StopFirst", (callback_class,), {hook.__name__: hook for hook in hooks})()

@@ -211,7 +211,9 @@ class Session:
     # --- validation and the end
 
     def begin_validation(self) -> None:
-        """Put one consistent cut into the module; a checkpoint of this validation holds the same one."""
+        """Put one consistent cut into the module; a checkpoint of this validation holds what callbacks make of it."""
+        if not self.joined:
+            return  # a sanity check
         self.worker.send_changes()
         self.worker.flush()
         self.store.idle(True)
@@ -256,7 +258,7 @@ class Session:
 
     def model_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return a module's state dict with the server's parameters and buffers, of one cut with the optimizers."""
-        if self._ended:
+        if self._ended or (self._cut is not None and not is_replica(self.store)):
             self._take_result()
         elif self._cut is None:
             self.worker.send_changes()
