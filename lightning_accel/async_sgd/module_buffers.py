@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_accel.async_sgd.policy.buffers import buffer_roles
 
@@ -15,7 +16,7 @@ def give_buffers_own_memory(module: nn.Module) -> None:
 
 
 def _shares_elements(buffer: Tensor) -> bool:
-    if buffer.layout != torch.strided:
+    if is_lazy(buffer) or buffer.layout != torch.strided:
         return False
     return any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
 

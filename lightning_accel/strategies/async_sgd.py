@@ -30,11 +30,12 @@ from lightning_accel.strategies.engines import (
     refuse_replicas_elsewhere,
 )
 from lightning_accel.strategies.one_cut import SavesOneCut
-from lightning_accel.strategies.refusals import refuse_lock_step
+from lightning_accel.strategies.refusals import refuse_lock_step, refuse_uninitialized
 from lightning_accel.strategies.replicas import Places
 from lightning_accel.strategies.rescue import Rescue
 from lightning_accel.strategies.worker_process.coordination import stop_first
 from lightning_accel.strategies.worker_process.leased_data import lease_training_data
+from lightning_accel.strategies.worker_process.made_layers import Structure, announce_made
 from lightning_accel.strategies.worker_process.random_states import draw_apart
 from lightning_accel.strategies.worker_process.session import Session
 
@@ -223,6 +224,8 @@ class AsyncSGDBody(NobodyWaits, SavesOneCut, Places, _Base):
         self._store: ParameterStore | None = None
         self._session: Session | None = None  # in a worker process
         self._trainer: Any = None
+        self._before: Structure = {}  # what the module was in a worker before its fit began
+        self._made: list[str] = []
         self._ended_schedules: list[dict[str, Any]] = []  # in the parent, after `fit`: states of its schedulers
         self._resumed: dict[str, Any] = {}
         self._broadcasts: dict[str, int] = {}
@@ -287,8 +290,10 @@ class AsyncSGDBody(NobodyWaits, SavesOneCut, Places, _Base):
         super().on_train_start()
         if self._session is None or self._store is None:
             return  # a tuner, which trains in the caller's process
+        refuse_uninitialized(self, self._module)
         draw_apart(self._store)
         self._session.join(self._resumed.get("epochs", []))
+        self._made = announce_made(self._module, self._before, self._store)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Take note of what the others did since the last batch."""

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from lightning_accel.async_sgd import ParameterStore
 from lightning_accel.async_sgd.module_buffers import give_buffers_own_memory
@@ -31,6 +32,7 @@ from lightning_accel.strategies.refusals import refuse_other_launchers, refuse_t
 from lightning_accel.strategies.rescue import Rescue, load_values
 from lightning_accel.strategies.results import bring_back, bring_back_buffers, bring_back_optimizers, collect
 from lightning_accel.strategies.worker_process.layer_exchange import prepare_to_come_back
+from lightning_accel.strategies.worker_process.made_layers import put_in_place
 from lightning_accel.strategies.worker_process.snapshots import remove_part
 
 log = logging.getLogger(__name__)
@@ -83,6 +85,9 @@ class AsyncSGDLauncherBody:
                 "the trained parameters, and the last checkpoint is resumable with `fit(ckpt_path=...)`."
             )
         strategy.precision_plugin.convert_module(trainer.lightning_module)  # as the workers' was; a fit leaves it so
+        put_in_place(trainer.lightning_module, output.extra["async_sgd"]["made"])
+        if ending.state is not None:  # also what a state dict of the module's own leaves out
+            load_values(trainer.lightning_module, ending.state)
         bring_back_buffers(trainer.lightning_module, output.extra["async_sgd"]["buffers"])
         _load_weights(trainer.lightning_module, ending.take_file())
         self._recover_results_in_main_process(output, trainer)  # type: ignore[attr-defined]
@@ -158,11 +163,10 @@ def _fit_in_worker(  # noqa: PLR0917  # a process is started with a flat list of
     threads: int,
 ) -> Any:
     strategy = trainer.strategy
-    parts = launcher_module(strategy.distribution)
     strategy.parallel_devices = devices_here(strategy)
     strategy.enter(store, trainer)
     states.restore()
-    args, kwargs = parts._disable_module_memory_sharing((args, kwargs))
+    _unshare(trainer.lightning_module)
     torch.set_num_threads(threads)
     os.environ["LOCAL_RANK"] = str(store.worker)
     exceptions = import_module(f"{strategy.distribution}.utilities.exceptions")
@@ -173,13 +177,27 @@ def _fit_in_worker(  # noqa: PLR0917  # a process is started with a flat list of
     return strategy.launcher.collect_results(store, trainer, results)
 
 
+@torch.no_grad()
+def _unshare(module: torch.nn.Module) -> None:
+    """Give a module memory of its own: pickled on the way to a process, its tensors are those of the other one."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not is_lazy(tensor):
+            tensor.data = tensor.data.clone()
+
+
 def _load_weights(module: Any, file: int | None) -> None:
     if file is None:
         return
     with os.fdopen(file, "rb") as reader:
         reader.seek(0)
         # of a process of ours; a state dict may hold any object in its extra state. Layers may be others there
-        module.load_state_dict(torch.load(reader, map_location="cpu", weights_only=False), strict=False)
+        found = module.load_state_dict(torch.load(reader, map_location="cpu", weights_only=False), strict=False)
+    if homeless := list(getattr(found, "unexpected_keys", ())):
+        log.warning(
+            "what was trained of %s is not in your module, which has no such layer: the workers' module made it when "
+            "the fit began, and it cannot be pickled. Make it in `__init__`, or load a checkpoint of the run.",
+            ", ".join(f"`{key}`" for key in homeless[:4]) + (" and others" if len(homeless) > 4 else ""),
+        )
 
 
 @contextlib.contextmanager

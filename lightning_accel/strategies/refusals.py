@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_accel.lightning_private import sync_batch_norm_requested
 
@@ -32,6 +33,21 @@ def refuse_lock_step(strategy: Any, module: nn.Module) -> None:
         raise error(
             "a default process group exists: Lightning would synchronize all workers in every batch; do not call "
             "`torch.distributed.init_process_group` with this strategy."
+        )
+
+
+def refuse_uninitialized(strategy: Any, module: nn.Module) -> None:
+    """Refuse lazy layers that have no shape when training begins: the server must know what it is going to hold.
+
+    Raises:
+        MisconfigurationException: If there are some.
+    """
+    lazy = [name for name, value in [*module.named_parameters(), *module.named_buffers()] if is_lazy(value)]
+    if lazy:
+        error = import_module(f"{strategy.distribution}.utilities.exceptions").MisconfigurationException
+        raise error(
+            f"`{lazy[0]}` has no shape yet, and asynchronous workers share parameters before the first batch: pass a "
+            "batch through the lazy layers in `setup`."
         )
 
 

@@ -12,6 +12,7 @@ from lightning_accel.async_sgd import ParameterStore, Settings, Worker
 from lightning_accel.async_sgd.replicas.shards import is_spread, spread_like
 from lightning_accel.async_sgd.replicas.store import ReplicaStore
 from lightning_accel.lightning_private import give_device_mesh
+from lightning_accel.strategies.worker_process.made_layers import Structure, structure_of
 
 if TYPE_CHECKING:  # the real base comes from the distribution at hand
     from lightning.pytorch.strategies import ParallelStrategy as _Base
@@ -31,11 +32,13 @@ class Places(_Base):
     settings: Settings
     _store: ParameterStore | None
     _trainer: Any
+    _before: Structure
 
     def enter(self, store: ParameterStore, trainer: Any) -> None:
         """Become one worker of a run, or a rank of one; called in the process before anything else."""
         self._store = store
         self._trainer = trainer
+        self._before = structure_of(trainer.lightning_module)
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     @property

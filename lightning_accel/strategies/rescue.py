@@ -4,6 +4,7 @@ import pickle
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from lightning_accel.async_sgd.policy.stepping import get_groups
 from lightning_accel.async_sgd.shared_memory.supervisor import Remains
@@ -12,6 +13,7 @@ from lightning_accel.lightning_private import bring_back_progress, count_steps_o
 from lightning_accel.strategies.results import bring_back_optimizers, load_callbacks
 from lightning_accel.strategies.worker_process.checkpoints import rewind_loops
 from lightning_accel.strategies.worker_process.coordination import PROGRESS_KEY
+from lightning_accel.strategies.worker_process.made_layers import put_announced
 
 
 class Rescue:
@@ -35,6 +37,7 @@ class Rescue:
         strategy.statistics = remains.statistics
         if self._state is None:
             return
+        put_announced(trainer.lightning_module, remains.kv)
         load_values(trainer.lightning_module, self._state)
         if self._progress is not None:
             self._restore_progress(self._progress, self._state)
@@ -73,5 +76,5 @@ def load_values(module: Any, state: Opening) -> None:
         module.load_state_dict({name: value.detach() for name, value in values.items()}, strict=False)
         here = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, value in values.items():
-        if name in here and here[name].shape == value.shape:
+        if name in here and not is_lazy(here[name]) and here[name].shape == value.shape:
             here[name].copy_(value.detach())

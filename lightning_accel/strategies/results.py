@@ -9,6 +9,7 @@ from lightning_accel.async_sgd.policy.optimizer_copy import copy_optimizers
 from lightning_accel.async_sgd.policy.stepping import get_groups, set_groups
 from lightning_accel.async_sgd.store import Opening
 from lightning_accel.lightning_private import bring_back_progress
+from lightning_accel.strategies.worker_process.made_layers import made_since, packed
 from lightning_accel.strategies.worker_process.random_states import get_states, set_states
 
 
@@ -20,10 +21,21 @@ def collect(trainer: Any) -> dict[str, Any]:
         "loggers": pickled_loggers(trainer),
         "groups": _changed_groups(trainer),
         "schedules": [state_to_send(config.scheduler) for config in trainer.lr_scheduler_configs],
+        "made": packed(trainer.lightning_module, _made_layers(trainer)),
+        "trains": {name: p.requires_grad for name, p in trainer.lightning_module.named_parameters()},
         "buffers": _buffers_outside_state(trainer),
         "should_stop": trainer.should_stop,
         "random": get_states() if trainer.strategy.num_processes == 1 else None,
     }
+
+
+def _made_layers(trainer: Any) -> list[str]:
+    """Return the layers that the module has made when the fit began, also one that had nothing to train."""
+    strategy = trainer.strategy
+    if strategy._session is not None and strategy._session.joined:
+        made: list[str] = strategy._made
+        return made
+    return made_since(trainer.lightning_module, strategy._before)
 
 
 def _changed_groups(trainer: Any) -> list[list[dict[str, Any]]]:
@@ -73,6 +85,8 @@ def bring_back(trainer: Any, collected: dict[str, Any]) -> None:
     load_callbacks(trainer, collected["callbacks"])
     trainer.should_stop = collected["should_stop"]
     trainer.strategy._ended_schedules = collected["schedules"]
+    for name, parameter in trainer.lightning_module.named_parameters():  # callbacks may have frozen or thawed some
+        parameter.requires_grad_(collected["trains"].get(name, parameter.requires_grad))
     if collected["random"] is not None:  # one worker has drawn what a plain fit would have drawn here
         set_states(collected["random"])
     follow_loggers(trainer, collected["loggers"])

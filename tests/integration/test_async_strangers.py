@@ -1,5 +1,7 @@
-"""Other people's modules in whole asynchronous fits: buffers of all kinds, random splits, predictions."""
+"""Other people's modules in whole asynchronous fits: buffers, layers made late, random splits, loaders, predictions."""
 
+
+import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import nn
@@ -123,3 +125,137 @@ def test_a_random_split_in_setup_is_that_of_plain_training_in_every_worker(tmp_p
     found = [file.read_text(encoding="utf-8") for file in tmp_path.glob("*/worker*.txt")]
     assert len(found) >= 2
     assert len(set(found)) == 1
+
+
+class Plain(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, index):
+        return (self(batch[0]) - 1.0).square().mean()
+
+    def predict_step(self, batch, index):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class MadeInSetup(Plain):
+    """Makes a head, which shares a bias with what was there, and a scale, when it knows its data."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = None
+
+    def setup(self, stage):
+        if self.head is None:
+            self.head, self.scale = nn.Linear(8, 2), nn.Parameter(torch.ones(2))
+            self.head.bias = self.net[2].bias
+            self.head.register_buffer("shift", torch.ones(2), persistent=False)
+
+    def forward(self, x):
+        return (self.head(self.net[:2](x)) + self.head.shift) * self.scale
+
+
+class MadeInConfigureModel(Plain):
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+
+class LazyInSetup(Plain):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(2))
+
+    def setup(self, stage):
+        self.net(torch.zeros(2, 4))
+
+
+class SavesLess(Plain):
+    """Leaves a layer that is trained out of its state dict."""
+
+    def state_dict(self, *arguments, **options):
+        state = super().state_dict(*arguments, **options)
+        return {key: value for key, value in state.items() if not key.startswith("net.0")}
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+class Freezes(Plain):
+    def on_train_epoch_start(self):
+        self.net[0].requires_grad_(self.current_epoch == 0)
+
+
+def trained(make, strategy, *, data=None, devices=1, **options):
+    seed_everything(0, verbose=False)
+    module = make()
+    trainer = Trainer(strategy=strategy, devices=devices, **{**QUIET, **options})
+    trainer.fit(module, loader() if data is None else data)
+    return trainer, module
+
+
+def asynchronous():
+    return lightning_accel.AsyncSGDStrategy(heartbeat_seconds=300.0)
+
+
+@pytest.mark.parametrize("make", [MadeInSetup, MadeInConfigureModel, LazyInSetup, SavesLess, Freezes])
+def test_layers_made_when_the_fit_begins_or_saved_in_part_come_back_as_a_plain_fit_leaves_them(make, recwarn):
+    (plain_trainer, plain), (trainer, module) = trained(make, "auto"), trained(make, asynchronous())
+    expected, actual = dict(plain.named_parameters()), dict(module.named_parameters())
+    assert list(expected) == list(actual)
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+    assert [p.requires_grad for p in expected.values()] == [p.requires_grad for p in actual.values()]
+    pairs = zip(plain_trainer.predict(plain, loader()), trainer.predict(module, loader()), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+class MadeAndFails(MadeInSetup):
+    def training_step(self, batch, index):
+        if self.global_step == 12:
+            raise ValueError("out of luck")
+        return super().training_step(batch, index)
+
+
+def test_layers_made_when_the_fit_begins_are_in_what_is_left_of_a_fit_that_fails(tmp_path, recwarn):
+    left = []
+    for name, strategy in ("plain", "auto"), ("async", asynchronous()):
+        seed_everything(0, verbose=False)
+        module, trainer = MadeAndFails(), Trainer(strategy=strategy, devices=1, **QUIET)
+        with pytest.raises((ValueError, RuntimeError), match="out of luck"):
+            trainer.fit(module, loader())
+        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+        left.append(torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["state_dict"])
+    assert list(left[0]) == list(left[1])
+    assert all(torch.equal(value, left[1][key]) for key, value in left[0].items())
+
+
+class Reparametrized(Plain):
+    def setup(self, stage):
+        if stage == "fit":
+            nn.utils.parametrizations.weight_norm(self.net[0])
+
+
+def test_what_can_not_come_back_is_named(caplog, recwarn):
+    trained(Reparametrized, asynchronous())
+    assert "what was trained of `net.0.parametrizations.weight.original0`" in caplog.text
+
+
+class LazyAtTheFirstBatch(LazyInSetup):
+    def setup(self, stage):
+        pass
+
+
+def test_lazy_layers_without_a_shape_are_refused_with_the_way_out(recwarn):
+    with pytest.raises(RuntimeError, match=r"`net\.0\.weight` has no shape yet.* in `setup`"):
+        trained(LazyAtTheFirstBatch, asynchronous())
