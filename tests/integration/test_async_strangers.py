@@ -1,5 +1,7 @@
 """Other people's modules in whole asynchronous fits: buffers, layers made late, random splits, loaders, predictions."""
 
+import queue
+import threading
 
 import pytest
 import torch
@@ -259,3 +261,48 @@ class LazyAtTheFirstBatch(LazyInSetup):
 def test_lazy_layers_without_a_shape_are_refused_with_the_way_out(recwarn):
     with pytest.raises(RuntimeError, match=r"`net\.0\.weight` has no shape yet.* in `setup`"):
         trained(LazyAtTheFirstBatch, asynchronous())
+
+
+class Background:
+    """Draws from an iterator in a thread, as loaders do that load ahead."""
+
+    def __init__(self, batches):
+        self.waiting, self.batches = queue.Queue(3), batches
+        threading.Thread(target=self.draw, daemon=True).start()
+
+    def draw(self):
+        for batch in self.batches:
+            self.waiting.put(batch)
+        self.waiting.put(None)
+
+    def __iter__(self):
+        while (batch := self.waiting.get()) is not None:
+            yield batch
+
+
+class BackgroundLoader(DataLoader):
+    def __iter__(self):
+        return iter(Background(super().__iter__()))
+
+
+class DrawnOnce(DataLoader):
+    """Draws all that it gives from an iterator that it has made before."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.drawn = list(super().__iter__())
+
+    def __iter__(self):
+        return iter(self.drawn)
+
+
+def points(kind):
+    return kind(TensorDataset(torch.randn(200, 4, generator=torch.Generator().manual_seed(0))), batch_size=4)
+
+
+@pytest.mark.parametrize("kind", [BackgroundLoader, DrawnOnce])
+def test_loaders_of_their_own_way_are_plain_training_with_one_worker_and_refused_with_several(kind, recwarn):
+    plain, module = (trained(Plain, s, data=points(kind), max_epochs=3)[1] for s in ("auto", asynchronous()))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), module.parameters(), strict=True))
+    with pytest.raises(RuntimeError, match=rf"{kind.__name__} (draws|gives) .* or `devices=1`"):
+        trained(Plain, asynchronous(), data=points(kind), devices=2)

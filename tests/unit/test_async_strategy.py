@@ -153,6 +153,9 @@ class Blocks:
         self.returned += [*self.in_hand, *loading]
         self.in_hand.clear()
 
+    def check_asked(self, loader, asked):
+        assert asked
+
     def loading(self, busy):
         self.loads.append(busy)
 

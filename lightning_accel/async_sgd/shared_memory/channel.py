@@ -4,6 +4,7 @@ import array
 import pickle
 import socket
 import struct
+import threading
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,7 @@ class Channel:
         self._incoming = bytearray()
         self._descriptors: deque[int] = deque()
         self._outgoing: deque[tuple[memoryview, list[int]]] = deque()
+        self._sending = threading.Lock()
 
     def fileno(self) -> int:
         """Descriptor, for `selectors`."""
@@ -69,7 +71,10 @@ class Channel:
         Raises:
             ChannelClosedError: If the other end is gone.
         """
-        flags = 0 if wait else socket.MSG_DONTWAIT
+        with self._sending:
+            return self._flush(0 if wait else socket.MSG_DONTWAIT)
+
+    def _flush(self, flags: int) -> bool:
         while self._outgoing:
             data, descriptors = self._outgoing[0]
             try:

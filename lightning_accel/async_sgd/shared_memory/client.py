@@ -67,6 +67,7 @@ class SharedMemoryStore:
         self._writer: PushWriter | None = None
         self._pull_seconds: float | None = None
         self._closed = threading.Event()
+        self._turn = threading.RLock()  # a loader may ask for batches in a thread of its own
         self._pace: Pace | None = None
         welcome = self._ask(Message("hello"))
         control = self._control = ControlPage(welcome.values["workers"], welcome.descriptors[0])
@@ -205,7 +206,10 @@ class SharedMemoryStore:
             self._control.wait(self.worker, waiting=True)
             acknowledged, outcome = self._control.acknowledged(self.worker)
             if acknowledged < sequence:
-                self._receive()  # sleeps; the server rings whoever waits
+                with self._turn:
+                    acknowledged, outcome = self._control.acknowledged(self.worker)
+                    if acknowledged < sequence:
+                        self._receive()  # sleeps; the server rings whoever waits
                 acknowledged, outcome = self._control.acknowledged(self.worker)
             self._control.wait(self.worker, waiting=False)
         if 0 < sequence == self._sequence:
@@ -319,10 +323,11 @@ class SharedMemoryStore:
         return self._page
 
     def _ask(self, message: Message) -> Message:
-        self._channel.send(message)
-        while not self._replies:
-            self._receive()
-        return self._replies.popleft()
+        with self._turn:
+            self._channel.send(message)
+            while not self._replies:
+                self._receive()
+            return self._replies.popleft()
 
     def _receive(self) -> None:
         if self._pace is None:

@@ -29,6 +29,10 @@ class Share(Protocol):
         """Take note that a batch is being loaded, or has been."""
         ...
 
+    def check_asked(self, loader: str, asked: bool) -> None:
+        """Refuse a loader whose batches nobody has asked for as workers share them out."""
+        ...
+
 
 class LeasedOrder:
     """Stands where a DataLoader has its (batch) sampler and yields units as the server leases them.
@@ -40,6 +44,7 @@ class LeasedOrder:
         self.order = order
         self.sampler = getattr(order, "sampler", order)  # Lightning calls its `set_epoch`
         self.given: deque[LeaseId] = deque()  # leases of batches that are being loaded, oldest first
+        self.asked = False  # whether a loader has asked for anything
         self._next: deque[Lease] = deque()  # leased, and not yet asked for
         self._share = share
 
@@ -49,6 +54,7 @@ class LeasedOrder:
 
     def __iter__(self) -> Iterator[Any]:
         units = UnitsOfEpoch(self.order)
+        self.asked = True
         block = self._share.take(units)
         if block is None:
             yield from self.order
@@ -150,9 +156,11 @@ def _leased_class(base: type[DataLoader], order: LeasedOrder, share: Share, *, e
             try:
                 batch = next(batches)
             except StopIteration:
+                share.check_asked(base.__name__, order.asked)
                 return
             finally:
                 share.loading(False)
+            share.check_asked(base.__name__, order.asked)
             if order.given:
                 share.in_hand.append(order.given.popleft())
             yield batch

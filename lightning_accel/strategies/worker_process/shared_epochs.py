@@ -1,5 +1,6 @@
 """The training data of one worker: which batches it leases, and which of them it has in hand."""
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -66,6 +67,8 @@ class SharedEpochs:
         self._store = store
         self._workers = workers
         self._worker: Worker | None = None  # once the run is joined
+        self._thread = threading.get_ident()
+        self._elsewhere = False  # whether another thread has asked for batches
         self._epoch = -1
         self._early: list[Any] = []  # units that were loaded before
         self._early_complete = False
@@ -77,11 +80,36 @@ class SharedEpochs:
             return None  # several loaders, and so one worker: leases know one order an epoch
         if self._worker is None:
             return self._take_early(units)
+        if self._workers > 1 and threading.get_ident() != self._thread:
+            self._elsewhere = True
+            return []  # an error here would end that thread alone, and the loop would wait for it for ever
         epoch = trainer.current_epoch
         if epoch != self._epoch:
             self._epoch = epoch
             self._worker.flush()  # batches that led to no push must not keep the last epoch open
         return self._lease(epoch, units)
+
+    def check_asked(self, loader: str, asked: bool) -> None:
+        """Refuse a loader whose batches nobody has asked for as workers share them out.
+
+        Args:
+            loader: Its type.
+            asked: Whether it has asked its sampler for what it gives.
+
+        Raises:
+            ValueError: If several workers cannot share it out.
+        """
+        if self._workers == 1 or self._worker is None or (asked and not self._elsewhere):
+            return
+        how = (
+            "draws its batches in a thread of its own"
+            if self._elsewhere
+            else "gives batches without asking its sampler"
+        )
+        raise ValueError(
+            f"{loader} {how}, and several workers share the data out by what the sampler is asked for; use a plain "
+            "DataLoader (with `num_workers` to load ahead), or `devices=1`."
+        )
 
     def _lease(self, epoch: int, units: UnitsOfEpoch) -> list[Lease]:
         trainer, limit = self._trainer, self._limit
