@@ -1,5 +1,6 @@
 """Other people's modules in whole asynchronous fits: buffers, layers made late, random splits, loaders, predictions."""
 
+import pathlib
 import queue
 import threading
 
@@ -306,3 +307,34 @@ def test_loaders_of_their_own_way_are_plain_training_with_one_worker_and_refused
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), module.parameters(), strict=True))
     with pytest.raises(RuntimeError, match=rf"{kind.__name__} (draws|gives) .* or `devices=1`"):
         trained(Plain, asynchronous(), data=points(kind), devices=2)
+
+
+class Indexed(torch.utils.data.Dataset):
+    """Its ``indices`` are no numbers, but paths, or lists of several lengths."""
+
+    def __init__(self, *, paths):
+        self.indices = [(pathlib.Path(f"{i}"), i) if paths else [i] * (1 + i % 3) for i in range(40)]
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return (torch.full((4,), index / 40.0),)
+
+
+class IndexedData(LightningDataModule):
+    def __init__(self, *, paths):
+        super().__init__()
+        self.paths = paths
+
+    def setup(self, stage):
+        self.data = Indexed(paths=self.paths)
+
+    def train_dataloader(self):
+        return DataLoader(self.data, batch_size=4)
+
+
+@pytest.mark.parametrize("paths", [True, False])
+def test_indices_that_are_no_numbers_are_no_other_data(paths, recwarn):
+    trainer, _ = trained(Plain, asynchronous(), data=IndexedData(paths=paths), devices=2)
+    assert trainer.global_step == 20

@@ -61,10 +61,19 @@ def _parts(dataset: Any, depth: int) -> Iterator[bytes]:
         if isinstance(value, Dataset):
             yield from _parts(value, depth - 1)
         elif name == "indices" and isinstance(value, Sequence):
-            yield np.asarray(value).tobytes()
+            yield _indices(value)
         else:
             for column in value if isinstance(value, tuple) else (value,):  # such as `TensorDataset.tensors`
                 yield from _column(column, length)
+
+
+def _indices(value: Sequence[Any]) -> bytes:
+    """Return what stands in an array of these; nothing of objects, which would be their addresses in this process."""
+    try:
+        found = np.asarray(value)
+    except ValueError:  # rows of several lengths
+        return b""
+    return b"" if found.dtype.hasobject else found.tobytes()
 
 
 def _column(column: Any, length: int) -> Iterator[bytes]:
