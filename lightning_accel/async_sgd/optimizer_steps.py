@@ -1,6 +1,6 @@
 """How a worker takes the place of an optimizer's ``step``, with its hooks, and which optimizers it cannot serve."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,26 @@ def post_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
     """Return the hooks that run after each step of an optimizer."""
     # what `register_step_post_hook` fills; torch has no way to ask
     return list(optimizer._optimizer_step_post_hooks.values())
+
+
+def changed_since(
+    parameters: Sequence[Tensor], base: Sequence[Tensor], *, but: Collection[int] = ()
+) -> list[Tensor | None]:
+    """Return the parameters that are not what they were, and None for all others and those at the places ``but``."""
+    pairs = enumerate(zip(parameters, base, strict=True))
+    return [None if i in but or torch.equal(p, before) else p.detach() for i, (p, before) in pairs]
+
+
+def refuse_compressed(what: str, compression: str) -> None:
+    """Refuse parameters that go to the server as they are where nothing goes as it is.
+
+    Raises:
+        ValueError: With a ``compression`` other than "none".
+    """
+    if compression != "none":
+        raise ValueError(
+            f"{what}, which go to the server as they are: use `compression='none'`, or leave that change out."
+        )
 
 
 def places_in(optimizer: Optimizer, places: dict[int, int]) -> list[int]:

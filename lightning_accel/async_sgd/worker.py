@@ -14,9 +14,11 @@ from lightning_accel.async_sgd.module_buffers import ModuleBuffers
 from lightning_accel.async_sgd.optimizer_steps import (
     Closure,
     SentGroups,
+    changed_since,
     places_in,
     post_hooks,
     pushing_step,
+    refuse_compressed,
     refuse_unsupported,
     with_hooks,
 )
@@ -61,9 +63,7 @@ class Worker:
         watch: bool = False,
         module: nn.Module | None = None,
     ) -> None:
-        self.store = store
-        self.watch = watch and not settings.local_steps and settings.compression.name == "none"
-        self.settings = settings
+        self.store, self.settings, self.watch = store, settings, watch
         self.optimizers = list(optimizers)
         self.steps = [0] * len(self.optimizers)  # of the server, as of the last pull
         self.own_steps = [0] * len(self.optimizers)  # pushed from here
@@ -87,6 +87,7 @@ class Worker:
         self._tensors: list[nn.Parameter] = list(parameters.values())
         places = {id(p): i for i, p in enumerate(self._tensors)}
         self._owned = [places_in(optimizer, places) for optimizer in self.optimizers]
+        self._stepped = {i for owned in self._owned for i in owned}
         self._sums: list[dict[int, Tensor]] = [{} for _ in self.optimizers]
         self._counts: defaultdict[int, int] = defaultdict(int)
         self._since_pull = 0
@@ -142,29 +143,27 @@ class Worker:
                 optimizer.state.clear()
 
     def send_changes(self) -> None:
-        """Give the server what was made of the parameters since they were read, if this worker is to be heard."""
+        """Give the server what was made of parameters since they were read, if this worker is to be heard; not ways."""
         if not self.watch or not self._base or not self.store.is_coordinator:
             return
-        pairs = zip(self._tensors, self._base, strict=True)
-        changed = [None if torch.equal(p, base) else p.detach() for p, base in pairs]
+        changed = changed_since(self._tensors, self._base, but=self._stepped if self.settings.local_steps else ())
         if any(value is not None for value in changed):
+            refuse_compressed("parameters were changed between two steps", self.settings.compression.name)
             self.store.wait_for(self._send(changed, OVERWRITE))
-            self._remember()
+            self._remember(changed)
 
     @torch.no_grad()
-    def _remember(self) -> None:
+    def _remember(self, values: Sequence[Tensor | None] = ()) -> None:
         if len(self._base) != len(self._tensors):
             self._base = [torch.empty_like(p) for p in self._tensors]
-        for base, parameter in zip(self._base, self._tensors, strict=True):
-            base.copy_(parameter)
+        for base, value in zip(self._base, values or self._tensors, strict=True):
+            if value is not None:
+                base.copy_(value)
 
     def attach(self) -> None:
         """Make ``step`` of every optimizer ours."""
-        if self.has_step_hooks and self.settings.compression.name != "none":
-            raise ValueError(
-                "a step hook of the optimizer may change parameters, which go to the server as they are: "
-                "use `compression='none'`, or remove the hook."
-            )
+        if self.has_step_hooks:
+            refuse_compressed("a step hook of the optimizer may change parameters", self.settings.compression.name)
         for index, optimizer in enumerate(self.optimizers):
             step = pushing_step(functools.partial(self.step, index))
             hooked = step if self.settings.local_steps else with_hooks(step, self.settle)
@@ -224,8 +223,7 @@ class Worker:
         """
         hooks = post_hooks(optimizer)
         for attempt in range(attempts if hooks and self._base else 0):
-            pairs = zip(self._tensors, self._base, strict=True)
-            changed = [None if torch.equal(p, base) else p.detach() for p, base in pairs]
+            changed = changed_since(self._tensors, self._base)
             if all(value is None for value in changed) or self.store.wait_for(self._send(changed, ASSIGN)):
                 break
             if attempt + 1 < attempts:
@@ -341,9 +339,8 @@ class Worker:
 
     def _push_way(self) -> None:
         self._counts[OUTER] = 0
-        owned = {i for places in self._owned for i in places}
         pairs = enumerate(zip(self._base, self._tensors, strict=True))
-        ways = [base - p.detach() if i in owned else None for i, (base, p) in pairs]
+        ways = [base - p.detach() if i in self._stepped else None for i, (base, p) in pairs]
         self.store.wait_for_slack()
         self.store.wait_for(self._send(ways, OUTER))
         self.own_steps = [steps + 1 for steps in self.own_steps]

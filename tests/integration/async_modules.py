@@ -164,6 +164,27 @@ class ClampsForValidation(pl.Callback):
             parameter.clamp_(-0.05, 0.05)
 
 
+class Follower(Classifier):
+    """Has a second network that no optimizer has and that follows the first one step by step."""
+
+    def __init__(self, optimizer="sgd"):
+        super().__init__(optimizer, dropout=0.0)
+        self.target = nn.Linear(8, 16)
+        self.target.load_state_dict(self.net[0].state_dict())
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0]
+        return super().training_step(batch, batch_idx) + (self.net[0](x) - self.target(x).detach()).square().mean()
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        pairs = zip(self.target.parameters(), self.net[0].parameters(), strict=True)
+        for mine, theirs in pairs:
+            mine.data.lerp_(theirs.data, 0.1)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9)
+
+
 class Synchronized(Classifier):
     """Has a batch norm that waits for all processes."""
 

@@ -11,6 +11,7 @@ from async_modules import (
     Classifier,
     Clipped,
     DiesOnce,
+    Follower,
     RunningCell,
     SwapsAverageIn,
     WaitForAll,
@@ -21,6 +22,7 @@ from async_modules import (
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_accel import AsyncSGDStrategy, load_from_checkpoint
+from lightning_accel.async_sgd import WorkerFailedError
 from lightning_accel.callbacks import (
     IntraStreamScheduling,
     L1InfProjection,
@@ -171,6 +173,23 @@ def test_checkpoints_of_a_validation_hold_what_callbacks_made_of_the_weights_by_
     assert equal(*modules) == []
     assert [key for key, value in states[0].items() if not torch.equal(value, states[1][key])] == []
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_no_optimizer_has_follows_local_steps_as_it_does_plain_ones(tmp_path, devices):
+    plain, ours = seeded(Follower), seeded(Follower)
+    before = plain.target.weight.detach().clone()
+    fit(tmp_path, "auto", plain)
+    fit(tmp_path, AsyncSGDStrategy(local_steps=2, **QUICK), ours, devices=devices)
+    assert not torch.equal(ours.target.weight, before)
+    if devices == 1:
+        pairs = zip(plain.parameters(), ours.parameters(), strict=True)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def test_parameters_changed_between_steps_and_compression_exclude_each_other(tmp_path):
+    with pytest.raises(WorkerFailedError, match=r"parameters were changed between two steps.*`compression='none'`"):
+        fit(tmp_path, AsyncSGDStrategy(compression="fp16", **QUICK), seeded(Follower))
 
 
 @pytest.mark.parametrize("devices", [1, 2])
