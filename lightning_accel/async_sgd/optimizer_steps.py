@@ -1,5 +1,6 @@
 """How a worker takes the place of an optimizer's ``step``, with its hooks, and which optimizers it cannot serve."""
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_accel.async_sgd.optimizer_side import refuse_elsewhere
 from lightning_accel.async_sgd.policy.optimizer_copy import refuse_what_needs_a_loss
 from lightning_accel.async_sgd.policy.stepping import ELEMENTWISE, get_groups
+from lightning_accel.async_sgd.store import ParameterStore
 
 Closure = Callable[[], Any]
 
@@ -114,6 +116,61 @@ def refuse_unsupported(optimizers: Sequence[Optimizer], optimizer_device: str = 
             )
         if type(optimizer) not in ELEMENTWISE:
             refuse_what_needs_a_loss(optimizer)
+
+
+class StateElsewhere(defaultdict[Any, Any]):
+    """Stands in a worker for the state of an optimizer, which the server has: empty, and it knows who empties it."""
+
+    emptied = False
+
+    def clear(self) -> None:
+        """Take note that the server's state is to be forgotten."""
+        self.emptied = True
+
+    def __missing__(self, key: Any) -> Any:
+        """Refuse what a plain optimizer would answer."""
+        raise RuntimeError(
+            "the state of an optimizer lies with the server while asynchronous workers train, and steps are made "
+            "there: `optimizer.state` can be cleared in a worker, not read or written; use another strategy for an "
+            "optimizer that is told more than `step`, and for what reads its moments."
+        )
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Refuse what would not reach the server."""
+        self.__missing__(key)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Be an ordinary state in copies, which step on their own."""
+        return defaultdict, (dict,)
+
+
+def leave_states(optimizers: Sequence[Optimizer]) -> None:
+    """Leave the states of a worker's optimizers to the server."""
+    for optimizer in optimizers:
+        optimizer.state = StateElsewhere()
+
+
+def take_state(optimizer: Optimizer) -> None:
+    """Let an optimizer that had left it have a state of its own again, empty as yet."""
+    if isinstance(optimizer.state, StateElsewhere):
+        optimizer.state = defaultdict(dict)
+
+
+def pass_on_emptied(optimizer: Optimizer, store: ParameterStore, index: int) -> bool:
+    """Empty the server's state of an optimizer if somebody has emptied the coordinator's; returns whether it was.
+
+    What others have under way is refused then, and their batches are given out again.
+    """
+    state: Any = optimizer.state
+    emptied = state.emptied if isinstance(state, StateElsewhere) else not state  # or has put an empty one in its place
+    if emptied or not isinstance(state, StateElsewhere):
+        leave_states([optimizer])
+    if not (emptied and store.is_coordinator):
+        return False
+    cut = store.snapshot()
+    cut.optimizer_states[index]["state"] = {}
+    store.restore(cut)
+    return True
 
 
 class SentGroups:

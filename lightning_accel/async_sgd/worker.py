@@ -15,11 +15,14 @@ from lightning_accel.async_sgd.optimizer_steps import (
     Closure,
     SentGroups,
     changed_since,
+    leave_states,
+    pass_on_emptied,
     places_in,
     post_hooks,
     pushing_step,
     refuse_compressed,
     refuse_unsupported,
+    take_state,
     with_hooks,
 )
 from lightning_accel.async_sgd.policy.leases import LeaseId
@@ -139,8 +142,7 @@ class Worker:
         """Read the run's parameters, and leave the optimizers' state to the server."""
         self.pull(whole=True)
         if not self.settings.local_steps:
-            for optimizer in self.optimizers:
-                optimizer.state.clear()
+            leave_states(self.optimizers)
 
     def send_changes(self) -> None:
         """Give the server what was made of parameters since they were read, if this worker is to be heard; not ways."""
@@ -176,6 +178,7 @@ class Worker:
             self._recomputation.detach()
         for optimizer in self.optimizers:
             vars(optimizer).pop("step", None)
+            take_state(optimizer)
 
     def step(self, index: int, closure: Closure | None) -> Any:
         """Make one step of optimizer ``index``: run the closure, push, pull."""
@@ -200,10 +203,8 @@ class Worker:
             every = whole or not self.store.is_coordinator
             pairs = zip(self.buffers.values(), self._buffers.roles, strict=True)
             shared = [buffer if every or role != "own" else None for buffer, role in pairs]
-        wanted: list[Tensor | None] = list(self._tensors)
-        if places is not None and len(places) < len(wanted):
-            chosen = set(places)
-            wanted = [p if i in chosen else None for i, p in enumerate(self._tensors)]
+        chosen = range(len(self._tensors)) if places is None else set(places)
+        wanted = [p if i in chosen else None for i, p in enumerate(self._tensors)]
         self.version, self.steps = self.store.pull(wanted, shared)
         self._since_pull = 0
         if self.settings.local_steps or self.has_step_hooks or (self.watch and self.store.is_coordinator):
@@ -274,6 +275,8 @@ class Worker:
         self.store.wait_for(self._last_push)
 
     def _step_remotely(self, index: int) -> None:
+        if pass_on_emptied(self.optimizers[index], self.store, index):
+            self.pull()
         gradients = {i: self._tensors[i].grad for i in self._owned[index]}
         # a sparse gradient (of a functional embedding) has no place in shared memory
         present = {i: g.to_dense() if g.is_sparse else g for i, g in gradients.items() if g is not None}
@@ -294,9 +297,8 @@ class Worker:
     def _push(self, index: int) -> None:
         sums, count = self._sums[index], self._counts[index]
         self._sums[index], self._counts[index] = {}, 0
-        if count > 1:
-            for total in sums.values():
-                total.div_(count)
+        for total in sums.values() if count > 1 else ():
+            total.div_(count)
         if not sums:
             # torch skips parameters without a gradient; with none at all there is no step to make
             if self.pending or self.buffers:  # which a forward pass may have changed all the same

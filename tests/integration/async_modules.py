@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import defaultdict
 
 import lightning.pytorch as pl
 import torch
@@ -183,6 +184,37 @@ class Follower(Classifier):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9)
+
+
+class ForgetsMoments(pl.Callback):
+    """Empties the optimizer's state at the beginning of each epoch, in place or by a new one."""
+
+    def __init__(self, *, in_place):
+        self.in_place = in_place
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        for optimizer in trainer.optimizers:
+            if self.in_place:
+                optimizer.state.clear()
+            else:
+                optimizer.state = defaultdict(dict)
+
+
+class Told(torch.optim.SGD):
+    """Is told of curvature beside its steps."""
+
+    def update_hessian(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["hessian"] = parameter.grad**2
+
+
+class Tells(Classifier):
+    def configure_optimizers(self):
+        return Told(self.parameters(), lr=0.05, momentum=0.9)
+
+    def on_before_optimizer_step(self, optimizer):
+        optimizer.update_hessian()
 
 
 class Synchronized(Classifier):

@@ -12,8 +12,10 @@ from async_modules import (
     Clipped,
     DiesOnce,
     Follower,
+    ForgetsMoments,
     RunningCell,
     SwapsAverageIn,
+    Tells,
     WaitForAll,
     fit,
     seeded,
@@ -185,6 +187,31 @@ def test_what_no_optimizer_has_follows_local_steps_as_it_does_plain_ones(tmp_pat
     if devices == 1:
         pairs = zip(plain.parameters(), ours.parameters(), strict=True)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ForgetsMoments(in_place=True),
+        lambda: ForgetsMoments(in_place=False),
+        lambda: L1InfProjection(
+            target_sparsity=0.5, mode="project_then_retrain", retrain_epoch=1, rewind="init", parameters=("net.0.*",)
+        ),
+    ],
+    ids=["cleared", "replaced", "rewound"],
+)
+def test_moments_that_a_callback_forgets_are_forgotten_by_the_server(tmp_path, make):
+    plain, ours = seeded(Classifier, "momentum"), seeded(Classifier, "momentum")
+    fit(tmp_path, "auto", plain, epochs=3, callbacks=[make()])
+    fit(tmp_path, "async_sgd", ours, epochs=3, callbacks=[make()])
+    assert equal(plain, ours) == []
+    trainer = fit(tmp_path, "async_sgd", seeded(Classifier, "momentum"), epochs=3, callbacks=[make()], devices=2)
+    assert trainer.global_step == 24
+
+
+def test_what_is_written_into_the_state_of_an_optimizer_in_a_worker_is_refused(tmp_path):
+    with pytest.raises(WorkerFailedError, match="can be cleared in a worker, not read or written"):
+        fit(tmp_path, "async_sgd", seeded(Tells))
 
 
 def test_parameters_changed_between_steps_and_compression_exclude_each_other(tmp_path):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_accel.async_sgd import Snapshot, Worker
+from lightning_accel.async_sgd.optimizer_steps import take_state
 
 
 def layout(optimizers: Sequence[Optimizer]) -> list[list[int]]:
@@ -75,6 +76,7 @@ def _take_states(worker: Worker, cut: Snapshot) -> None:
                 f"the parameter groups of {type(optimizer).__name__} had {theirs} parameters, and have {mine}: groups "
                 "may be added while asynchronous workers train, not changed; use a strategy that waits, such as `ddp`."
             )
+        take_state(optimizer)
         held: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         for number, values in state["state"].items():
             optimizer.state[held[number]] = values
