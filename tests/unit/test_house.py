@@ -71,7 +71,6 @@ NOT_OF_TORCH = {
     "_MultiProcessingLauncher": "",
     "_WorkerOutput": "",
     "_check_missing_main_guard": "",
-    "_disable_module_memory_sharing": "",
 }
 
 

@@ -139,7 +139,6 @@ def test_the_launcher_is_made_of_the_parts_we_use(distribution):
     assert list(inspect.signature(parts._WorkerOutput).parameters) == [
         *("best_model_path", "weights_path", "trainer_state", "trainer_results", "extra"),
     ]
-    assert parts._disable_module_memory_sharing(((1,), {})) == ((1,), {})
     assert callable(parts._check_missing_main_guard)
     methods = ("launch", "get_extra_results", "update_main_process_results", "_recover_results_in_main_process", "kill")
     assert all(callable(getattr(parts._MultiProcessingLauncher, name)) for name in methods)
