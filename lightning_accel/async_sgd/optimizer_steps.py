@@ -131,8 +131,8 @@ class StateElsewhere(defaultdict[Any, Any]):
         """Refuse what a plain optimizer would answer."""
         raise RuntimeError(
             "the state of an optimizer lies with the server while asynchronous workers train, and steps are made "
-            "there: `optimizer.state` can be cleared in a worker, not read or written; use another strategy for an "
-            "optimizer that is told more than `step`, and for what reads its moments."
+            "there: `optimizer.state` can be cleared or loaded in a worker, not read or written; use another strategy "
+            "for an optimizer that is told more than `step`, and for what reads its moments."
         )
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -156,19 +156,22 @@ def take_state(optimizer: Optimizer) -> None:
         optimizer.state = defaultdict(dict)
 
 
-def pass_on_emptied(optimizer: Optimizer, store: ParameterStore, index: int) -> bool:
-    """Empty the server's state of an optimizer if somebody has emptied the coordinator's; returns whether it was.
+def pass_on_state(optimizer: Optimizer, store: ParameterStore, index: int) -> bool:
+    """Give the server the state that somebody has emptied, or put in place, in the coordinator; returns whether.
 
     What others have under way is refused then, and their batches are given out again.
     """
-    state: Any = optimizer.state
-    emptied = state.emptied if isinstance(state, StateElsewhere) else not state  # or has put an empty one in its place
-    if emptied or not isinstance(state, StateElsewhere):
-        leave_states([optimizer])
-    if not (emptied and store.is_coordinator):
+    found: dict[Any, dict[str, Any]] = {}
+    if not isinstance(optimizer.state, StateElsewhere):
+        found = optimizer.state_dict()["state"]
+    elif not optimizer.state.emptied:
+        return False
+    leave_states([optimizer])
+    if not store.is_coordinator:
         return False
     cut = store.snapshot()
-    cut.optimizer_states[index]["state"] = {}
+    on_cpu = {k: {n: v.cpu() if isinstance(v, Tensor) else v for n, v in values.items()} for k, values in found.items()}
+    cut.optimizer_states[index]["state"] = on_cpu
     store.restore(cut)
     return True
 

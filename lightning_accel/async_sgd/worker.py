@@ -16,7 +16,7 @@ from lightning_accel.async_sgd.optimizer_steps import (
     SentGroups,
     changed_since,
     leave_states,
-    pass_on_emptied,
+    pass_on_state,
     places_in,
     post_hooks,
     pushing_step,
@@ -275,7 +275,7 @@ class Worker:
         self.store.wait_for(self._last_push)
 
     def _step_remotely(self, index: int) -> None:
-        if pass_on_emptied(self.optimizers[index], self.store, index):
+        if pass_on_state(self.optimizers[index], self.store, index):
             self.pull()
         gradients = {i: self._tensors[i].grad for i in self._owned[index]}
         # a sparse gradient (of a functional embedding) has no place in shared memory

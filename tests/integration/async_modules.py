@@ -187,17 +187,21 @@ class Follower(Classifier):
 
 
 class ForgetsMoments(pl.Callback):
-    """Empties the optimizer's state at the beginning of each epoch, in place or by a new one."""
+    """Empties the optimizer's state at the beginning of each epoch, in place or by a new one, or loads another."""
 
-    def __init__(self, *, in_place):
-        self.in_place = in_place
+    def __init__(self, how):
+        self.how = how
 
     def on_train_epoch_start(self, trainer, pl_module):
         for optimizer in trainer.optimizers:
-            if self.in_place:
+            if self.how == "cleared":
                 optimizer.state.clear()
-            else:
+            elif self.how == "replaced":
                 optimizer.state = defaultdict(dict)
+            else:
+                places = enumerate(p for group in optimizer.param_groups for p in group["params"])
+                state = {place: {"momentum_buffer": torch.full_like(p, 0.01)} for place, p in places}
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 class Told(torch.optim.SGD):

@@ -1,5 +1,6 @@
 """Callbacks that change parameters, layers or gradients reach every asynchronous worker and the server."""
 
+import functools
 import logging
 
 import pytest
@@ -192,13 +193,12 @@ def test_what_no_optimizer_has_follows_local_steps_as_it_does_plain_ones(tmp_pat
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: ForgetsMoments(in_place=True),
-        lambda: ForgetsMoments(in_place=False),
+        *(functools.partial(ForgetsMoments, how) for how in ("cleared", "replaced", "loaded")),
         lambda: L1InfProjection(
             target_sparsity=0.5, mode="project_then_retrain", retrain_epoch=1, rewind="init", parameters=("net.0.*",)
         ),
     ],
-    ids=["cleared", "replaced", "rewound"],
+    ids=["cleared", "replaced", "loaded", "rewound"],
 )
 def test_moments_that_a_callback_forgets_are_forgotten_by_the_server(tmp_path, make):
     plain, ours = seeded(Classifier, "momentum"), seeded(Classifier, "momentum")
@@ -210,7 +210,7 @@ def test_moments_that_a_callback_forgets_are_forgotten_by_the_server(tmp_path, m
 
 
 def test_what_is_written_into_the_state_of_an_optimizer_in_a_worker_is_refused(tmp_path):
-    with pytest.raises(WorkerFailedError, match="can be cleared in a worker, not read or written"):
+    with pytest.raises(WorkerFailedError, match="can be cleared or loaded in a worker, not read or written"):
         fit(tmp_path, "async_sgd", seeded(Tells))
 
 
