@@ -25,6 +25,8 @@ def collect(trainer: Any) -> dict[str, Any]:
         "trains": {name: p.requires_grad for name, p in trainer.lightning_module.named_parameters()},
         "buffers": _buffers_outside_state(trainer),
         "should_stop": trainer.should_stop,
+        "logged": dict(trainer.logged_metrics),
+        "shown": dict(trainer.progress_bar_metrics),
         "random": get_states() if trainer.strategy.num_processes == 1 else None,
     }
 
@@ -84,6 +86,8 @@ def bring_back(trainer: Any, collected: dict[str, Any]) -> None:
     bring_back_progress(trainer, collected["fit_loop"])
     load_callbacks(trainer, collected["callbacks"])
     trainer.should_stop = collected["should_stop"]
+    trainer.logged_metrics.update(collected["logged"])
+    trainer.progress_bar_metrics.update(collected["shown"])
     trainer.strategy._ended_schedules = collected["schedules"]
     for name, parameter in trainer.lightning_module.named_parameters():  # callbacks may have frozen or thawed some
         parameter.requires_grad_(collected["trains"].get(name, parameter.requires_grad))

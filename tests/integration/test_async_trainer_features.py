@@ -194,6 +194,24 @@ def test_the_callers_checkpoint_callback_knows_its_folder_and_the_last_file(tmp_
     assert trainer.validate(module, ckpt_path="last", verbose=False)
 
 
+class Shows(Classifier):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("shown", loss, prog_bar=True)
+        return loss
+
+
+def test_what_was_logged_is_known_after_a_fit_as_after_a_plain_one(tmp_path):
+    found = []
+    for devices in (0, 1):
+        trainer = trainer_in(tmp_path / str(devices), devices)
+        trainer.fit(seeded(Shows, "momentum", dropout=0.0), loader(), loader(shuffle=False))
+        found.append((dict(trainer.logged_metrics), dict(trainer.progress_bar_metrics)))
+    assert found[0] == found[1]
+    assert {"train/loss", "val/loss"} <= set(found[0][0])
+    assert "shown" in found[0][1]
+
+
 def test_a_fit_that_was_told_to_stop_says_so_afterwards(tmp_path):
     trainer = trainer_in(tmp_path, 1, Stops())
     trainer.fit(seeded(Pretrained))
