@@ -28,7 +28,11 @@ from lightning_accel.lightning_private import launcher_module, make_averages_pic
 from lightning_accel.lightning_private.decision_line import say_decision
 from lightning_accel.strategies.engines import devices_here, run_on_engine
 from lightning_accel.strategies.live import live_table
-from lightning_accel.strategies.refusals import refuse_other_launchers, refuse_tuning_callbacks
+from lightning_accel.strategies.refusals import (
+    refuse_other_launchers,
+    refuse_parameters_in_one_place,
+    refuse_tuning_callbacks,
+)
 from lightning_accel.strategies.rescue import Rescue, load_values
 from lightning_accel.strategies.results import bring_back, bring_back_buffers, bring_back_optimizers, collect
 from lightning_accel.strategies.worker_process.layer_exchange import prepare_to_come_back
@@ -50,6 +54,7 @@ class AsyncSGDLauncherBody:
         refuse_other_launchers(strategy)
         strategy.check_devices()
         refuse_tuning_callbacks(strategy, trainer.callbacks)
+        refuse_parameters_in_one_place(strategy, trainer.lightning_module)
         parts = launcher_module(strategy.distribution)
         prepare_to_come_back(trainer)
         give_buffers_own_memory(trainer.lightning_module)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_accel.async_sgd.replicas.shards import is_spread
 from lightning_accel.lightning_private import sync_batch_norm_requested
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of Open MPI, and of MPICH and its kin; set without mpi4py, too
@@ -49,6 +50,24 @@ def refuse_uninitialized(strategy: Any, module: nn.Module) -> None:
             f"`{lazy[0]}` has no shape yet, and asynchronous workers share parameters before the first batch: pass a "
             "batch through the lazy layers in `setup`."
         )
+
+
+def refuse_parameters_in_one_place(strategy: Any, module: nn.Module) -> None:
+    """Refuse two parameters that share memory: workers and server hold each by itself, and would let them part.
+
+    Raises:
+        MisconfigurationException: If there are some.
+    """
+    places: dict[tuple[torch.device, int], str] = {}
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter) or not parameter.numel() or parameter.is_meta or is_spread(parameter):
+            continue
+        if (other := places.setdefault((parameter.device, parameter.data_ptr()), name)) != name:
+            error = import_module(f"{strategy.distribution}.utilities.exceptions").MisconfigurationException
+            raise error(
+                f"`{other}` and `{name}` are two parameters in one place of memory, and asynchronous workers hold each "
+                "by itself; make them one parameter, or compute one from the other in `forward`."
+            )
 
 
 def refuse_other_launchers(strategy: Any) -> None:

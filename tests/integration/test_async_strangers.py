@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
@@ -262,6 +263,18 @@ class LazyAtTheFirstBatch(LazyInSetup):
 def test_lazy_layers_without_a_shape_are_refused_with_the_way_out(recwarn):
     with pytest.raises(RuntimeError, match=r"`net\.0\.weight` has no shape yet.* in `setup`"):
         trained(LazyAtTheFirstBatch, asynchronous())
+
+
+class SharesMemory(Plain):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(8, 4)
+        self.other.weight.data = self.net[0].weight.data.t()
+
+
+def test_two_parameters_in_one_place_of_memory_are_refused():
+    with pytest.raises(MisconfigurationException, match=r"`net\.0\.weight` and `other\.weight` are two parameters"):
+        trained(SharesMemory, asynchronous())
 
 
 class Background:
