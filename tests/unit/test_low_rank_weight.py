@@ -94,6 +94,19 @@ def test_a_write_counts_although_the_factors_moved_on(case):
     torch.testing.assert_close(layer.weight.detach(), 1.5 * before + 1.0)
 
 
+@pytest.mark.filterwarnings("ignore:the `weight` of the low-rank layer")
+@pytest.mark.parametrize("written_inside", [True, False])
+def test_a_write_counts_in_inference_mode_and_what_was_written_can_be_trained(case, written_inside):
+    _, layer, x = case
+    with torch.inference_mode(written_inside), torch.no_grad():
+        layer.weight.fill_(0.5)
+    with torch.inference_mode():
+        layer(x)
+    assert bool((layer.weight == 0.5).all())
+    layer(x).square().sum().backward()
+    assert bool(layer.weight.grad.any())
+
+
 def test_a_reference_that_outlives_a_call_is_still_watched(case):
     _, layer, x = case
     held = layer.weight.data

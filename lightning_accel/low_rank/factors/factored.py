@@ -48,6 +48,9 @@ class FactoredLayer(nn.Module):
         """The dense weight, multiplied anew at each access; for writing, see the class."""
         if not self.settle():
             return self._parameters["weight"]  # type: ignore[return-value]
+        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+            with torch.inference_mode(False), torch.no_grad():  # tensors of that mode can not be watched
+                return self.weight
         factors = {name: getattr(self, name) for name in self.factor_names}
         product = self.product(factors)
         if not _can_be_written(product):
@@ -83,16 +86,15 @@ class FactoredLayer(nn.Module):
             if handed.is_over():
                 self._handed_out = None
             return True
-        with torch.no_grad():
+        trainable = any(getattr(self, factor).requires_grad for factor in self.factor_names)
+        with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be trained
             now = self.product({name: getattr(self, name) for name in self.factor_names}).detach()
-            if value is None:
-                value = now
-            elif not torch.equal(now, handed.pristine):  # the factors have moved on meanwhile
+            value = now if value is None else value.clone()
+            if value is not now and not torch.equal(now, handed.pristine):  # the factors have moved on meanwhile
                 value += now - handed.pristine
+            weight = nn.Parameter(value, requires_grad=trainable)
         name = f"`{self.place}`" if self.place else f"a {type(self).__name__} of shape {tuple(value.shape)}"
         followed = self.followed
-        trainable = any(getattr(self, factor).requires_grad for factor in self.factor_names)
-        weight = nn.Parameter(value, requires_grad=trainable)
         become(self, self.dense_layer(weight))
         handed.move(hooked, weight)
         weight.grad = gradient
