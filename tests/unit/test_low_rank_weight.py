@@ -135,6 +135,26 @@ def test_new_data_of_a_weight_counts(case):
     assert equals_dense(layer, value, x)
 
 
+@pytest.mark.filterwarnings("ignore:the `weight` of the low-rank layer")
+def test_a_hook_that_makes_the_layer_dense_in_its_own_call_acts_in_that_call(case):
+    dense, layer, x = case
+
+    def constrain(module, _):
+        with torch.no_grad():
+            module.weight.clamp_(-0.05, 0.05)
+            module.weight.mul_(0.5)
+
+    with torch.no_grad():
+        dense.weight.copy_(layer.weight.clamp(-0.05, 0.05).mul(0.5))
+    layer.register_forward_pre_hook(constrain)
+    torch.testing.assert_close(layer(x), dense(x))
+
+
+def test_the_input_has_the_name_that_it_has_in_a_dense_layer(case):
+    _, layer, x = case
+    assert torch.equal(layer(input=x), layer(x))
+
+
 def test_many_reads_keep_no_memory(case):
     _, layer, _ = case
     for _ in range(20):

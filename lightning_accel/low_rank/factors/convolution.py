@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # torch's own custom
 
-from lightning_accel.low_rank.factors.factored import DenseLayer, FactoredLayer, add_bias, check_sizes, reset_factors
+from lightning_accel.low_rank.factors.factored import (
+    DenseLayer,
+    FactoredLayer,
+    add_bias,
+    check_sizes,
+    is_low_rank,
+    reset_factors,
+)
 from lightning_accel.low_rank.factors.pointwise import multiplies, pointwise
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -175,11 +182,11 @@ class LowRankConv(_FactoredConv):
             return (("factor_in",), ("factor_out",))
         return (("factor_out",), ("factor_in",))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (batch, in, *spatial) to (batch, out, *spatial)."""
-        if self._handed_out is not None and not self.settle():
-            return type(self).forward(self, x)  # dense by now
-        return pointwise(self._convolve(x, self.factor_in), self.factor_out, self.bias)
+        if not is_low_rank(self):
+            return type(self).forward(self, input)  # dense by now
+        return pointwise(self._convolve(input, self.factor_in), self.factor_out, self.bias)
 
 
 class TuckerConv(_FactoredConv):
@@ -256,11 +263,11 @@ class TuckerConv(_FactoredConv):
         groups = (("factor_in", "factor_out"), ("core",))
         return groups if pointwise > core else groups[::-1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (batch, in, *spatial) to (batch, out, *spatial)."""
-        if self._handed_out is not None and not self.settle():
-            return type(self).forward(self, x)  # dense by now
-        hidden = self._convolve(pointwise(x, self.factor_in), self.core)
+        if not is_low_rank(self):
+            return type(self).forward(self, input)  # dense by now
+        hidden = self._convolve(pointwise(input, self.factor_in), self.core)
         return pointwise(hidden, self.factor_out, self.bias)
 
 

@@ -137,6 +137,11 @@ class FactoredLayer(nn.Module):
         return nn.Module._apply(self, fn, recurse)
 
 
+def is_low_rank(layer: nn.Module) -> bool:
+    """Say whether a layer that is being called still has factors; a hook of the same call may have made it dense."""
+    return isinstance(layer, FactoredLayer) and (layer._handed_out is None or layer.settle())
+
+
 def _can_be_written(product: Tensor) -> bool:
     """Say whether what is handed out can be watched: nothing traces, and the memory is real."""
     return not (

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # torch's own custom
 
 from lightning_accel.low_rank.factors.convolution import LowRankConv, TuckerConv
-from lightning_accel.low_rank.factors.factored import DenseLayer, FactoredLayer, add_bias, check_sizes, reset_factors
+from lightning_accel.low_rank.factors.factored import (
+    DenseLayer,
+    FactoredLayer,
+    add_bias,
+    check_sizes,
+    is_low_rank,
+    reset_factors,
+)
 
 __all__ = ["LOW_RANK_TYPES", "LowRankConv", "LowRankLayer", "LowRankLinear", "TuckerConv"]
 
@@ -90,11 +97,11 @@ class LowRankLinear(FactoredLayer):
             return (("factor_in",), ("factor_out",))
         return (("factor_out",), ("factor_in",))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (*, in_features) to (*, out_features)."""
-        if self._handed_out is not None and not self.settle():
-            return type(self).forward(self, x)  # dense by now
-        return F.linear(F.linear(x, self.factor_in), self.factor_out, self.bias)
+        if not is_low_rank(self):
+            return type(self).forward(self, input)  # dense by now
+        return F.linear(F.linear(input, self.factor_in), self.factor_out, self.bias)
 
     def extra_repr(self) -> str:
         """Show sizes and rank."""
