@@ -183,6 +183,32 @@ def test_initializations_act(case, initialize):
     torch.testing.assert_close(layer(x), dense(x))
 
 
+@pytest.mark.filterwarnings("ignore:the `weight` of the low-rank layer `0`")
+def test_resetting_a_model_gives_the_new_values_of_the_dense_one(case):
+    def reset(module):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    dense, layer, x = case
+    model, plain = nn.Sequential(copy.deepcopy(dense)), nn.Sequential(dense)
+    swap(model, "0", layer)
+    for network in (model, plain):
+        torch.manual_seed(3)
+        network.apply(reset)
+    assert torch.equal(model(x), plain(x))
+    assert type(model[0]) is type(dense)
+
+
+def test_factors_that_were_made_by_hand_are_reset_as_factors(case):
+    _, layer, _ = case
+    before = [p.detach().clone() for p in layer.parameters()]
+    deviation = float(layer.weight.detach().std())
+    layer.reset_parameters()
+    assert isinstance(layer, LOW_RANK_TYPES)
+    assert not any(torch.equal(p, old) for p, old in zip(layer.parameters(), before, strict=True))
+    assert 0.3 * deviation < float(layer.weight.detach().std()) < 3.0 * deviation
+
+
 def test_all_parameters_can_be_written_as_a_vector(case):
     _, layer, x = case
     vector = nn.utils.parameters_to_vector(layer.parameters())

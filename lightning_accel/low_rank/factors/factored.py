@@ -109,6 +109,23 @@ class FactoredLayer(nn.Module):
             )
         return False
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Become dense with new values, as the dense layer draws them; factors made by hand are drawn anew."""
+        if not self.settle():
+            type(self).reset_parameters(self)
+            return
+        weight = self.weight
+        if not self.place:  # low rank on purpose
+            reset_factors(self, fan_in=weight[0].numel())
+            if self.bias is not None:
+                self.bias.zero_()
+            return
+        dense = self.dense_layer(nn.Parameter(torch.empty_like(weight)))
+        dense.reset_parameters()  # the bias, too: it is the same one
+        weight.copy_(dense.weight)
+        self.settle()
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign; a Parameter that is assigned to ``weight`` makes the layer dense."""
         if name != "weight":
