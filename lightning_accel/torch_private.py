@@ -254,6 +254,7 @@ USED_IN_PLACE = {
     "_foreach_norm": "likewise",
     "_foreach_sub_": "likewise",
     "_is_replica": "whether `DataParallel` made a module: a copy for one forward",
+    "_load_from_state_dict": "what `load_state_dict` calls for each module; layers that take other keys override it",
     "_log_softmax": "the operation that a traced `log_softmax` becomes",
     "_log_softmax_backward_data": "the operation that its gradient becomes",
     "_modules": "as `children_of`, written to",

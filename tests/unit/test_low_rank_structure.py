@@ -130,3 +130,12 @@ def test_bias_and_settings_survive_a_resize():
     adapt_structure(model, state)
     assert model[0].bias is bias
     assert model[0].extra_repr() == text.replace(str(decomposed(2.0)[0].ranks), "(2, 1)")
+
+
+def test_a_part_of_a_network_takes_dense_weights_by_itself():
+    model, source = nn.ModuleDict({"body": decomposed(2.0)}), net()
+    held = model["body"][4]
+    model["body"].load_state_dict(source.state_dict(), strict=True)
+    assert type(held) is nn.Linear
+    assert torch.equal(model["body"](X), source(X))
+    assert all(p.requires_grad for p in model.parameters())

@@ -297,10 +297,14 @@ def test_modules_are_moved_saved_and_replicated_through_the_methods_we_override(
             calls.append("saved")
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
+        def _load_from_state_dict(self, state_dict, prefix, *others):
+            calls.append(f"loaded {sorted(state_dict)} as {prefix}")
+            super()._load_from_state_dict(state_dict, prefix, *others)
+
     module = nn.Sequential(Watched(2, 2))
     module.double()
-    module.state_dict()
-    assert calls == ["moved", "saved"]
+    module.load_state_dict(module.state_dict())
+    assert calls == ["moved", "saved", "loaded ['0.bias', '0.weight'] as 0."]
     assert getattr(module[0]._replicate_for_data_parallel(), "_is_replica", False)
     assert not getattr(module[0], "_is_replica", False)
     assert torch.compile(module, backend="eager")._orig_mod is module

@@ -86,7 +86,7 @@ class FactoredLayer(nn.Module):
             if handed.is_over():
                 self._handed_out = None
             return True
-        trainable = any(getattr(self, factor).requires_grad for factor in self.factor_names)
+        trainable = self._trains()
         with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be trained
             now = self.product({name: getattr(self, name) for name in self.factor_names}).detach()
             value = now if value is None else value.clone()
@@ -147,6 +147,15 @@ class FactoredLayer(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.settle()
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        """Become dense where a dense weight comes in; whole networks may have adapted before, parts of one have not."""
+        if self.settle() and f"{prefix}weight" in state_dict and f"{prefix}factor_in" not in state_dict:
+            become(self, self.dense_layer(nn.Parameter(self.weight.detach().clone(), requires_grad=self._trains())))
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *others)
+
+    def _trains(self) -> bool:
+        return any(getattr(self, name).requires_grad for name in self.factor_names)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FactoredLayer":
         if self.settle():
