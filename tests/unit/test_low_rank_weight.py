@@ -155,6 +155,23 @@ def test_the_input_has_the_name_that_it_has_in_a_dense_layer(case):
     assert torch.equal(layer(input=x), layer(x))
 
 
+def test_freezing_and_thawing_the_weight_freezes_and_thaws_the_factors(case):
+    _, layer, x = case
+    factors = [getattr(layer, name) for name in layer.factor_names]
+    layer.weight.requires_grad = False
+    assert not any(factor.requires_grad for factor in factors)
+    assert not layer.weight.requires_grad
+    assert layer.bias.requires_grad
+    assert layer.weight.requires_grad_().requires_grad is False, "the same product, still outside of any graph"
+    assert all(factor.requires_grad for factor in factors)
+    layer(x).sum().backward()
+    assert layer.weight.requires_grad
+    assert all(bool(factor.grad.any()) for factor in factors)
+    with torch.no_grad(), pytest.warns(UserWarning, match="was written into"):
+        layer.weight.fill_(0.5).requires_grad_(False)
+    assert not layer.weight.requires_grad
+
+
 def test_many_reads_keep_no_memory(case):
     _, layer, _ = case
     for _ in range(20):

@@ -55,6 +55,24 @@ class DenseWeight(Tensor, metaclass=_OfTensors):
         else:
             handed.set_gradient(value)
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether this product needs a gradient; setting it freezes or thaws the factors."""
+        return super().requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "DenseWeight":
+        """Freeze or thaw the factors, as it would the dense weight."""
+        handed = self._of_layer()
+        if handed is None:
+            super().requires_grad_(requires_grad)
+        else:
+            handed.set_trainable(requires_grad)
+        return self
+
     def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
         """Keep a hook for the weight that the layer becomes; torch has none for what is computed."""
         hooks = self.__dict__.setdefault("_later_hooks", OrderedDict())
@@ -165,6 +183,14 @@ class HandedOut:
         else:
             self._assigned = value
             layer.settle()
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Freeze or thaw the factors, or the weight that the layer has become."""
+        layer: Any = self.layer()
+        if layer is not None:
+            names = layer.factor_names if layer.settle() else ("weight",)
+            for name in names:
+                getattr(layer, name).requires_grad_(trainable)
 
     def is_over(self) -> bool:
         """Say whether nobody else holds the memory, so that nobody can write into it any more."""
