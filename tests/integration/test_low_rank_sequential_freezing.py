@@ -119,6 +119,20 @@ def test_what_the_user_freezes_and_thaws_on_the_way_is_respected(tmp_path):
     assert all(p.requires_grad for p in module.parameters())
 
 
+def test_a_layer_that_the_user_freezes_as_a_whole_rests_as_a_whole(tmp_path):
+    class User(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.net[4].requires_grad_(trainer.current_epoch not in (1, 2, 5))
+
+    module, watch = low_rank_classifier(), Watch()
+    train(module, [User(), SequentialFreezing(), watch], tmp_path, epochs=6)
+    factors = {f"net.4.{name}" for name in module.net[4].factor_names}
+    for epoch, _, _, resting in watch.rows:
+        by_user = factors | {"net.4.bias"} if epoch in (1, 2, 5) else set()
+        assert resting == groups(module)[epoch % 2] | by_user, epoch
+    assert {name for name, p in module.named_parameters() if not p.requires_grad} == factors | {"net.4.bias"}
+
+
 def test_logs_phase_frozen_parameters_and_step_time(tmp_path):
     logger = CSVLogger(tmp_path)
     module = low_rank_classifier()

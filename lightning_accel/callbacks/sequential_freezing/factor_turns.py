@@ -1,6 +1,7 @@
 """Applying phases of sequential freezing to a module, and taking them back."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import lightning.pytorch as pl
@@ -24,6 +25,7 @@ class FactorTurns:
         schedule: Of the phases.
         adaptive: Decides in ``mode="adaptive"``, where the schedule does not.
         frozen: Full names of what was frozen here, never of what the user froze.
+        left: Full names of the factors that were left to train.
         applied: The present phase in a tuple; None before the first one.
         total: Epochs (or steps, the schedule's unit) that the run lasts; None if nobody asks.
         began: Whether any phase was applied in this fit.
@@ -32,6 +34,7 @@ class FactorTurns:
     schedule: FreezingSchedule
     adaptive: AdaptiveFreezing
     frozen: set[str] = field(default_factory=set)
+    left: set[str] = field(default_factory=set)
     applied: tuple[Phase] | None = None
     total: int | None = None
     began: bool = False
@@ -42,7 +45,7 @@ class FactorTurns:
         self.adaptive = AdaptiveFreezing(
             threshold=old.threshold, window_steps=old.window_steps, max_events=old.max_events
         )
-        self.frozen, self.applied, self.total, self.began = set(), None, None, False
+        self.frozen, self.left, self.applied, self.total, self.began = set(), set(), None, None, False
 
     def phase(self, trainer: "pl.Trainer") -> Phase:
         """Return the phase that the run should be in: a pure function of its progress, but for the adaptive mode."""
@@ -62,13 +65,15 @@ class FactorTurns:
         if self.applied == (phase,):
             return False
         before = _trainable(pl_module)
-        by_user = {name for name, trains in before.items() if not trains} - self.frozen
+        by_user = {name for name, trains in before.items() if not trains} - (self.frozen - self._meant_by_user(before))
         if self.schedule.mode == "adaptive":
             now = set(self.adaptive.apply(pl_module, user_frozen=by_user))
         else:
             now = set(freeze(pl_module, phase if isinstance(phase, int) else None, user_frozen=by_user))
         self.frozen, self.applied = now - by_user, (phase,)
-        if before != _trainable(pl_module):
+        after = _trainable(pl_module)
+        self.left = {name for name in factor_parameter_names(pl_module) if after[name]}
+        if before != after:
             rewrap_ddp(trainer)
         if trainer.is_global_zero:
             _log.info(
@@ -84,10 +89,17 @@ class FactorTurns:
 
     def thaw(self, module: nn.Module) -> None:
         """Make everything trainable again that was frozen here."""
+        ours = self.frozen - self._meant_by_user(_trainable(module))
         for name, parameter in module.named_parameters():
-            if name in self.frozen:
+            if name in ours:
                 parameter.requires_grad_(True)
-        self.frozen, self.applied = set(), None
+        self.frozen, self.left, self.applied = set(), set(), None
+
+    def _meant_by_user(self, now: Mapping[str, bool]) -> set[str]:
+        """Return the factors at rest whose layers were frozen meanwhile: nothing of these trains that did before."""
+        train = {_layer(name) for name in self.left if now.get(name, True)}
+        frozen = {_layer(name) for name in self.left} - train
+        return {name for name in self.frozen if _layer(name) in frozen}
 
     def values(self, module: nn.Module) -> dict[str, float]:
         """Return the phase in numbers, to be logged."""
@@ -107,6 +119,10 @@ def steps_of(trainer: "pl.Trainer", schedule: FreezingSchedule) -> int:
     if trainer.lightning_module.automatic_optimization or batches <= 0:
         return steps
     return batches if steps == 0 or (schedule.period_steps or 1) * batches < steps else steps
+
+
+def _layer(factor: str) -> str:
+    return factor.rpartition(".")[0]
 
 
 def _trainable(module: nn.Module) -> dict[str, bool]:
