@@ -35,7 +35,7 @@ def find_copies(layers: Mapping[str, nn.Module]) -> dict[str, str]:
             one, other = weights[a], weights[b]
             assert one is not None
             assert other is not None
-            if _may_be_copies(a, one, b, other) and _alike(one, other):
+            if _may_be_copies(a, one, b, other) and alike(one, other):
                 found |= _below(layers, *_roots(a, b))
     return found
 
@@ -48,7 +48,8 @@ def _may_be_copies(a: str, one: nn.Parameter, b: str, other: nn.Parameter) -> bo
     return _without_numbers(a) != _without_numbers(b)
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Say whether two tensors of one shape point the same way, as a weight and an average of it do."""
     x, y = (w.detach().flatten()[:_ENTRIES].double() for w in (one, other))
     norms = float(x.norm() * y.norm())
     if norms == 0.0:

@@ -171,6 +171,65 @@ class HiddenCopy(Net):
             average.data.mul_(0.9).add_(p.detach(), alpha=0.1)
 
 
+class AverageOfWhatTrains(Net):
+    def __init__(self):
+        super().__init__()
+        self.fc1.bias.requires_grad_(False)
+        self.shadow = [p.detach().clone() for p in self.trained()]
+
+    def trained(self):
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def on_train_batch_end(self, *_):
+        for average, p in zip(self.shadow, self.trained(), strict=True):
+            average.mul_(0.9).add_(p.detach(), alpha=0.1)
+
+
+class Averages(nn.Module):
+    """Keeps averages in buffers, whose names have no dots, as diffusion models do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.name_of = {name: name.replace(".", "") for name, _ in model.named_parameters()}
+        for name, p in model.named_parameters():
+            self.register_buffer(self.name_of[name], p.detach().clone())
+
+    @torch.no_grad()
+    def update(self, model):
+        for name, p in model.named_parameters():
+            self.get_buffer(self.name_of[name]).mul_(0.9).add_(p, alpha=0.1)
+
+
+class AverageInBuffers(Net):
+    def __init__(self):
+        super().__init__()
+        self.averages = Averages(self)
+
+    def on_train_batch_end(self, *_):
+        self.averages.update(self)
+
+
+class AverageInAParameterList(Net):
+    def __init__(self):
+        super().__init__()
+        self.averages = nn.ParameterList(nn.Parameter(p.detach().clone(), False) for p in self.parameters())
+
+    def on_train_batch_end(self, *_):
+        for average, (_, p) in zip(self.averages, self.named_parameters(), strict=False):
+            average.mul_(0.9).add_(p.detach(), alpha=0.1)
+
+
+class ArraysByName(Net):
+    """Keeps what the weights were at the beginning, to say how far they have moved."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = {name: p.detach().numpy().copy() for name, p in self.named_parameters()}
+
+    def on_train_batch_end(self, *_):
+        self.moved = {name: float((p.detach().numpy() - self.start[name]).max()) for name, p in self.named_parameters()}
+
+
 class OwnWrapper(torch.optim.Optimizer):
     def __init__(self, parameters):
         self.inner = torch.optim.SGD(parameters, lr=0.1)
@@ -194,6 +253,10 @@ HELD = {
     "weights": (WeightsInAList, "`weights` of WeightsInAList holds the weight of `fc1`"),
     "average by name": (AverageByName, "`shadow` of AverageByName keeps values by the names"),
     "average by position": (AverageByPosition, "`shadow` of AverageByPosition keeps tensors like"),
+    "average of what trains": (AverageOfWhatTrains, "`shadow` of AverageOfWhatTrains holds a tensor like"),
+    "buffers": (AverageInBuffers, "the buffer `fc1weight` of Averages `averages` holds a tensor like"),
+    "parameter list": (AverageInAParameterList, "`0` of ParameterList `averages` holds a tensor like"),
+    "arrays by name": (ArraysByName, "`start` of ArraysByName keeps values by the names"),
     "hidden copy": (HiddenCopy, "`teacher` of HiddenCopy holds a HiddenCopy that has the parameters"),
     "optimizer": (Wrapped, "OwnWrapper keeps tensors of its own in `inner`"),
 }
@@ -244,6 +307,14 @@ def test_weight_that_a_callback_holds_stays_dense_and_constrained():
     with warned("`held` of Constrains holds the weight of `fc2`"):
         fit(module, low_rank(), Constrains())
     assert float(module.fc2.weight.detach().abs().max()) < 0.1001
+
+
+def test_callbacks_of_packages_named_like_lightning_are_looked_through(monkeypatch):
+    monkeypatch.setattr(Constrains, "__module__", "lightning_of_others.callbacks")
+    module = Net()
+    with warned("`held` of Constrains holds the weight of `fc2`"):
+        fit(module, low_rank(), Constrains())
+    assert not low_rank_layers(module)
 
 
 class Shelf:
