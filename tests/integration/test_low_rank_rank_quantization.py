@@ -23,7 +23,15 @@ from lightning_accel.callbacks.rank_quantization import decision as _decision
 from lightning_accel.callbacks.rank_quantization import request as _request
 from lightning_accel.callbacks.rank_quantization import step_times as _step_times
 from lightning_accel.callbacks.rank_quantization import switch as _switch
-from lightning_accel.low_rank import LowRankLinear, RankPlan, eligible_layers, factorize, low_rank_layers, make_plan
+from lightning_accel.low_rank import (
+    LowRankLinear,
+    RankPlan,
+    eligible_layers,
+    factorize,
+    low_rank_layers,
+    make_plan,
+    merge,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
 
@@ -301,6 +309,20 @@ def test_saved_plan_repeats_the_run(tmp_path):
     assert repeat.plan == callback.plan
 
 
+@pytest.mark.parametrize("merged", [[], ["net.4"]])
+def test_a_plan_goes_on_with_layers_that_are_low_rank_already(merged, tmp_path, caplog):
+    module, callback = Classifier(), fixed(on_loss="keep")
+    train(module, [callback], tmp_path)
+    merge(module, merged)
+    kept = {name: layer.factor_in for name, layer in low_rank_layers(module).items()}
+    with caplog.at_level(logging.INFO):
+        train(module, [RankQuantization(plan=callback.plan, when=0)], tmp_path)
+    layers = low_rank_layers(module)
+    assert set(layers) == {layer.name for layer in callback.plan.layers if layer.ranks is not None}
+    assert all(layers[name].factor_in is factor for name, factor in kept.items())
+    assert f"{len(merged) or len(layers)} layers are low rank now" in caplog.text
+
+
 def test_plan_of_another_model_leaves_the_module_as_it_was(tmp_path):
     other = make_plan(Classifier(width=48), None, ratio=2.0, method="fixed")
     module = Classifier()
@@ -543,7 +565,7 @@ def test_activation_weighting_uses_the_real_inputs(tmp_path):
     assert callback.plan.weighting == "activation"
     assert low_rank_layers(module)
     again = Classifier()
-    train(again, [RankQuantization(plan=callback.plan)], tmp_path)
+    train(again, [RankQuantization(plan=callback.plan, when=0)], tmp_path)
     assert set(low_rank_layers(again)) == set(low_rank_layers(module))
 
 

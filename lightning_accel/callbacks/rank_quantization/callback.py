@@ -39,6 +39,7 @@ from lightning_accel.callbacks.rank_quantization.switch import (
     follow_back_in_finetuning,
     follow_in_finetuning,
     keep_held_dense,
+    still_dense,
 )
 from lightning_accel.callbacks.rank_quantization.update_matching import UpdateMatching
 from lightning_accel.callbacks.rank_quantization.verdict import Verdict, ranks_of
@@ -199,8 +200,7 @@ class RankQuantization(TakesLayers, pl.Callback):
         self._exchanged.resume(pl_module)
         self._updates.begin(trainer, pl_module)
         if self._outcome is None:
-            request = self.decision.request
-            check_something_to_factor(pl_module, request.include, request.exclude)
+            check_something_to_factor(pl_module, self.decision.request.include, self.decision.request.exclude)
         self._shares = isinstance(trainer.strategy, SharesLayers)
 
     @override
@@ -293,10 +293,10 @@ class RankQuantization(TakesLayers, pl.Callback):
             self._leave_dense(trainer, pl_module, verdict)
             return
         self.plan = keep_held_dense(verdict.explained(), trainer, pl_module)
-        planned = list(ranks_of(self.plan))
+        planned = still_dense(self.plan, pl_module)
         if not planned:
             self.decision.forget()
-            self._settle(trainer, pl_module, verdict, ())
+            self._settle(trainer, pl_module, verdict, list(ranks_of(self.plan)))
             return
         if why := why_not_exchanged(trainer, pl_module, planned):
             refused = reasons.NotExchanged(why)

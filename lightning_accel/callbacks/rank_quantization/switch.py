@@ -48,9 +48,15 @@ def keep_held_dense(plan: RankPlan, trainer: "pl.Trainer", module: nn.Module) ->
     return _keep_hidden_dense(plan, trainer, module)
 
 
+def still_dense(plan: RankPlan, module: nn.Module) -> list[str]:
+    """Return the layers that a plan makes low rank, without those that are so already (in a module trained before)."""
+    factored = low_rank_layers(module)
+    return [layer.name for layer in plan.layers if layer.ranks is not None and layer.name not in factored]
+
+
 def _untrained(plan: RankPlan, trainer: "pl.Trainer", module: nn.Module) -> set[str]:
     """Return the low-rank layers of a plan whose trainable weights no optimizer holds."""
-    planned = [layer.name for layer in plan.layers if layer.ranks is not None]
+    planned = still_dense(plan, module)
     return set(orphans(trainer.optimizers, {name: module.get_parameter(f"{name}.weight") for name in planned}))
 
 
