@@ -416,6 +416,80 @@ def test_parameters_that_are_clipped_between_steps_are_weights_again():
     assert float(module.fc2.weight.detach().abs().max()) < 0.0501
 
 
+class FreezesOnTheWay(Net):
+    def on_train_batch_start(self, batch, index):
+        if (self.current_epoch, index) == (1, 0):  # the batch of the switch
+            self.fc2.requires_grad_(False)
+            self.kept = self.fc2.weight.detach().clone()
+
+
+class ClipsAndFreezes(Clipped, FreezesOnTheWay):
+    pass
+
+
+def test_layer_that_is_frozen_after_the_switch_rests_and_the_others_train():
+    module = FreezesOnTheWay()
+    fit(module, low_rank(), epochs=4)
+    assert set(low_rank_layers(module)) == {"fc1", "fc2"}
+    assert torch.equal(module.fc2.weight, module.kept)
+
+
+def test_layer_that_goes_back_is_as_frozen_as_it_was():
+    module = ClipsAndFreezes()
+    with warned("writes into the parameters of"):
+        fit(module, low_rank())
+    assert not low_rank_layers(module)
+    assert {name for name, p in module.named_parameters() if not p.requires_grad} == {"fc2.weight", "fc2.bias"}
+
+
+class ReplacesALayer(Net):
+    """Puts another layer in the place of one, and gives it to the optimizer, as for the classes of a next task."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 2:
+            self.fc2 = nn.Linear(WIDTH, WIDTH)
+            self.optimizers().add_param_group({"params": list(self.fc2.parameters())})
+
+
+class RemovesALayer(Net):
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(WIDTH, WIDTH)
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        return loss + self.extra(self.fc1(batch[0])).square().mean() if hasattr(self, "extra") else loss
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 2:
+            del self.extra
+
+
+def test_layer_that_is_replaced_or_removed_on_the_way_is_nobodys_concern():
+    module = ReplacesALayer()
+    trainer = fit(module, low_rank(), epochs=4)
+    held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    assert sum(p is module.fc2.weight for p in held) == 1
+    assert set(low_rank_layers(module)) == {"fc1"}
+    other = RemovesALayer()
+    fit(other, low_rank({"fc1": (8,), "extra": (10,)}), epochs=4)
+    assert set(low_rank_layers(other)) == {"fc1"}
+
+
+def test_weight_that_is_replaced_and_given_to_the_optimizer_is_updated_once_a_step():
+    class Module(Net):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 2:
+                self.fc2.weight = nn.Parameter(0.1 * torch.randn(WIDTH, WIDTH))
+                self.optimizers().add_param_group({"params": [self.fc2.weight]})
+
+    module = Module()
+    with warned("its weight was written into"):
+        trainer = fit(module, low_rank(), epochs=4)
+    held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    assert sum(p is module.fc2.weight for p in held) == 1
+
+
 class NeverCalled(Net):
     def __init__(self):
         super().__init__()

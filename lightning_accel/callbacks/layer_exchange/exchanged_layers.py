@@ -1,6 +1,7 @@
 """Low-rank layers in a running fit: followed when they become dense, put back when they do not train."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import lightning.pytorch as pl
@@ -31,6 +32,7 @@ class ExchangedLayers:
 
     first: FirstSteps | None = None
     factors: dict[str, tuple[nn.Parameter, ...]] = field(default_factory=dict)
+    _layers: dict[str, nn.Module] = field(default_factory=dict)  # these: others may stand in their places by now
 
     def begin(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exchange: Exchange) -> None:
         """Watch layers that were exchanged just now."""
@@ -40,14 +42,14 @@ class ExchangedLayers:
 
     def resume(self, module: nn.Module) -> None:
         """Watch layers that were low rank before; what they were is not known any more."""
-        self.first, self.factors = None, {}
+        self.end()
         for name, layer in low_rank_layers(module).items():
-            self.factors[name] = factors_of(layer)
+            self.factors[name], self._layers[name] = factors_of(layer), layer
             layer.followed = True
 
     def end(self) -> None:
         """Forget everything."""
-        self.first, self.factors = None, {}
+        self.first, self.factors, self._layers = None, {}, {}
 
     def at_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[str, str]:
         """Return layers that are dense from now on, each with the reason."""
@@ -81,30 +83,27 @@ class ExchangedLayers:
             if trainer.strategy.reduce_boolean_decision(name in idle and name in self.factors, all=True)
         ]
         for name in alike:
-            place = pl_module.get_submodule(name)
-            training = place.training
-            become(place, first.exchange.dense[name])
-            place.train(training)
+            self._put_back(name, first.exchange.dense[name])
         self._now_dense(trainer, pl_module, alike)
         return dict.fromkeys(alike, f"it got no gradient in {first.steps} steps")
 
     def _written(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[str, str]:
         """Give the optimizers the weights of layers that became dense by themselves."""
-        names = [name for name in self.factors if not _is_low_rank(pl_module.get_submodule(name))]
-        hooked = {name for name in names if gradient_hooks_of(weight_of(pl_module.get_submodule(name)))}
+        names = [name for name, layer in self._layers.items() if not _is_low_rank(layer)]
+        hooked = {name for name in names if gradient_hooks_of(weight_of(self._layers[name]))}
         self._now_dense(trainer, pl_module, names)
         return {name: HOOKED if name in hooked else WRITTEN for name in names}
 
     def _now_dense(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: list[str]) -> None:
-        for name in names:
-            weight = weight_of(pl_module.get_submodule(name))
+        layers = {name: self._layers.pop(name) for name in names}
+        for name, layer in layers.items():
+            factors = self.factors.pop(name)
             for optimizer in trainer.optimizers:
-                put_weight(optimizer, self.factors[name], weight)
-            del self.factors[name]
+                put_weight(optimizer, factors, weight_of(layer))
         if names:
             if self.first is not None:
                 self.first.forget(names)
-            _let_others_follow(trainer, pl_module, names)
+            _let_others_follow(trainer, pl_module, layers)
 
     def _judged(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", why: str | None) -> dict[str, str]:
         """Put all layers back if something is wrong with one, on any process."""
@@ -114,27 +113,33 @@ class ExchangedLayers:
             return {}
         exchange = self.first.exchange
         names = [name for name in exchange.names if name in self.factors]
-        for name in names:
-            place = pl_module.get_submodule(name)
-            training = place.training
-            become(place, exchange.dense[name])
-            place.train(training)
-            weight_of(place).grad = None
+        layers = {name: self._layers[name] for name in names}
+        for name, layer in layers.items():
+            self._put_back(name, exchange.dense[name])
+            weight_of(layer).grad = None
         for replacement in exchange.replacements:
             undo_replacement(replacement, [weight_of(exchange.dense[name]) for name in names])
         self.end()
-        _let_others_follow(trainer, pl_module, names)
+        _let_others_follow(trainer, pl_module, layers)
         return dict.fromkeys(names, why or "another process found that they can not be exchanged")
 
+    def _put_back(self, name: str, dense: nn.Module) -> None:
+        """Let a layer be what it was, as frozen as it is by now."""
+        layer, trains = self._layers[name], any(factor.requires_grad for factor in self.factors[name])
+        training = layer.training
+        become(layer, dense)
+        layer.train(training)
+        weight_of(layer).requires_grad_(trains)
 
-def _let_others_follow(trainer: "pl.Trainer", pl_module: "pl.LightningModule", names: list[str]) -> None:
+
+def _let_others_follow(trainer: "pl.Trainer", pl_module: "pl.LightningModule", layers: Mapping[str, nn.Module]) -> None:
     rewrap_ddp(trainer)
     for average in averaged_modules(trainer):
-        for name in names:
+        for name, layer in layers.items():
             old = average.get_submodule(name)
             with torch.no_grad():
-                become(old, copy.deepcopy(pl_module.get_submodule(name)).to(next(old.parameters()).device))
-    tell_callbacks(trainer, pl_module, names)
+                become(old, copy.deepcopy(layer).to(next(old.parameters()).device))
+    tell_callbacks(trainer, pl_module, list(layers))
 
 
 def _is_low_rank(layer: nn.Module) -> bool:

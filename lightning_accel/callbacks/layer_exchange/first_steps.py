@@ -99,8 +99,12 @@ class FirstSteps:
         return self._idle(module) - self.exchange.trained if self.exchange.trained else set()
 
     def _idle(self, module: nn.Module) -> set[str]:
-        wanted = (name for name in self._layers(module) if weight_of(self.exchange.dense[name]).requires_grad)
-        return {name for name in wanted if name not in self._trained}
+        frozen = {name for name, layer in self.exchange.dense.items() if not weight_of(layer).requires_grad}
+        layers = self._layers(module)
+        since = {
+            name for name, layer in layers.items() if not any(factor.requires_grad for factor in factors_of(layer))
+        }
+        return layers.keys() - frozen - since - self._trained
 
     @property
     def steps(self) -> int:

@@ -130,6 +130,8 @@ def undo_replacement(replacement: Replacement, weights: Collection[nn.Parameter]
 def put_weight(optimizer: torch.optim.Optimizer, factors: Sequence[nn.Parameter], weight: nn.Parameter) -> bool:
     """Let a dense weight, without a state, take the place of the first of its factors; return whether it had one."""
     first, *others = factors
+    if any(parameter is weight for group in optimizer.param_groups for parameter in group["params"]):
+        others = list(factors)  # somebody has put it there already
     for group in optimizer.param_groups:
         group["params"][:] = [
             weight if parameter is first else parameter
