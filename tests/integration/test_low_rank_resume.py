@@ -58,6 +58,25 @@ def test_fresh_times_that_differ_change_nothing(freezing, first_pays, tmp_path, 
         assert all(torch.equal(one[i]["momentum_buffer"], other[i]["momentum_buffer"]) for i in one)
 
 
+def test_weights_are_those_of_the_checkpoint_before_its_layers_are_in_their_places(tmp_path):
+    class CopiesATeacher(Classifier):
+        def configure_optimizers(self):
+            self.teacher = {id(layer): layer.weight.detach().clone() for layer in (self.net[0], self.net[4])}
+            return super().configure_optimizers()
+
+    def low_rank():
+        return RankQuantization(ratio=2.0, method="fixed", when="setup", on_loss="keep", exclude=["net.6"])
+
+    module = Classifier()
+    trainer = train(module, [low_rank()], tmp_path)
+    trainer.save_checkpoint(tmp_path / "low_rank.ckpt")
+    assert set(low_rank_layers(module)) == {"net.0", "net.4"}
+    resumed = CopiesATeacher()
+    train(resumed, [low_rank()], tmp_path, ckpt_path=tmp_path / "low_rank.ckpt")
+    for index in (0, 4):
+        torch.testing.assert_close(resumed.teacher[id(resumed.net[index])], module.net[index].weight.detach())
+
+
 def test_unequal_phases_in_a_fit(tmp_path):
     class Watch(Callback):
         def __init__(self):

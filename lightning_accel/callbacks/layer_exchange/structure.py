@@ -23,7 +23,7 @@ from lightning_accel.callbacks.layer_exchange.first_steps import Exchange, facto
 from lightning_accel.lightning_private import averaged_modules, every_callback
 from lightning_accel.low_rank import adapt_structure, low_rank_layers, merge, replace_parameters
 from lightning_accel.low_rank.decompose import swap
-from lightning_accel.low_rank.factors.layers import LOW_RANK_TYPES
+from lightning_accel.low_rank.factors.layers import LOW_RANK_TYPES, LowRankConv
 from lightning_accel.low_rank.in_place import as_it_is
 from lightning_accel.low_rank.optimizers.exchange import ProjectState
 
@@ -96,11 +96,13 @@ class StructureHook:
         held = {f"{prefix}{name}.{factor}" for name in incoming for factor in FACTORS}
         adapt_structure(module, {key: value for key, value in state_dict.items() if key not in held}, prefix)
         for name in incoming:
+            factors: dict[str, Tensor] = {}
             for factor in FACTORS:
                 if (key := f"{prefix}{name}.{factor}") in state_dict:
-                    self.held[f"{name}.{factor}"] = state_dict.pop(key).detach().clone()
-            # The value does not matter: the factors replace it before anything reads it.
-            state_dict[f"{prefix}{name}.weight"] = module.get_parameter(f"{name}.weight").detach().clone()
+                    factors[factor] = state_dict.pop(key).detach().clone()
+            self.held |= {f"{name}.{factor}": value for factor, value in factors.items()}
+            # Until the factors are in their places, others may read it: `configure_optimizers`, who copies a teacher.
+            state_dict[f"{prefix}{name}.weight"] = LowRankConv.product(factors)  # as of a linear layer
 
     def defer(self) -> None:
         """Hold factors back until `release`."""
