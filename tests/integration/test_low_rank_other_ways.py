@@ -253,9 +253,12 @@ HELD = {
     "weights": (WeightsInAList, "`weights` of WeightsInAList holds the weight of `fc1`"),
     "average by name": (AverageByName, "`shadow` of AverageByName keeps values by the names"),
     "average by position": (AverageByPosition, "`shadow` of AverageByPosition keeps tensors like"),
-    "average of what trains": (AverageOfWhatTrains, "`shadow` of AverageOfWhatTrains holds a tensor like"),
-    "buffers": (AverageInBuffers, "the buffer `fc1weight` of Averages `averages` holds a tensor like"),
-    "parameter list": (AverageInAParameterList, "`0` of ParameterList `averages` holds a tensor like"),
+    "average of what trains": (
+        AverageOfWhatTrains,
+        "`shadow` of AverageOfWhatTrains keeps tensors like",
+    ),
+    "buffers": (AverageInBuffers, "Averages `averages` in its buffers keeps tensors like"),
+    "parameter list": (AverageInAParameterList, "ParameterList `averages` keeps tensors like"),
     "arrays by name": (ArraysByName, "`start` of ArraysByName keeps values by the names"),
     "hidden copy": (HiddenCopy, "`teacher` of HiddenCopy holds a HiddenCopy that has the parameters"),
     "optimizer": (Wrapped, "OwnWrapper keeps tensors of its own in `inner`"),
@@ -272,6 +275,18 @@ def test_model_whose_layers_or_weights_others_hold_trains_as_plain_and_says_who(
     assert not low_rank_layers(module)
     assert words in callback.plan.reason
     assert_equal(plain, module)
+
+
+class Lazy(Net):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Sequential(nn.LazyBatchNorm1d(), nn.LazyLinear(4))
+
+
+def test_layers_without_a_shape_before_the_first_batch_are_no_problem_for_the_others():
+    module = Lazy()
+    fit(module, low_rank(when=0))
+    assert set(low_rank_layers(module)) == {"fc1", "fc2"}
 
 
 class MadeOfAPart(Net):
@@ -488,6 +503,22 @@ def test_weight_that_is_replaced_and_given_to_the_optimizer_is_updated_once_a_st
         trainer = fit(module, low_rank(), epochs=4)
     held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
     assert sum(p is module.fc2.weight for p in held) == 1
+
+
+class GroupsByName(Net):
+    def configure_optimizers(self):
+        weights = [p for name, p in self.named_parameters() if name.endswith("weight")]
+        others = [p for name, p in self.named_parameters() if name.endswith("bias")]
+        return torch.optim.AdamW([{"params": weights}, {"params": others, "weight_decay": 0.0}], 1e-2)
+
+
+def test_second_fit_whose_groups_leave_the_factors_out_says_so():
+    module, callback = GroupsByName(), low_rank()
+    fit(module, callback)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(module, callback)
+    assert [w for w in told if str(w.message).startswith("no optimizer holds the factors of `fc1`, `fc2`: this fit")]
 
 
 class NeverCalled(Net):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import lightning.pytorch as pl
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_accel.callbacks.layer_exchange.first_steps import Exchange, FirstSteps, factors_of, weight_of
@@ -14,7 +15,7 @@ from lightning_accel.lightning_private import averaged_modules
 from lightning_accel.low_rank import low_rank_layers
 from lightning_accel.low_rank.factors.layers import LOW_RANK_TYPES
 from lightning_accel.low_rank.in_place import become
-from lightning_accel.low_rank.optimizers.exchange import put_weight, undo_replacement
+from lightning_accel.low_rank.optimizers.exchange import orphans, put_weight, undo_replacement
 from lightning_accel.torch_private import gradient_hooks_of
 
 WRITTEN = "its weight was written into, which factors can not follow"
@@ -36,12 +37,26 @@ class ExchangedLayers:
 
     def begin(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exchange: Exchange) -> None:
         """Watch layers that were exchanged just now."""
-        self.resume(pl_module)
+        self._watch(pl_module)
         if exchange.names and not isinstance(trainer.strategy, SharesLayers):  # where others move parameters, too
             self.first = FirstSteps(exchange)
 
-    def resume(self, module: nn.Module) -> None:
-        """Watch layers that were low rank before; what they were is not known any more."""
+    def resume(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Watch layers that were low rank before, and say which of them this fit will not train."""
+        self._watch(pl_module)
+        if not trainer.optimizers or isinstance(trainer.strategy, SharesLayers):
+            return
+        named = {name: {str(i): factor for i, factor in enumerate(self.factors[name])} for name in self.factors}
+        untrained = [name for name in named if len(orphans(trainer.optimizers, named[name])) == len(named[name])]
+        if untrained:
+            names = ", ".join(f"`{name}`" for name in untrained)
+            rank_zero_warn(
+                f"no optimizer holds the factors of {names}: this fit leaves these low-rank layers as they are. Where "
+                "`configure_optimizers` chooses parameters by their names, it has to take `factor_in`, `core` and "
+                "`factor_out`, too; or make the module dense before (`lightning_accel.low_rank.merge`)."
+            )
+
+    def _watch(self, module: nn.Module) -> None:
         self.end()
         for name, layer in low_rank_layers(module).items():
             self.factors[name], self._layers[name] = factors_of(layer), layer

@@ -197,7 +197,7 @@ class RankQuantization(TakesLayers, pl.Callback):
                 exchange_layers_in_fit(trainer, pl_module, functools.partial(load_factors, held))
             self._outcome = "low rank"
             follow_in_finetuning(trainer, pl_module, low_rank_layers(pl_module))
-        self._exchanged.resume(pl_module)
+        self._exchanged.resume(trainer, pl_module)
         self._updates.begin(trainer, pl_module)
         if self._outcome is None:
             check_something_to_factor(pl_module, self.decision.request.include, self.decision.request.exclude)
