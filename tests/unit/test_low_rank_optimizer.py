@@ -324,6 +324,24 @@ def test_undo_puts_weights_and_states_back():
     assert low.factor_in not in optimizer.state
 
 
+@pytest.mark.parametrize("back", ["undone", "dense"])
+def test_named_parameters_keep_names_that_are_theirs(back):
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4))
+    weight = model[0].weight
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    (group,) = optimizer.param_groups
+    layer = factorize(model[0], (3,))
+    done = replace_parameters(optimizer, {weight: layer})
+    assert group["param_names"] == ["0.factor_in", "0.factor_out", "0.bias", "1.weight", "1.bias"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    if back == "undone":
+        undo_replacement(done)
+    else:
+        put_weight(optimizer, (layer.factor_in, layer.factor_out), weight)
+    assert optimizer.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
+    assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], model.parameters(), strict=True))
+
+
 def test_merged_weights_take_the_place_of_their_factors_with_fresh_moments():
     torch.manual_seed(0)
     low = factorize(nn.Linear(6, 5), (3,))

@@ -83,15 +83,15 @@ def replace_parameters(
     states = {weight: dict(optimizer.state[weight]) for weight in replaced if weight in optimizer.state}
     fresh: list[str] = []
     projected = 0
+
+    def factors_with_names(parameter: nn.Parameter, name: str) -> list[tuple[nn.Parameter, str]]:
+        if parameter not in replaced:
+            return [(parameter, name)]
+        layer, place = replaced[parameter], name.removesuffix("weight")
+        return [(getattr(layer, factor), place + factor) for factor in layer.factor_names]
+
     for group in optimizer.param_groups:
-        parameters: list[nn.Parameter] = []
-        for parameter in group["params"]:
-            if parameter in replaced:
-                layer = replaced[parameter]
-                parameters.extend(_factors_of(layer))
-            else:
-                parameters.append(parameter)
-        group["params"][:] = parameters
+        _rewrite(group, factors_with_names)
     options = {
         parameter: group for group, held in zip(optimizer.param_groups, lists, strict=True) for parameter in held
     }
@@ -132,14 +132,27 @@ def put_weight(optimizer: torch.optim.Optimizer, factors: Sequence[nn.Parameter]
     first, *others = factors
     if any(parameter is weight for group in optimizer.param_groups for parameter in group["params"]):
         others = list(factors)  # somebody has put it there already
+
+    def weight_with_name(parameter: nn.Parameter, name: str) -> list[tuple[nn.Parameter, str]]:
+        if any(parameter is other for other in others):
+            return []
+        return [(weight, name.removesuffix("factor_in") + "weight") if parameter is first else (parameter, name)]
+
     for group in optimizer.param_groups:
-        group["params"][:] = [
-            weight if parameter is first else parameter
-            for parameter in group["params"]
-            if not any(parameter is other for other in others)
-        ]
+        _rewrite(group, weight_with_name)
     states = [optimizer.state.pop(factor, None) for factor in factors]
     return any(states)
+
+
+def _rewrite(
+    group: dict[str, Any], rewritten: Callable[[nn.Parameter, str], Sequence[tuple[nn.Parameter, str]]]
+) -> None:
+    """Change a group's parameters in place, and their names, if they have any (``Adam(model.named_parameters())``)."""
+    names = group.get("param_names") or [""] * len(group["params"])
+    pairs = [pair for p, name in zip(group["params"], names, strict=True) for pair in rewritten(p, name)]
+    group["params"][:] = [parameter for parameter, _ in pairs]
+    if "param_names" in group:
+        group["param_names"][:] = [name for _, name in pairs]
 
 
 def project_state(state: State, layer: LowRankLayer, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
