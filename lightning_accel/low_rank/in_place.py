@@ -1,5 +1,6 @@
 """Exchange what a module is while it stays the same object."""
 
+import copy
 from collections.abc import Iterator
 
 from torch import nn
@@ -51,6 +52,13 @@ def as_it_is(module: nn.Module) -> nn.Module:
     kept: nn.Module = object.__new__(type(module))
     kept.__dict__ = module.__dict__ | {name: dict(module.__dict__[name]) for name in _MEMBERS}
     return kept
+
+
+def copy_without_hooks(module: nn.Module) -> nn.Module:
+    """Return a deep copy that has no hooks: those may belong to anything, which can not always be copied."""
+    bare = as_it_is(module)
+    bare.__dict__ |= {name: type(hooks)() for name, hooks in bare.__dict__.items() if name in _HOOKS and hooks}
+    return copy.deepcopy(bare)
 
 
 def _parameters_of(module: nn.Module) -> Iterator[str]:

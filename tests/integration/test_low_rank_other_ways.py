@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+import threading
 import warnings
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
@@ -503,6 +505,33 @@ def test_weight_that_is_replaced_and_given_to_the_optimizer_is_updated_once_a_st
         trainer = fit(module, low_rank(), epochs=4)
     held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
     assert sum(p is module.fc2.weight for p in held) == 1
+
+
+class NotesActivations(Callback):
+    """Hooks a method of its own, and holds what can not be copied."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.lock, self.seen = threading.Lock(), []
+        pl_module.fc2.register_forward_hook(self.note)
+
+    def note(self, module, args, y):
+        self.seen.append(type(module).__name__)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_weight_average_follows_layers_whose_hooks_can_not_be_copied(written):
+    class Module(Net):
+        def on_train_epoch_start(self):
+            if written and self.current_epoch == 2:
+                self.fc2.weight.data.mul_(0.5)
+
+    module, notes = Module(), NotesActivations()
+    average = EMAWeightAveraging(decay=0.5)
+    with warned("its weight was written into") if written else contextlib.nullcontext():
+        fit(module, average, notes, low_rank())
+    assert ("fc2" in low_rank_layers(module)) != written
+    assert set(notes.seen) == {"Linear", "LowRankLinear"}
+    assert len(module.fc2._forward_hooks) == 1
 
 
 class GroupsByName(Net):

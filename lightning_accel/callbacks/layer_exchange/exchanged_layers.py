@@ -1,6 +1,5 @@
 """Low-rank layers in a running fit: followed when they become dense, put back when they do not train."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +13,7 @@ from lightning_accel.callbacks.layer_exchange.structure import SharesLayers, rew
 from lightning_accel.lightning_private import averaged_modules
 from lightning_accel.low_rank import low_rank_layers
 from lightning_accel.low_rank.factors.layers import LOW_RANK_TYPES
-from lightning_accel.low_rank.in_place import become
+from lightning_accel.low_rank.in_place import become, copy_without_hooks
 from lightning_accel.low_rank.optimizers.exchange import orphans, put_weight, undo_replacement
 from lightning_accel.torch_private import gradient_hooks_of
 
@@ -153,7 +152,7 @@ def _let_others_follow(trainer: "pl.Trainer", pl_module: "pl.LightningModule", l
         for name, layer in layers.items():
             old = average.get_submodule(name)
             with torch.no_grad():
-                become(old, copy.deepcopy(layer).to(next(old.parameters()).device))
+                become(old, copy_without_hooks(layer).to(next(old.parameters()).device))
     tell_callbacks(trainer, pl_module, list(layers))
 
 

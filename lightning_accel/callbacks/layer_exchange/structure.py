@@ -7,7 +7,6 @@ factors take their places in module and optimizers (`StructureHook.held`).
 """
 
 import contextlib
-import copy
 import gc
 import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -24,7 +23,7 @@ from lightning_accel.lightning_private import averaged_modules, every_callback
 from lightning_accel.low_rank import adapt_structure, low_rank_layers, merge, replace_parameters
 from lightning_accel.low_rank.decompose import swap
 from lightning_accel.low_rank.factors.layers import LOW_RANK_TYPES, LowRankConv
-from lightning_accel.low_rank.in_place import as_it_is
+from lightning_accel.low_rank.in_place import as_it_is, copy_without_hooks
 from lightning_accel.low_rank.optimizers.exchange import ProjectState
 
 _log = logging.getLogger(__name__)
@@ -225,7 +224,7 @@ def exchange_own_layers(
             old = average.get_submodule(name)
             if not isinstance(old, LOW_RANK_TYPES):  # else its averaged factors came with the checkpoint
                 device = next(old.parameters()).device
-                swap(average, name, copy.deepcopy(pl_module.get_submodule(name)).to(device))
+                swap(average, name, copy_without_hooks(pl_module.get_submodule(name)).to(device))
     tell_callbacks(trainer, pl_module, exchange.names)
     return exchange
 
