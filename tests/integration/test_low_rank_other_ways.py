@@ -534,6 +534,21 @@ def test_weight_average_follows_layers_whose_hooks_can_not_be_copied(written):
     assert len(module.fc2._forward_hooks) == 1
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_write_into_a_weight_after_the_fit_is_said_by_the_layer(broken):
+    class Breaks(Callback):
+        def on_train_epoch_start(self, trainer, _):
+            if broken and trainer.current_epoch == 2:
+                raise RuntimeError("broken on purpose")
+
+    module = Net()
+    with pytest.raises(RuntimeError, match="on purpose") if broken else contextlib.nullcontext():
+        fit(module, low_rank(), Breaks())
+    module.fc2.weight.data.mul_(0.5)
+    with pytest.warns(UserWarning, match="low-rank layer `fc2` was written into"):
+        module(torch.randn(2, 16))
+
+
 class GroupsByName(Net):
     def configure_optimizers(self):
         weights = [p for name, p in self.named_parameters() if name.endswith("weight")]

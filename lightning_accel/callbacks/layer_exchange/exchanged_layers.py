@@ -62,7 +62,10 @@ class ExchangedLayers:
             layer.followed = True
 
     def end(self) -> None:
-        """Forget everything."""
+        """Forget everything; from now on layers say themselves when they become dense."""
+        for layer in self._layers.values():
+            if isinstance(layer, LOW_RANK_TYPES):
+                layer.followed = False
         self.first, self.factors, self._layers = None, {}, {}
 
     def at_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[str, str]:
@@ -133,7 +136,7 @@ class ExchangedLayers:
             weight_of(layer).grad = None
         for replacement in exchange.replacements:
             undo_replacement(replacement, [weight_of(exchange.dense[name]) for name in names])
-        self.end()
+        self._watch(pl_module)  # layers that were low rank before the exchange
         _let_others_follow(trainer, pl_module, layers)
         return dict.fromkeys(names, why or "another process found that they can not be exchanged")
 

@@ -259,12 +259,10 @@ class RankQuantization(TakesLayers, pl.Callback):
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Leave no hook behind; say what to do if the new layers may be the reason."""
-        self.decision.stop()
-        self._updates.end()
         if self._untried and isinstance(exception, Exception):
             explain_failure(pl_module, self._untried, exception)
         self._untried = ()
-        structure_hook(pl_module).release()
+        RankQuantization.teardown(self, trainer, pl_module, "fit")
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
