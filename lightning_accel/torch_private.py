@@ -3,6 +3,8 @@
 Where an attribute is missing in some version of torch, the answer is the careful one: what asks then runs plainly.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -96,6 +98,18 @@ def running_backward() -> int:
 def is_jit_tracing() -> bool:
     """Tell whether ``torch.jit.trace`` is running; ``torch.jit.is_tracing`` is not among its public names."""
     return torch._C._get_tracing_state() is not None
+
+
+@contextlib.contextmanager
+def not_traced() -> Iterator[None]:
+    """Keep what is done inside out of a trace of ``torch.jit.trace``, which can not be paused in a public way."""
+    state = torch._C._get_tracing_state()
+    set_state: Any = vars(torch._C)["_set_tracing_state"]  # which its stubs lack
+    set_state(None)
+    try:
+        yield
+    finally:
+        set_state(state)
 
 
 def backward_reaches(node: Any) -> bool:

@@ -172,6 +172,18 @@ def test_freezing_and_thawing_the_weight_freezes_and_thaws_the_factors(case):
     assert not layer.weight.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:the `weight` of the low-rank layer")
+@pytest.mark.parametrize("write", [False, True])
+def test_traced_layers_compute_what_the_layer_does(case, write):
+    _, layer, x = case
+    if write:
+        with torch.no_grad():
+            layer.weight.fill_(0.5)
+    traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(2.0 * x), layer(2.0 * x))
+    assert (type(layer) in LOW_RANK_TYPES) != write
+
+
 def test_many_reads_keep_no_memory(case):
     _, layer, _ = case
     for _ in range(20):

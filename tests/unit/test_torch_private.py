@@ -173,6 +173,17 @@ def test_jit_tracing_is_seen():
     assert seen == [True]
 
 
+def test_nothing_comes_into_a_trace_while_it_is_paused():
+    def function(x):
+        with torch_private.not_traced():
+            x.view(torch.uint8).sum()
+        return x + 1
+
+    traced = torch.jit.trace(function, torch.ones(1))
+    assert "aten::sum" not in str(traced.graph)
+    assert "aten::add" in str(traced.graph)
+
+
 def test_gradient_hooks_move_with_the_handles_that_remove_them():
     source, target, seen = torch.ones(2, requires_grad=True) * 1.0, nn.Parameter(torch.ones(2)), []
     handle = source.register_hook(lambda _: seen.append("gradient"))

@@ -80,6 +80,9 @@ class FactoredLayer(nn.Module):
         handed = self._handed_out
         if handed is None:
             return True
+        if torch_private.is_jit_tracing():
+            with torch_private.not_traced():
+                return self.settle()
         value, hooked, gradient = handed.written(), handed.hooked(), handed.gradient()
         if value is None and not hooked and gradient is None:
             del hooked
@@ -172,6 +175,7 @@ def _can_be_written(product: Tensor) -> bool:
     """Say whether what is handed out can be watched: nothing traces, and the memory is real."""
     return not (
         torch.compiler.is_compiling()
+        or torch_private.is_jit_tracing()
         or type(product) is not Tensor
         or product.device.type == "meta"
         or product.is_inference()

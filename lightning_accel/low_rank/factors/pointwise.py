@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  # torch's own custom
 
+from lightning_accel.torch_private import is_jit_tracing
+
 _FEW_POSITIONS = 49  # below, one product a sample is too small to be quick; all samples share one
 
 
@@ -31,5 +33,5 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def multiplies(x: Tensor) -> bool:
-    """Whether `pointwise` multiplies matrices for this input (a batch in the usual order on CPU)."""
-    return x.device.type == "cpu" and x.is_contiguous() and x.numel() > 0
+    """Whether `pointwise` multiplies matrices for this input (a batch in the usual order on CPU, in no trace)."""
+    return not is_jit_tracing() and x.device.type == "cpu" and x.is_contiguous() and x.numel() > 0
