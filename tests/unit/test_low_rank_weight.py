@@ -107,6 +107,23 @@ def test_a_write_counts_in_inference_mode_and_what_was_written_can_be_trained(ca
     assert bool(layer.weight.grad.any())
 
 
+@pytest.mark.filterwarnings("ignore:the `weight` of the low-rank layer")
+def test_weights_have_their_own_type_inside_autocast(case):
+    _, layer, x = case
+    outside = layer.weight
+    layer(x).sum().backward()
+    with pytest.warns(UserWarning, match="the gradient of the dense `weight`"):
+        gradient = layer.weight.grad.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.weight, outside)
+        assert torch.equal(layer.weight.grad, gradient)
+        with torch.no_grad():
+            layer.weight.clamp_(-0.1, 0.1)
+        layer(x)
+    assert isinstance(layer.weight, nn.Parameter)
+    assert torch.equal(layer.weight, outside.clamp(-0.1, 0.1))
+
+
 def test_a_reference_that_outlives_a_call_is_still_watched(case):
     _, layer, x = case
     held = layer.weight.data

@@ -155,7 +155,8 @@ class HandedOut:
         if layer is None or not layer.settle():
             return None if layer is None else layer.weight.grad
         factors = {name: getattr(layer, name) for name in layer.factor_names}
-        gradient = dense_gradient(factors, {name: factor.grad for name, factor in factors.items()})
+        with torch.autocast(self.buffer.device.type, enabled=False):
+            gradient = dense_gradient(factors, {name: factor.grad for name, factor in factors.items()})
         if gradient is None:
             return None
         if not layer.gradient_read:

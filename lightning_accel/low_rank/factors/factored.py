@@ -51,8 +51,7 @@ class FactoredLayer(nn.Module):
         if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
             with torch.inference_mode(False), torch.no_grad():  # tensors of that mode can not be watched
                 return self.weight
-        factors = {name: getattr(self, name) for name in self.factor_names}
-        product = self.product(factors)
+        product = self._product()
         if not _can_be_written(product):
             return product
         product = product.contiguous()
@@ -62,6 +61,15 @@ class FactoredLayer(nn.Module):
             return product
         handed.is_over()  # forgets what nobody holds
         return handed.give(product)
+
+    def _product(self) -> Tensor:
+        """Return the dense weight in the type of the factors, as parameters have it inside autocast, too."""
+        factors = {name: getattr(self, name) for name in self.factor_names}
+        device = factors["factor_in"].device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return self.product(factors)
+        with torch.autocast(device, enabled=False):
+            return self.product(factors)
 
     @staticmethod
     def product(factors: Mapping[str, Tensor]) -> Tensor:
@@ -91,7 +99,7 @@ class FactoredLayer(nn.Module):
             return True
         trainable = self._trains()
         with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be trained
-            now = self.product({name: getattr(self, name) for name in self.factor_names}).detach()
+            now = self._product().detach()
             value = now if value is None else value.clone()
             if value is not now and not torch.equal(now, handed.pristine):  # the factors have moved on meanwhile
                 value += now - handed.pristine
