@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel.callbacks import RankQuantization, SequentialFreezing
@@ -491,6 +492,21 @@ def test_layer_that_is_replaced_or_removed_on_the_way_is_nobodys_concern():
     other = RemovesALayer()
     fit(other, low_rank({"fc1": (8,), "extra": (10,)}), epochs=4)
     assert set(low_rank_layers(other)) == {"fc1"}
+
+
+def test_layer_that_is_pruned_after_the_switch_is_dense_pruned_and_trained():
+    class Module(Net):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 2:
+                prune.l1_unstructured(self.fc2, "weight", 0.5)
+                self.start = self.fc2.weight_orig.detach().clone()
+
+    module = Module()
+    with warned("put fc2 back, dense from now on: its weight was written into"):
+        fit(module, low_rank(), epochs=4)
+    assert int((module.fc2.weight == 0.0).sum()) == WIDTH * WIDTH // 2
+    assert not torch.equal(module.fc2.weight_orig, module.start)
+    assert set(low_rank_layers(module)) == {"fc1"}
 
 
 def test_weight_that_is_replaced_and_given_to_the_optimizer_is_updated_once_a_step():

@@ -138,7 +138,7 @@ def factors_of(layer: LowRankLayer) -> tuple[nn.Parameter, ...]:
 
 
 def weight_of(dense: nn.Module) -> nn.Parameter:
-    """Return the weight of a dense layer."""
-    weight = dense._parameters["weight"]
+    """Return the weight of a dense layer, by the name that pruning gives it where the layer is pruned."""
+    weight = dense._parameters.get("weight", dense._parameters.get("weight_orig"))
     assert weight is not None
     return weight

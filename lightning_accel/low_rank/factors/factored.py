@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel import torch_private
-from lightning_accel.low_rank.factors.dense_weight import HandedOut
+from lightning_accel.low_rank.factors.dense_weight import DenseWeight, HandedOut
 from lightning_accel.low_rank.in_place import become
 
 DenseLayer = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -148,6 +148,13 @@ class FactoredLayer(nn.Module):
                 f"`weight` must be a Parameter, got {type(value).__name__}; write into it, or assign "
                 "torch.nn.Parameter(value)."
             )
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Register; the weight under another name, as pruning does it, makes the layer dense."""
+        if type(param) is DenseWeight:
+            become(self, self.dense_layer(nn.Parameter(param.detach().clone(), requires_grad=self._trains())))
+            param = self._parameters["weight"]
+        nn.Module.register_parameter(self, name, param)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle what was written, too, and no memory that others hold."""
