@@ -18,6 +18,9 @@ LEFT_ALONE = "left alone: "
 """How the reason begins where a layer could be factored, but the model does something with it that factors would break.
 """
 
+LAZY = "lazy: "
+"""How it begins where the first batch, which a layer waits for, makes a random one of it."""
+
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
     """Return the factored layers of ``model`` by name, whoever made them.
@@ -89,13 +92,18 @@ def left_alone(skipped: Mapping[str, str]) -> bool:
     return any(reason.startswith(LEFT_ALONE) for reason in skipped.values())
 
 
+def lazy(skipped: Mapping[str, str]) -> bool:
+    """Say whether a layer may be one that can be factored once it has a shape."""
+    return any(reason.startswith(LAZY) for reason in skipped.values())
+
+
 def _reason(module: nn.Module, name: str, parent: nn.Module | None) -> str | None:
     if isinstance(module, LOW_RANK_TYPES):
         return "already low rank"
     if name == "":
         return "the model itself is the layer: it has no parent to hold a replacement"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-        return "lazy: its shape is not known before the first batch"
+        return f"{LAZY}its shape is not known before the first batch"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "parametrized: its weight is computed"
     if isinstance(parent, nn.TransformerEncoderLayer) and name.rpartition(".")[2] in {"linear1", "linear2"}:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lightning_accel.low_rank.eligibility import eligible_layers
+from lightning_accel.low_rank.eligibility import eligible_layers, lazy
 
 _CROP = 192  # rows and columns that are looked at: enough to tell, milliseconds to compute
 _MARGIN = 1.15
@@ -20,14 +20,14 @@ def looks_untrained(model: nn.Module) -> bool:
 
     Args:
         model: Not changed. Without layers that can be factored the answer is False, as it is for weights that are zero
-            or not finite.
+            or not finite; where there are only lazy ones, whose weights are still to be drawn, it is True.
 
     References:
         Marchenko, Pastur, 1967 (the edge of the bulk); Baik, Ben Arous, Peche, math/0403022 (values that leave it).
     """
-    layers, _ = eligible_layers(model)
+    layers, skipped = eligible_layers(model)
     edges = [edge for layer in layers.values() if (edge := _edge(layer.weight)) is not None]
-    return bool(edges) and max(edges) < _MARGIN
+    return max(edges) < _MARGIN if edges else not layers and lazy(skipped)
 
 
 def _edge(weight: torch.Tensor) -> float | None:

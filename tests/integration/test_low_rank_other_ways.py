@@ -292,6 +292,20 @@ def test_layers_without_a_shape_before_the_first_batch_are_no_problem_for_the_ot
     assert set(low_rank_layers(module)) == {"fc1", "fc2"}
 
 
+class OnlyLazy(Net):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.head = nn.LazyLinear(WIDTH), nn.LazyLinear(WIDTH), nn.LazyLinear(4)
+
+
+def test_layers_that_have_a_shape_from_the_first_batch_on_can_be_low_rank_later():
+    module = OnlyLazy()
+    fit(module, low_rank(when=1))
+    assert set(low_rank_layers(module)) == {"fc1", "fc2"}
+    fit(OnlyLazy(), callback := RankQuantization(method="fixed", on_loss="keep", max_overhead=0.0))
+    assert callback.decision.switch_epoch == 1, "their weights are random when they come into being"
+
+
 class MadeOfAPart(Net):
     """Gets layers ready-made, as many do, and saves its arguments: Lightning keeps a copy of them for loggers."""
 

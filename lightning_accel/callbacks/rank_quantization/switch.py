@@ -15,7 +15,7 @@ from lightning_accel.callbacks.layer_exchange.structure import FACTORS
 from lightning_accel.lightning_private import pruned_layers, rename_in_finetuning
 from lightning_accel.low_rank import RankPlan, SharedVectors, decompose, eligible_layers, low_rank_layers
 from lightning_accel.low_rank.calls import input_second_moments
-from lightning_accel.low_rank.eligibility import left_alone
+from lightning_accel.low_rank.eligibility import lazy, left_alone
 from lightning_accel.low_rank.optimizers.exchange import orphans
 
 _log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def check_something_to_factor(module: nn.Module, include: Sequence[str], exclude
         MisconfigurationException: Says what was looked for and what was found.
     """
     eligible, skipped = eligible_layers(module, include=include, exclude=exclude)
-    if not eligible and not left_alone(skipped) and not low_rank_layers(module):
+    if not eligible and not left_alone(skipped) and not lazy(skipped) and not low_rank_layers(module):
         found = "; ".join(f"`{name}`: {reason}" for name, reason in skipped.items()) or "no such layer at all"
         raise MisconfigurationException(
             f"no layer of {type(module).__name__} can be factored. Looked for nn.Linear, nn.Conv1d and nn.Conv2d whose "
