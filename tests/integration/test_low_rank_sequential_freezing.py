@@ -133,6 +133,21 @@ def test_a_layer_that_the_user_freezes_as_a_whole_rests_as_a_whole(tmp_path):
     assert {name for name, p in module.named_parameters() if not p.requires_grad} == factors | {"net.4.bias"}
 
 
+@pytest.mark.filterwarnings("ignore:the `weight` of the low-rank layer")
+@pytest.mark.parametrize("mode", ["sequential", "adaptive"])
+def test_fit_goes_on_where_all_low_rank_layers_were_written_into(mode, tmp_path):
+    class Bounds(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            for layer in low_rank_layers(pl_module).values():
+                layer.weight.data.clamp_(-0.1, 0.1)
+
+    module = low_rank_classifier()
+    trainer = train(module, [SequentialFreezing(mode=mode), Bounds()], tmp_path, epochs=3)
+    assert trainer.global_step == 3 * 6
+    assert not low_rank_layers(module)
+    assert all(p.requires_grad for p in module.parameters())
+
+
 def test_logs_phase_frozen_parameters_and_step_time(tmp_path):
     logger = CSVLogger(tmp_path)
     module = low_rank_classifier()

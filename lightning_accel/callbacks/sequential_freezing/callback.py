@@ -164,7 +164,8 @@ class SequentialFreezing(pl.Callback):
             self.turns.adaptive.order, self._order = self._order.stop(), None
         if self._adapts and self.turns.applied is not None and steps_of(trainer, self.schedule) > self._steps:
             self._steps = steps_of(trainer, self.schedule)
-            self.turns.adaptive.observe(pl_module)
+            if low_rank_layers(pl_module):
+                self.turns.adaptive.observe(pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

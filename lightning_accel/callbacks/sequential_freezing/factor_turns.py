@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_accel.callbacks.layer_exchange.structure import rewrap_ddp
-from lightning_accel.low_rank import AdaptiveFreezing, FreezingSchedule, freeze
+from lightning_accel.low_rank import AdaptiveFreezing, FreezingSchedule, freeze, low_rank_layers
 from lightning_accel.low_rank.freezing import factor_parameter_names
 
 _log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class FactorTurns:
             Whether this is the first phase of the fit.
         """
         phase = self.phase(trainer)
-        if self.applied == (phase,):
+        if self.applied == (phase,) or not low_rank_layers(pl_module):  # none is left where all were written into
             return False
         before = _trainable(pl_module)
         by_user = {name for name, trains in before.items() if not trains} - (self.frozen - self._meant_by_user(before))
