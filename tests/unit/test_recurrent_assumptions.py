@@ -19,6 +19,7 @@ from numpy.random import rand
 from torch import nn
 
 from lightning_accel.recurrent import Recurrent
+from lightning_accel.recurrent.exactness.assumptions import assumptions_of
 
 T, B, H = 7, 3, 4
 SCALE = 1.0
@@ -306,6 +307,31 @@ def test_what_can_not_be_looked_into_is_said(gain, held):
     rnn.cell.held = held
     with pytest.warns(UserWarning, match="what `held` holds can not be seen, and may change"):
         rnn(torch.zeros(T, B, H))
+
+
+class Nested(Cell):
+    """Has a recurrent network for what happens within a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Recurrent(Cell(), schedule="intra_stream")
+
+    def forward(self, x, h):
+        inside, _ = self.inner(x.expand(T, *x.shape))
+        return super().forward(inside[-1], h)
+
+
+def test_a_cell_with_a_recurrent_layer_in_it_is_left_to_its_loop_and_looked_at_quickly():
+    rnn, plain = Recurrent(Nested(), schedule="intra_stream"), Nested()
+    x = torch.randn(T, B, H)
+    with pytest.warns(UserWarning, match="`inner` is a recurrent layer, which chooses a schedule of its own"):
+        y, _ = rnn(x)
+    h = plain.initial_state(x[0])
+    for t in range(T):
+        out, h = plain(x[t], h)
+        assert torch.allclose(y[t], out, atol=1e-6)
+    assert len(assumptions_of(rnn.cell).key) < 100
+    assert rnn.cell.inner.schedules[0]._traced
 
 
 class Keeps(Cell):

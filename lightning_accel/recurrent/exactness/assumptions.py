@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel import torch_private
+from lightning_accel.recurrent.exactness.closed_parts import why_closed
 from lightning_accel.recurrent.exactness.code_names import NamedByCode, imported, is_fixed, is_library, names_of
 from lightning_accel.recurrent.exactness.containers import fixed_contents, numbers_of, plain_contents
 from lightning_accel.recurrent.exactness.members import attributes_of, called_from, function_of, members_of, own_bases
@@ -111,8 +112,8 @@ class _Walk:
         hooks = torch_private.hooks_of(root, but_forward=stood_before)
         if hooks is not None:
             self._doubt(f"{_place(path)} has {hooks}")
-        if isinstance(root, torch.jit.ScriptModule):
-            self._doubt(f"{_place(path)} is TorchScript")
+        if closed := why_closed(root):
+            self._doubt(f"{_place(path)} {closed}")
             return
         if torch_private.is_compiled(root):
             self._doubt(f"{_place(path)} is compiled")

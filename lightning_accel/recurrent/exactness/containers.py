@@ -53,7 +53,9 @@ def numbers_of(tensor: Tensor) -> tuple[int, bytes] | None:
         address = tensor.data_ptr()
     except RuntimeError:  # one of a transform, which has no memory of its own
         return None
-    return address, ctypes.string_at(address, tensor.nbytes) if 0 < tensor.nbytes <= _SMALL_TENSOR_BYTES else b""
+    if address == 0 or tensor.nbytes > _SMALL_TENSOR_BYTES:  # memory that was given back, or too much of it
+        return address, b""
+    return address, ctypes.string_at(address, tensor.nbytes)
 
 
 def _is_plain(value: Any, depth: int) -> bool:
