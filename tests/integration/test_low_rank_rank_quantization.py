@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -405,8 +406,8 @@ def test_module_that_keeps_its_last_loss_is_tried(tmp_path, caplog):
 class AsksForType(Classifier):
     """Goes another way, a wrong one, where a layer is not what it made."""
 
-    def __init__(self, layers):
-        super().__init__()
+    def __init__(self, layers, manual):
+        super().__init__(manual=manual)
         self.asked = layers
 
     def training_step(self, batch, batch_idx):
@@ -415,9 +416,10 @@ class AsksForType(Classifier):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.parametrize("manual", [False, True])
 @pytest.mark.parametrize(("asked", "low_rank"), [((0,), {"net.4"}), ((0, 4), set())])
-def test_layers_whose_type_the_model_asks_for_stay_dense(asked, low_rank, tmp_path, caplog):
-    module = AsksForType(asked)
+def test_layers_whose_type_the_model_asks_for_stay_dense(asked, low_rank, manual, tmp_path, caplog):
+    module = AsksForType(asked, manual)
     with caplog.at_level(logging.INFO, logger="lightning_accel"):
         train(module, [fixed(on_loss="keep")], tmp_path)
     assert set(low_rank_layers(module)) == low_rank
@@ -425,14 +427,36 @@ def test_layers_whose_type_the_model_asks_for_stay_dense(asked, low_rank, tmp_pa
     assert ("with any of its layers low rank" in caplog.text) == (not low_rank)
 
 
+@pytest.mark.parametrize("manual", [False, True])
+def test_layers_that_a_step_differentiates_with_respect_to_stay_dense(manual, tmp_path, caplog):
+    class Balances(Classifier):
+        """Weighs its losses by their gradients at one weight, as adversarial autoencoders do."""
+
+        def training_step(self, batch, batch_idx):
+            loss = self.net(batch[0]).square().mean()
+            torch.autograd.grad(loss, self.net[4].weight, retain_graph=True)
+            return super().training_step(batch, batch_idx)
+
+    module = Balances(manual=manual)
+    with caplog.at_level(logging.INFO, logger="lightning_accel"):
+        train(module, [fixed(on_loss="keep")], tmp_path)
+    assert set(low_rank_layers(module)) == {"net.0"}
+    assert "net.4 stays dense, because the training step fails with it low rank: RuntimeError: " in caplog.text
+    assert module.steps == 12, "a trial leaves no trace in the module"
+
+
 def test_failure_that_could_not_be_tried_before_is_explained(tmp_path, caplog):
     class Narrow(Classifier):
+        def __init__(self):
+            super().__init__(manual=True)
+            self.lock = threading.Lock()  # which can not be copied
+
         def training_step(self, batch, batch_idx):
             if type(self.net[4]) is not torch.nn.Linear:
                 self.net[4](torch.zeros(2, 3))
             return super().training_step(batch, batch_idx)
 
-    module = Narrow(manual=True)
+    module = Narrow()
     with caplog.at_level(logging.ERROR, logger="lightning_accel"), pytest.raises(RuntimeError, match="mat1 and mat2"):
         train(module, [fixed(on_loss="keep")], tmp_path)
     assert "the first step with low-rank layers failed in net.4: mat1 and mat2 shapes" in caplog.text

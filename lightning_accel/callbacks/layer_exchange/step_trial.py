@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_accel.callbacks.layer_exchange.recorded_inputs import RecordedInputs
+from lightning_accel.callbacks.layer_exchange.step_by_hand import step_by_hand
 from lightning_accel.callbacks.layer_exchange.structure import exchange_layers
 from lightning_accel.lightning_private import uncompiled
 from lightning_accel.low_rank.optimizers.exchange import state_alike
@@ -28,7 +29,7 @@ class StepTrial:
 
     Args:
         trainer: Whose precision, clipping and progress apply.
-        pl_module: Copied; automatic optimization only.
+        pl_module: Copied; with manual optimization, `step` makes what its ``training_step`` makes.
         batch: As ``training_step`` gets it; copied before each step, which may change it.
         batch_idx: As ``training_step`` gets it.
 
@@ -105,6 +106,9 @@ class StepTrial:
 
     def step(self) -> None:
         """Make one whole training step."""
+        if not self.module.automatic_optimization:
+            step_by_hand(self.module, self.optimizers, self._trainer, self.run)
+            return
         self.module.backward(self.forward())
         clip = self._trainer.gradient_clip_val
         for optimizer in self.optimizers:

@@ -63,7 +63,7 @@ class RankQuantization(TakesLayers, pl.Callback):
 
     A checkpoint's keys and shapes tell its layers: resumed runs and ``test(ckpt_path=...)`` measure nothing. Without
     the callback see `lightning_accel.load_from_checkpoint` and `lightning_accel.enable_low_rank_loading`. Steps of
-    manual optimization can not be tried; there, times of single layers decide, one batch later.
+    manual optimization are tried for errors only; there, times of single layers decide, one batch later.
 
     Args:
         ratio: Target, see `lightning_accel.low_rank.make_plan`: dense weight entries over factor entries, > 1. Without

@@ -24,6 +24,7 @@ from lightning_accel.callbacks.rank_quantization.decide import (
     decide_by_steps,
     too_short,
 )
+from lightning_accel.callbacks.rank_quantization.fitness import find_unfit_by_hand
 from lightning_accel.callbacks.rank_quantization.moment import When, check_when, first_epoch
 from lightning_accel.callbacks.rank_quantization.progress import Progress, batch_index
 from lightning_accel.callbacks.rank_quantization.reasons import Reason
@@ -53,6 +54,7 @@ class Decision:
     shared: SharedVectors | None = None
     _progress: Progress = field(default_factory=Progress, compare=False)
     _untriable: Reason | None = None
+    _unfit: set[str] = field(default_factory=set)  # layers with which a step of manual optimization fails
     _watched_from: float | None = None
     _wait_until: float = 0.0  # batches; before, only a new epoch can tell anything new
 
@@ -65,7 +67,7 @@ class Decision:
         """Forget an earlier fit."""
         self.stop()
         self.forget()
-        self.switch_epoch, self._untriable, self._progress = None, None, Progress()
+        self.switch_epoch, self._untriable, self._unfit, self._progress = None, None, set(), Progress()
         self._wait_until = 0.0
 
     def forget(self) -> None:
@@ -125,7 +127,9 @@ class Decision:
         if self.given is not None:
             return Verdict(self.given, reasons.AS_PLANNED)
         with isolate_rng():
-            return decide_by_layers(self._terms(trainer, pl_module), pl_module, self.inputs, seconds, because)
+            terms = self._terms(trainer, pl_module)
+            terms = dataclasses.replace(terms, request=terms.request.without(self._unfit))
+            return decide_by_layers(terms, pl_module, self.inputs, seconds, because)
 
     def unreached(self) -> Verdict:
         """Return the verdict of a fit that ended before there was one."""
@@ -162,6 +166,11 @@ class Decision:
         trainer = terms.trainer
         index, window = batch_index(trainer), trainer.accumulate_grad_batches
         if not pl_module.automatic_optimization:
+            asked = terms.request
+            layers, _ = eligible_layers(pl_module, include=asked.include, exclude=asked.exclude)
+            self._unfit = find_unfit_by_hand(trainer, pl_module, layers, batch, batch_idx)
+            if self._unfit and self._unfit == layers.keys():
+                return dense(reasons.ALL_UNFIT)
             self._expect(reasons.MANUAL, pl_module, index, window)
             return None
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -39,3 +40,25 @@ def find_unfit(trainer: "pl.Trainer", trial: StepTrial, layers: Mapping[str, obj
         for name, why in unfit.items():
             _log.warning("%s stays dense, because the training step %s", name, why)
     return set(unfit)
+
+
+def find_unfit_by_hand(
+    trainer: "pl.Trainer", module: "pl.LightningModule", layers: Mapping[str, object], batch: Any, batch_idx: int
+) -> set[str]:
+    """Return the layers with which a step of manual optimization fails, as far as one can be made on copies.
+
+    Its losses are not compared: it need not return one.
+
+    Args:
+        trainer: Of the run.
+        module: Of the run; only read.
+        layers: Names of the layers to be looked at.
+        batch: As ``training_step`` gets it.
+        batch_idx: As ``training_step`` gets it.
+    """
+    try:
+        trial = StepTrial(trainer, module, batch, batch_idx)
+        trial.changed(lambda _: []).step()
+        return find_unfit(trainer, trial, layers, failure)
+    except Exception:  # user code may refuse to be copied or called twice, for any reason
+        return set()

@@ -223,7 +223,7 @@ class Words:
         return self.text
 
 
-MANUAL = Words("steps of manual optimization can not be tried")
+MANUAL = Words("steps of manual optimization are not timed")
 OWN_ITERATOR = Words("a `training_step` that draws its batches itself can not be tried")
 NO_MEMORY = Words(
     "memory does not suffice for a second copy of module and optimizers. Make a plan beforehand "
