@@ -464,6 +464,52 @@ def test_optimizers_that_take_no_hooks_are_followed(wrapper):
     assert torch.equal(net.net[0].weight, plain.net[0].weight)
 
 
+class TwoSteps(torch.optim.Optimizer):
+    """Sharpness-aware: climbs first, and steps from where it was by another optimizer, both by methods of its own."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+        self.base = torch.optim.SGD(self.param_groups, 0.1)
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def first_step(self):
+        for weight in self.param_groups[0]["params"]:
+            self.state[weight]["climb"] = 0.05 * weight.grad
+            weight += self.state[weight]["climb"]
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self):
+        for weight in self.param_groups[0]["params"]:
+            weight -= self.state[weight]["climb"]
+        self.base.step()
+        self.zero_grad()
+
+
+@pytest.mark.parametrize(("every", "projections"), [(1, 15), (2, 8)])  # a ramp that rises each step begins at 0
+def test_steps_that_come_by_another_method_are_seen_by_the_weights(every, projections):
+    class ByHand(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            return TwoSteps(self.parameters())
+
+        def training_step(self, batch, index):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            for climbs in (True, False):
+                self.manual_backward(super().training_step(batch, index))
+                if (index + 1) % every == 0:
+                    optimizer.first_step() if climbs else optimizer.second_step()
+
+    net, ours = ByHand(), L1InfProjection(target_sparsity=0.5)
+    fit(net, ours)
+    assert ours.projections == projections
+    assert zero_rows(net)[0] == 8
+
+
 def test_closures_that_are_called_several_times_within_a_step_are_one_step():
     class LBFGS(Net):
         def configure_optimizers(self):

@@ -147,6 +147,7 @@ class ProjectedTraining:
         if self._runs:
             if trainer.fit_loop.batch_idx == 0:
                 self.follow(trainer)
+            self._watched.begin(trainer)
             self.roles.look(trainer, module)
 
     def before_backward(self, trainer: "pl.Trainer", module: nn.Module, loss: Tensor) -> None:
