@@ -12,6 +12,7 @@ from lightning_accel.callbacks.layer_exchange.first_steps import Exchange, First
 from lightning_accel.callbacks.layer_exchange.structure import SharesLayers, rewrap_ddp, tell_callbacks
 from lightning_accel.lightning_private import averaged_modules
 from lightning_accel.low_rank import low_rank_layers
+from lightning_accel.low_rank.factors.factored import is_low_rank
 from lightning_accel.low_rank.factors.layers import LOW_RANK_TYPES
 from lightning_accel.low_rank.in_place import become, copy_without_hooks
 from lightning_accel.low_rank.optimizers.exchange import orphans, put_weight, undo_replacement
@@ -106,7 +107,7 @@ class ExchangedLayers:
 
     def _written(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[str, str]:
         """Give the optimizers the weights of layers that became dense by themselves."""
-        names = [name for name, layer in self._layers.items() if not _is_low_rank(layer)]
+        names = [name for name, layer in self._layers.items() if not is_low_rank(layer)]
         hooked = {name for name in names if gradient_hooks_of(weight_of(self._layers[name]))}
         self._now_dense(trainer, pl_module, names)
         return {name: HOOKED if name in hooked else WRITTEN for name in names}
@@ -157,7 +158,3 @@ def _let_others_follow(trainer: "pl.Trainer", pl_module: "pl.LightningModule", l
             with torch.no_grad():
                 become(old, copy_without_hooks(layer).to(next(old.parameters()).device))
     tell_callbacks(trainer, pl_module, list(layers))
-
-
-def _is_low_rank(layer: nn.Module) -> bool:
-    return isinstance(layer, LOW_RANK_TYPES) and layer.settle()

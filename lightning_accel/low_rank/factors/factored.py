@@ -182,7 +182,7 @@ class FactoredLayer(nn.Module):
 
 
 def is_low_rank(layer: nn.Module) -> bool:
-    """Say whether a layer that is being called still has factors; a hook of the same call may have made it dense."""
+    """Say whether a layer still has factors; a write or a hook, of the same call even, may have made it dense."""
     return isinstance(layer, FactoredLayer) and (layer._handed_out is None or layer.settle())
 
 
